@@ -1,0 +1,23 @@
+"""jaxinfer: LLM text generation on GPU meshes in JAX and Flax."""
+
+from jaxinfer.api import LLM, generate
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.driver import EngineClosedError
+from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenEvent
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "DynamicEngine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineStats",
+    "Logprob",
+    "ModelConfig",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenEvent",
+    "generate",
+]

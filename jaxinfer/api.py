@@ -1,0 +1,410 @@
+"""The user's door: generate() and LLM.
+
+Owns: turning arguments into settings, submissions and outputs; the one LLM that generate() keeps; progress bars.
+Does not know: how anything is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from tqdm.auto import tqdm
+
+from jaxinfer.checkpoint import directory as checkpoint_directory
+from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
+from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, unknown_keyword
+from jaxinfer.controller import Prompt, TextGenerationController
+from jaxinfer.driver import Driver, Ticket
+from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.models.registry import parse_model_config
+from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from jaxinfer.wrappers.assembly import assemble, context_length
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+
+logger = logging.getLogger("jaxinfer")
+DEMO = "demo"
+_BAR_SECONDS = 0.25
+_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+_ENGINE_FIELDS = {field.name for field in dataclasses.fields(EngineConfig)}
+
+
+class LLM:
+    """A model, ready to generate; safe to use from several threads.
+
+    Args:
+      model: a checkpoint directory in Hugging Face format, or a hub id "owner/name".
+      tokenizer: a directory with a tokenizer.json, a Tokenizer, or "byte"; None takes the checkpoint's own. Without any
+        the LLM works on token ids.
+      **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
+        num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
+        attention_backend, seed and the parallel sizes.
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+      TypeError: an unknown keyword; the message names the nearest one.
+      ValueError: a setting outside its range, or a checkpoint that is broken, incomplete or of an unknown family.
+
+    Example:
+      with LLM("path/to/checkpoint", max_num_seqs=16) as llm:
+          print(llm.generate("In the beginning", SamplingParams(max_tokens=32)))
+    """
+
+    def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
+        config = EngineConfig.from_keywords(engine)
+        if model == DEMO:
+            raise NotImplementedError("the bundled model 'demo' is not part of this version; pass model=...")
+        path = checkpoint_directory.resolve(model)
+        fields = checkpoint_directory.read_json(path / "config.json")
+        model_config = parse_model_config(fields)
+        self._start(
+            model_config,
+            SafetensorsStore(checkpoint_directory.weight_files(path)),
+            load_tokenizer(path) if tokenizer is None else _find_tokenizer(tokenizer),
+            checkpoint_directory.generation_defaults(path, fields),
+            config,
+        )
+
+    @classmethod
+    def from_params(
+        cls,
+        config: Mapping[str, Any],
+        params: Mapping[str, Any],
+        tokenizer: str | Path | Tokenizer | None = None,
+        **engine: Any,
+    ) -> LLM:
+        """An LLM from weights that are already in memory.
+
+        Args:
+          config: the fields of a Hugging Face config.json.
+          params: checkpoint tensor name -> array, or the same nested by the parts of the names.
+          tokenizer, **engine: as LLM's.
+
+        Raises:
+          As LLM.
+        """
+        llm = cls.__new__(cls)
+        eos = config.get("eos_token_id")
+        llm._start(
+            parse_model_config(config),
+            MemoryStore(_flat(params)),
+            None if tokenizer is None else _find_tokenizer(tokenizer),
+            GenerationDefaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)),
+            EngineConfig.from_keywords(engine),
+        )
+        return llm
+
+    def _start(
+        self,
+        model_config: ModelConfig,
+        store: TensorStore,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationDefaults,
+        config: EngineConfig,
+    ) -> None:
+        _show_log_lines()
+        max_model_len = context_length(config, model_config)
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self._wrapper = assemble(model_config, store, config)
+        self._engine = DynamicEngine(self._wrapper, config, max_model_len=max_model_len)
+        self._controller = TextGenerationController(
+            self._engine,
+            tokenizer,
+            defaults=defaults,
+            vocab_size=model_config.vocab_size,
+            max_model_len=max_model_len,
+            seed=config.seed,
+        )
+        self._driver = Driver(self._controller)
+        # At garbage collection and at exit: the driver's thread must not outlive its LLM.
+        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._wrapper)
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generates for one prompt or many, in flight together.
+
+        Args:
+          prompts: a string, a list of token ids, or a list of either.
+          sampling_params: for all prompts, or one each; None samples as the checkpoint says.
+          use_tqdm: show a progress bar for several prompts.
+
+        Returns:
+          One RequestOutput for one prompt, a list in the same order for a list.
+
+        Raises:
+          TypeError, ValueError: a prompt or its parameters are wrong; nothing was started.
+          EngineClosedError: the LLM is closed.
+        """
+        prompt_list, is_single = _as_prompts(prompts)
+        params = self._params_for(prompt_list, sampling_params)
+        submissions = [
+            self._controller.prepare(prompt, entry) for prompt, entry in zip(prompt_list, params, strict=True)
+        ]
+        tickets = self._driver.submit(submissions)
+        try:
+            outputs = _wait_for(tickets, show_bar=use_tqdm and not is_single)
+        except BaseException:  # Ctrl-C ends these requests and leaves the engine to the others
+            self._driver.cancel(tickets)
+            raise
+        return outputs[0] if is_single else outputs
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> OutputStream:
+        """Generates for one prompt, an output after every new token.
+
+        Args:
+          prompt: a string or a list of token ids.
+          sampling_params: None samples as the checkpoint says.
+
+        Returns:
+          An iterator of RequestOutput: text grows, delta is what is new. Closing it aborts the request.
+
+        Raises:
+          TypeError, ValueError: at the call, as generate.
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], (str, list, tuple)):
+            raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
+        params = sampling_params if sampling_params is not None else self._controller.default_params
+        submission = self._controller.prepare(prompt, _checked_params(params))
+        ticket = self._driver.submit([submission], stream=True)[0]
+        return OutputStream(ticket, lambda: self._driver.cancel([ticket]))
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The checkpoint's own way of sampling, used where no SamplingParams are given."""
+        return self._controller.default_params
+
+    def warmup(self) -> None:
+        """Compiles every program that serving can need, so that no request waits for the compiler."""
+        self._wrapper.warmup()
+
+    def stats(self) -> EngineStats:
+        """Queue, pages, cache hits, preemptions, tokens, steps and compilations so far."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Ends running requests and frees device memory; a closed LLM can only be closed again."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            return [self._controller.default_params] * len(prompts)
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        params = [_checked_params(entry) for entry in _as_sequence(params)]
+        if len(params) != len(prompts):
+            raise ValueError(f"got {len(params)} sampling_params for {len(prompts)} prompts; pass one, or one each")
+        return params
+
+
+class OutputStream(Iterator[RequestOutput]):
+    """Outputs of one request as they come; close() (or leaving a with block, or dropping it) aborts the request.
+
+    Args:
+      ticket: where they come from.
+      cancel: ends the request.
+    """
+
+    def __init__(self, ticket: Ticket, cancel: Callable[[], None]):
+        self._ticket = ticket
+        self._cancel = weakref.finalize(self, cancel)
+        self._is_done = False
+
+    def __next__(self) -> RequestOutput:
+        if self._is_done:
+            raise StopIteration
+        try:
+            output = self._ticket.next_output()
+        except BaseException:
+            self.close()
+            raise
+        self._is_done = output.finished
+        return output
+
+    def close(self) -> None:
+        """Aborts the request if it still runs; iterating then ends."""
+        self._is_done = True
+        self._cancel()
+
+    def __enter__(self) -> OutputStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _KeptLLM:
+    """The one LLM that generate() keeps between calls."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[Any, ...] | None = None
+        self._llm: LLM | None = None
+
+    def get(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> LLM:
+        """The LLM of these settings; other settings close the old one first."""
+        key = (str(model), tokenizer, config)
+        with self._lock:
+            if self._key != key or self._llm is None:
+                if self._llm is not None:
+                    self._llm.close()
+                self._key, self._llm = None, None
+                self._llm = LLM(model, tokenizer=tokenizer, **dataclasses.asdict(config))
+                self._key = key
+            return self._llm
+
+
+_kept = _KeptLLM()
+
+
+def generate(
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    model: str | Path = DEMO,
+    tokenizer: str | Path | Tokenizer | None = None,
+    use_tqdm: bool = True,
+    **fields: Any,
+) -> Any:
+    """Generates in one call; the LLM stays loaded for the next call with the same model and engine settings.
+
+    Args:
+      prompts: a string, a list of token ids, or a list of either.
+      sampling_params: taken as it is; without it the checkpoint's defaults, changed field by field by keywords.
+      model, tokenizer: as LLM's.
+      use_tqdm: show a progress bar for several prompts.
+      **fields: fields of SamplingParams and EngineConfig by name. `seed` is the sampling seed.
+
+    Returns:
+      One RequestOutput for one prompt, a list in the same order for a list.
+
+    Raises:
+      TypeError: an unknown keyword (the message names the nearest), or sampling keywords beside sampling_params.
+      As LLM and LLM.generate.
+    """
+    for name in fields:
+        if name not in _SAMPLING_FIELDS | _ENGINE_FIELDS:
+            raise unknown_keyword(name, sorted(_SAMPLING_FIELDS | _ENGINE_FIELDS | {"model", "tokenizer", "use_tqdm"}))
+    sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
+    if sampling_params is not None and sampling:
+        raise TypeError(f"pass sampling_params or {', '.join(sorted(sampling))}, not both")
+    SamplingParams.from_keywords(sampling)  # a wrong value must not cost the loading of a model
+    config = EngineConfig.from_keywords({name: value for name, value in fields.items() if name not in sampling})
+    llm = _kept.get(model, tokenizer, config)
+    if sampling_params is None:
+        sampling_params = dataclasses.replace(llm.default_params, **sampling)
+    return llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+
+def _wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput]:
+    started = time.monotonic()
+    outputs: list[RequestOutput] = []
+    with tqdm(
+        total=len(tickets), desc="generating", unit="prompt", disable=None if show_bar else True, leave=False
+    ) as bar:
+        while len(outputs) < len(tickets):
+            try:
+                outputs.append(tickets[len(outputs)].next_output(_BAR_SECONDS if show_bar else None))
+                bar.update()
+            except queue.Empty:
+                num_tokens = sum(ticket.num_tokens for ticket in tickets)
+                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s")
+    return outputs
+
+
+def _as_prompts(prompts: object) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether there was only one, not in a list."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    entries = _as_sequence(prompts)
+    if entries and not isinstance(entries[0], str) and not hasattr(entries[0], "__iter__"):
+        return [entries], True
+    return entries, False
+
+
+def _as_sequence(values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"expected a string, token ids, or a list of either, got {type(values).__name__}")
+    return list(values)
+
+
+def _checked_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+    return params
+
+
+def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
+    if tokenizer == "byte":
+        return ByteTokenizer()
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    found = load_tokenizer(checkpoint_directory.resolve(tokenizer))
+    if found is None:
+        raise FileNotFoundError(f"{tokenizer} has no tokenizer.json")
+    return found
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _shut_down(driver: Driver, wrapper: DecoderWrapper) -> None:
+    driver.close()
+    wrapper.close()
+
+
+def _show_log_lines() -> None:
+    """Shows jaxinfer's own start-up lines unless the user has set up logging."""
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("jaxinfer: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,141 @@
+"""A checkpoint directory in Hugging Face format: where it is and what its JSON files say.
+
+Owns: resolving a path or hub id, config.json, generation_config.json, the list of weight files.
+Does not know: tensors' contents, models.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from jaxinfer.config import GenerationDefaults
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def resolve(model: str | Path) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (or found in the cache) first.
+
+    Args:
+      model: a directory, or "owner/name" on the Hugging Face hub. HF_HUB_OFFLINE and HF_HOME are honoured.
+
+    Raises:
+      FileNotFoundError: no such directory, no such hub id, or no network; one line each.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{model} is a file; expected a checkpoint directory or a hub id")
+    if not _HUB_ID.fullmatch(str(model)):
+        raise FileNotFoundError(f"no such checkpoint directory: {model} (a hub id looks like owner/name)")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"no such checkpoint directory or hub id: {model} ({error})") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"hub id {model} is not in the local cache and the hub cannot be reached; "
+            f"check the network, HF_HUB_OFFLINE, or pass a local directory"
+        ) from error
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f"hub id {model} cannot be downloaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a JSON object; the message names the file.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint in Hugging Face format") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order.
+
+    Raises:
+      FileNotFoundError: none, or one that the index names is missing.
+      ValueError: only pickled weights, or an index that points outside the directory.
+    """
+    if (directory / INDEX_FILE).exists():
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{directory / INDEX_FILE} has no weight_map")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{directory / INDEX_FILE} names {name!r}, expected a .safetensors file beside it")
+            if not (directory / name).exists():
+                raise FileNotFoundError(f"{directory / name} is missing; {INDEX_FILE} names it")
+        return [directory / name for name in names]
+    if (directory / SINGLE_FILE).exists():
+        return [directory / SINGLE_FILE]
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{directory} holds only pickled weights ({pickles[0]}), which can run code and are never opened; "
+            f"convert them to safetensors"
+        )
+    raise FileNotFoundError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def generation_defaults(directory: Path, config_fields: Mapping[str, Any]) -> GenerationDefaults:
+    """Defaults of generation_config.json; its end token wins over config.json's.
+
+    Raises:
+      ValueError: a token id or number of the wrong kind; the message names the field.
+    """
+    path = directory / "generation_config.json"
+    fields = read_json(path) if path.exists() else {}
+    sampled = fields.get("do_sample", False)
+    eos = fields.get("eos_token_id")
+    eos = config_fields.get("eos_token_id") if eos is None else eos
+    bos = fields.get("bos_token_id")
+    return GenerationDefaults(
+        temperature=float(_number(fields, "temperature", 1.0)) if sampled else 0.0,
+        top_k=int(_number(fields, "top_k", 0)) if sampled else 0,
+        top_p=float(_number(fields, "top_p", 1.0)) if sampled else 1.0,
+        eos_token_ids=_token_ids(eos),
+        bos_token_id=config_fields.get("bos_token_id") if bos is None else bos,
+    )
+
+
+def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"generation_config.json: {name} must be a number, got {value!r}")
+    return value
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(entry, bool) or not isinstance(entry, int) for entry in ids):
+        raise ValueError(f"eos_token_id must be an integer or a list of integers, got {value!r}")
+    return tuple(ids)

@@ -1,0 +1,1 @@
+"""Devices as a mesh, and everything that crosses between them."""

@@ -1,0 +1,57 @@
+"""The collectives of one step, by what they mean. All run inside a shard_map over ("pipe", "tensor").
+
+Owns: which mesh axis each exchange uses. A vocabulary is sharded over the whole mesh, pipe-major.
+Does not know: models, sampling rules.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxinfer.communication.mesh import PIPE, TENSOR
+
+VOCABULARY = (PIPE, TENSOR)
+
+
+def sum_over_tensor(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Adds the partial results of a row-parallel product over the shards of a stage."""
+    return lax.psum(x, TENSOR)
+
+
+def sum_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Adds the shares of all vocabulary slices."""
+    return lax.psum(x, VOCABULARY)
+
+
+def max_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The largest over all vocabulary slices."""
+    return lax.pmax(x, VOCABULARY)
+
+
+def min_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The smallest over all vocabulary slices."""
+    return lax.pmin(x, VOCABULARY)
+
+
+def vocabulary_shard() -> Int[Array, ""]:
+    """Index of this device's vocabulary slice."""
+    return lax.axis_index(VOCABULARY)
+
+
+def gather_candidates(x: Shaped[Array, "R K"]) -> Shaped[Array, "R J"]:
+    """Every slice's K candidates of each row side by side, in the order of the slices."""
+    return lax.all_gather(x, VOCABULARY, axis=1, tiled=True)
+
+
+def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Gives every stage what the last one holds."""
+    last = lax.axis_size(PIPE) - 1
+    return lax.psum(jnp.where(lax.axis_index(PIPE) == last, x, jnp.zeros_like(x)), PIPE)
+
+
+def num_vocabulary_shards(mesh: jax.sharding.Mesh) -> int:
+    """Into how many slices the mesh cuts the vocabulary."""
+    return mesh.shape[PIPE] * mesh.shape[TENSOR]

@@ -1,0 +1,41 @@
+"""The device mesh: pipeline stages by tensor shards.
+
+Owns: the axis names and the construction of the mesh.
+Does not know: models, batches.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+PIPE = "pipe"
+TENSOR = "tensor"
+
+
+def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1) -> Mesh:
+    """The mesh ("pipe", "tensor") over the first devices of the default backend.
+
+    Args:
+      pipeline_parallel_size: stages.
+      tensor_parallel_size: shards of each stage.
+
+    Returns:
+      A mesh whose axes are Auto: every step runs as a fully manual shard_map over both.
+
+    Raises:
+      ValueError: there are fewer devices than the mesh needs.
+    """
+    needed = pipeline_parallel_size * tensor_parallel_size
+    devices = jax.devices()
+    if needed > len(devices):
+        raise ValueError(
+            f"a mesh of {pipeline_parallel_size} pipeline x {tensor_parallel_size} tensor needs {needed} devices, "
+            f"found {len(devices)} ({devices[0].platform}); lower pipeline_parallel_size or tensor_parallel_size"
+        )
+    return jax.make_mesh(
+        (pipeline_parallel_size, tensor_parallel_size),
+        (PIPE, TENSOR),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[:needed],
+    )

@@ -1,0 +1,28 @@
+"""How each kind of array lies on the mesh.
+
+Owns: the PartitionSpecs by meaning and the padding of the vocabulary.
+Does not know: which model uses them.
+"""
+
+from __future__ import annotations
+
+from jax.sharding import PartitionSpec
+
+from jaxinfer.communication.mesh import PIPE, TENSOR
+
+REPLICATED = PartitionSpec()
+PER_STAGE = PartitionSpec(PIPE)
+"""[pp, ...]: one entry a stage, equal on its shards (norms, biases after a sum)."""
+COLUMN_PARALLEL = PartitionSpec(PIPE, TENSOR)
+"""[pp, out, ...]: the output features are split over the shards."""
+ROW_PARALLEL = PartitionSpec(PIPE, None, TENSOR)
+"""[pp, out, in]: the input features are split over the shards."""
+VOCABULARY_PARALLEL = PartitionSpec((PIPE, TENSOR))
+"""[V, ...]: rows of the vocabulary are split over the whole mesh."""
+KV_PAGES = PartitionSpec(PIPE, None, TENSOR)
+"""[pp, P, K, C, H]: kv heads are split over the shards."""
+
+
+def padded_vocabulary(vocab_size: int, num_shards: int) -> int:
+    """Rows of an embedding that every shard can own an equal part of."""
+    return -(-vocab_size // num_shards) * num_shards

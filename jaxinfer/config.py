@@ -1,0 +1,251 @@
+"""Settings: of the engine (EngineConfig) and of a decoder-only model (ModelConfig).
+
+Owns: every knob of the engine and every number of an architecture, each validated once.
+Does not know: jax, files, requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "reference", "xla")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuses anything but an integer within [low, high]; a bool is not a number.
+
+    Raises:
+      TypeError: value is not an int.
+      ValueError: value lies outside the range; the message names all three.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        allowed = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Refuses anything but True or False.
+
+    Raises:
+      TypeError: value is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuses a value outside a closed list of words.
+
+    Raises:
+      ValueError: value is not one of choices; the message lists them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def unknown_keyword(keyword: str, known: Iterable[str]) -> TypeError:
+    """The error for a keyword nobody has, naming the nearest one that exists."""
+    near = difflib.get_close_matches(keyword, list(known), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return TypeError(f"unknown argument {keyword!r}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Everything the engine can be told; one instance per LLM, never changed.
+
+    Args:
+      dtype: weights, activations and KV: "auto" is bfloat16 on GPU and float32 on CPU.
+      tensor_parallel_size: devices that share each layer.
+      pipeline_parallel_size: stages that share the layers.
+      data_parallel_size: replicas of the whole mesh.
+      max_model_len: tokens of prompt and output together; None takes the model's own limit.
+      max_num_seqs: requests running at once (decode slots).
+      max_num_batched_tokens: tokens one step may process, padding of its prefill segment included.
+      page_size: tokens in one KV page; a power of two, at least 8.
+      num_kv_pages: KV pages without the dump page; None derives it from free memory.
+      gpu_memory_utilization: share of a GPU's memory that weights, KV and activations may use.
+      enable_prefix_caching: reuse full pages of equal prefixes.
+      enable_chunked_prefill: split prompts to fit the token budget.
+      run_ahead: launch the next step before the last one's tokens are read.
+      attention_backend: "auto" picks by platform; "reference" is the slow oracle.
+      seed: source of the seeds of requests that bring none.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
+    """
+
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 64
+    num_kv_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    run_ahead: bool = True
+    attention_backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs"):
+            require_int(name, getattr(self, name), 1)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise NotImplementedError(f"{name}={getattr(self, name)}: only one device is supported so far; use 1")
+        if self.max_model_len is not None:
+            require_int("max_model_len", self.max_model_len, 2)
+        if self.num_kv_pages is not None:
+            require_int("num_kv_pages", self.num_kv_pages, 1)
+        require_int("page_size", self.page_size, 8)
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two, got {self.page_size}")
+        require_int("max_num_batched_tokens", self.max_num_batched_tokens, 16)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be >= max_num_seqs, so that every running request can decode, "
+                f"got {self.max_num_batched_tokens} < {self.max_num_seqs}"
+            )
+        if isinstance(self.gpu_memory_utilization, bool) or not isinstance(self.gpu_memory_utilization, (int, float)):
+            raise TypeError(f"gpu_memory_utilization must be a float, got {self.gpu_memory_utilization!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead"):
+            require_bool(name, getattr(self, name))
+        require_int("seed", self.seed, 0, 2**63 - 1)
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> EngineConfig:
+        """Builds a config from keyword arguments.
+
+        Raises:
+          TypeError: a keyword is not a field; the message names the nearest field.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for keyword in keywords:
+            if keyword not in known:
+                raise unknown_keyword(keyword, known)
+        return cls(**keywords)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: base and context-extension rule.
+
+    Args:
+      theta: base of the frequencies.
+      kind: "default", or an extension: "linear", "dynamic" (NTK), "llama3", "yarn".
+      factor: how many times longer than original_max_len the context became.
+      original_max_len: tokens the model was pre-trained on.
+      low_freq_factor, high_freq_factor: llama3's band, in rotations per original_max_len.
+      beta_fast, beta_slow: yarn's band, in rotations per original_max_len.
+      attention_factor: yarn's multiplier on cos and sin; None derives it from factor and mscale.
+      mscale, mscale_all_dim: yarn's optional inputs to attention_factor.
+      truncate: yarn rounds its band to whole dimensions.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        require_choice("rope kind", self.kind, ROPE_KINDS)
+        if self.kind != "default" and self.factor < 1:
+            raise ValueError(f"rope factor must be >= 1, got {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The numbers of a decoder-only transformer, whatever its family.
+
+    Args:
+      architecture: the checkpoint's class name, the key into the model registry.
+      vocab_size: tokens, padding of the mesh excluded.
+      hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: D, L, N, K, H, F.
+      max_position_embeddings: tokens the checkpoint declares it can handle.
+      rope: rotary embedding.
+      norm_eps: added to the mean square inside RMSNorm.
+      tie_word_embeddings: the head is the embedding.
+      attention_bias, attention_out_bias, mlp_bias: linear layers with a bias.
+
+    Raises:
+      ValueError: numbers that do not fit each other; the message names them.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
+            require_int(name, getattr(self, name), 1)
+        require_int("max_position_embeddings", self.max_position_embeddings, 2)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model, tied ones counted once."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * q_size + 2 * kv_size)
+        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        layer += self.attention_bias * (q_size + 2 * kv_size) + self.attention_out_bias * self.hidden_size
+        layer += self.mlp_bias * (2 * self.ffn_size + self.hidden_size)
+        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return tables + self.num_layers * layer + self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What a checkpoint's generation_config.json (and config.json) say about generating.
+
+    Args:
+      temperature, top_k, top_p: for calls that bring no SamplingParams; 0 / off without sampling.
+      eos_token_ids: tokens that end a text.
+      bos_token_id: token that begins one, if any.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None

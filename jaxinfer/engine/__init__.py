@@ -1,0 +1,1 @@
+"""The host loop: queues, pages, batches. Speaks token ids only."""

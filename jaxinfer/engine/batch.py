@@ -1,0 +1,103 @@
+"""A schedule as arrays.
+
+Owns: the step from rows of sequences to a padded StepBatch, and the choice of the sampler a batch needs.
+Does not know: queues, devices. Never imports jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxinfer.engine.scheduler import Schedule
+from jaxinfer.request import Request
+from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepBatch, StepShapes, pack_sampling
+
+
+def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
+    """Lays a schedule out in the smallest shape that holds it.
+
+    Logit rows are the decode rows, then the last chunks, as Schedule.sampling_rows lists them.
+    """
+    longest = max((len(chunk.token_ids) for chunk in schedule.prefills), default=0)
+    sampling = list(schedule.sampling_rows())
+    shape = shapes.shape(
+        num_decode=len(schedule.decodes),
+        num_prefill=len(schedule.prefills),
+        longest_chunk=longest,
+        num_logits=len(sampling),
+    )
+    dump_slot, width = shapes.num_slots, shapes.table_width
+    decode_slots = np.full(shape.num_decode, dump_slot, np.int32)
+    page_index = np.full(shape.num_decode, width, np.int32)
+    page_id = np.zeros(shape.num_decode, np.int32)
+    for row, decode in enumerate(schedule.decodes):
+        decode_slots[row] = decode.slot
+        if decode.new_page is not None:
+            page_index[row], page_id[row] = decode.new_page
+
+    chunks = shape.num_prefill
+    slots = np.full(chunks, dump_slot, np.int32)
+    start, length = np.zeros(chunks, np.int32), np.zeros(chunks, np.int32)
+    tokens = np.zeros((chunks, shape.chunk_len), np.int32)
+    pages = np.zeros((chunks, width), np.int32)
+    numbers = np.zeros((chunks, SAMPLING_FIELDS), np.int32)
+    for row, chunk in enumerate(schedule.prefills):
+        slots[row], start[row], length[row] = chunk.slot, chunk.start, len(chunk.token_ids)
+        tokens[row, : length[row]] = chunk.token_ids
+        pages[row, : len(chunk.pages)] = chunk.pages
+        numbers[row] = _numbers(chunk.sequence.request)
+
+    index = np.zeros(shape.num_logits, np.int32)
+    logit_slots = np.full(shape.num_logits, dump_slot, np.int32)
+    feeds = np.zeros(shape.num_logits, bool)
+    ends = [row for row, chunk in enumerate(schedule.prefills) if chunk.is_last]
+    count = len(sampling)
+    index[: len(schedule.decodes)] = np.arange(len(schedule.decodes))
+    index[len(schedule.decodes) : count] = [shape.num_decode + row * shape.chunk_len + length[row] - 1 for row in ends]
+    logit_slots[:count] = [*decode_slots[: len(schedule.decodes)], *slots[ends]]
+    feeds[:count] = True
+    return StepBatch(
+        shape=shape,
+        decode_slots=decode_slots,
+        decode_page_index=page_index,
+        decode_page_id=page_id,
+        prefill_slots=slots,
+        prefill_start=start,
+        prefill_len=length,
+        prefill_tokens=tokens,
+        prefill_pages=pages,
+        prefill_sampling=numbers,
+        logit_index=index,
+        logit_slots=logit_slots,
+        logit_feeds=feeds,
+        page_copies=np.array(schedule.page_copies, np.int32).reshape(-1, 2),
+        variant=needed_variant(sequence.request for sequence in sampling),
+        logprobs=any(sequence.request.logprobs is not None for sequence in sampling),
+    )
+
+
+def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
+    """The cheapest sampler that can serve all these requests.
+
+    A random row without a filter allows the whole vocabulary, which only the full sampler sees.
+    """
+    variant = SamplerVariant.GREEDY
+    for request in requests:
+        if request.temperature == 0:
+            continue
+        if request.top_k <= 0 and request.top_p == 1 and request.min_p == 0:
+            return SamplerVariant.FULL
+        variant = SamplerVariant.CANDIDATES
+    return variant
+
+
+def _numbers(request: Request) -> np.ndarray:
+    return pack_sampling(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        seed=request.seed,
+    )

@@ -1,0 +1,180 @@
+"""Who owns which KV page, and which pages can be found again by their content.
+
+Owns: page ids 1 .. N (0 is the dump page), reference counts, the prefix cache (SHA-256 chain over full pages) and its
+eviction order.
+Does not know: requests, devices. Never imports jax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_ROOT = b""
+
+
+def page_hashes(token_ids: Sequence[int], page_size: int) -> Iterator[bytes]:
+    """The hash chain over the full pages of a text; equal hashes mean equal text up to the page's end."""
+    previous = _ROOT
+    for start in range(0, len(token_ids) - page_size + 1, page_size):
+        previous = next_page_hash(previous, token_ids[start : start + page_size])
+        yield previous
+
+
+def next_page_hash(previous: bytes, page_token_ids: Sequence[int]) -> bytes:
+    """Hash of one more full page after a chain; b"" begins one."""
+    return hashlib.sha256(previous + np.asarray(page_token_ids, np.int64).tobytes()).digest()
+
+
+@dataclass(slots=True)
+class _CachedPage:
+    """A page whose content can be found by hash.
+
+    Args:
+      hash: of the text up to its end.
+      parent: the cached page before it; 0 for the first page of a text.
+      num_children: cached pages that continue it.
+      last_used: clock of its last release.
+    """
+
+    hash: bytes
+    parent: int
+    num_children: int = 0
+    last_used: int = 0
+
+
+class PageAllocator:
+    """Pages with reference counts and a prefix cache.
+
+    A page is free (no owner, no content worth keeping), cached (no owner, content findable) or in use. Cached pages
+    count as available: allocate evicts the least recently used one that no other cached page continues.
+
+    Args:
+      num_pages: pages 1 .. num_pages.
+    """
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._free = list(range(num_pages, 0, -1))
+        self._owners = [0] * (num_pages + 1)
+        self._cached: dict[int, _CachedPage] = {}
+        self._by_hash: dict[bytes, int] = {}
+        self._evictable: list[tuple[int, int]] = []  # heap of (last_used, page); entries may be out of date
+        self._num_idle_cached = 0
+        self._clock = 0
+
+    @property
+    def num_available(self) -> int:
+        """Pages that allocate can hand out, cached ones included."""
+        return len(self._free) + self._num_idle_cached
+
+    @property
+    def num_used(self) -> int:
+        """Pages with an owner."""
+        return self.num_pages - self.num_available
+
+    @property
+    def num_cached(self) -> int:
+        """Pages without an owner whose content can still be found."""
+        return self._num_idle_cached
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` pages for one owner each.
+
+        Raises:
+          ValueError: fewer are available.
+        """
+        if count > self.num_available:
+            raise ValueError(f"{count} pages wanted, {self.num_available} of {self.num_pages} are available")
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for page in pages:
+            self._owners[page] = 1
+        return pages
+
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The cached pages of the longest known beginning of a hash chain; takes no ownership."""
+        pages = []
+        for page_hash in hashes:
+            page = self._by_hash.get(page_hash)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def num_idle(self, pages: Sequence[int]) -> int:
+        """How many of these pages have no owner, so that sharing them makes fewer available."""
+        return sum(self._owners[page] == 0 for page in pages)
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Adds an owner to pages that find returned."""
+        for page in pages:
+            if self._owners[page] == 0:
+                self._num_idle_cached -= 1
+            self._owners[page] += 1
+
+    def publish(self, page: int, page_hash: bytes, *, parent: int) -> bool:
+        """Makes a full page findable, unless its content already is.
+
+        Args:
+          page: a page in use.
+          page_hash: of the text up to its end.
+          parent: the page before it in the owner's text, 0 for none. It must be findable itself, so that whoever shares
+            a page shares its parent too; a copy of known content stays private, and so does all that follows it.
+
+        Returns:
+          Whether the page is findable now.
+        """
+        if page in self._cached:
+            return True
+        if page_hash in self._by_hash or (parent and parent not in self._cached):
+            return False
+        self._cached[page] = _CachedPage(page_hash, parent)
+        self._by_hash[page_hash] = page
+        if parent:
+            self._cached[parent].num_children += 1
+        return True
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Takes one owner from each page; the last one leaves it free, or cached if it was published."""
+        self._clock += 1
+        for page in pages:
+            self._owners[page] -= 1
+            if self._owners[page]:
+                continue
+            if page in self._cached:
+                self._num_idle_cached += 1
+                self._cached[page].last_used = self._clock
+                self._offer(page)
+            else:
+                self._free.append(page)
+
+    def flush(self) -> None:
+        """Forgets all content; pages in use stay with their owners but are found no more."""
+        self._free.extend(page for page in self._cached if self._owners[page] == 0)
+        self._cached.clear()
+        self._by_hash.clear()
+        self._evictable.clear()
+        self._num_idle_cached = 0
+
+    def _offer(self, page: int) -> None:
+        entry = self._cached[page]
+        if entry.num_children == 0 and self._owners[page] == 0:
+            heapq.heappush(self._evictable, (entry.last_used, page))
+
+    def _evict(self) -> int:
+        while True:
+            last_used, page = heapq.heappop(self._evictable)
+            entry = self._cached.get(page)
+            if entry and not entry.num_children and not self._owners[page] and entry.last_used == last_used:
+                break
+        del self._cached[page]
+        del self._by_hash[entry.hash]
+        self._num_idle_cached -= 1
+        if entry.parent:
+            self._cached[entry.parent].num_children -= 1
+            self._offer(entry.parent)
+        return page

@@ -1,0 +1,1 @@
+"""Building blocks of decoder-only models: per-shard forward passes over parameters stacked by pipeline stage."""

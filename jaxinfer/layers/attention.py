@@ -1,0 +1,123 @@
+"""Grouped-query self-attention over the paged cache.
+
+Owns: projections, rotation, the cache write and the split of a step's tokens into its two segments.
+Does not know: how a segment's attention is computed (kernels/), who the rows are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.kernels.paged_attention import paged_attention
+from jaxinfer.layers import kv_cache, rope
+from jaxinfer.layers.kv_cache import LayerCache
+from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Segment:
+    """One rectangle of tokens: R rows of Q queries each, the last q_len positions of every row.
+
+    Args:
+      page_table: int32[R, W] pages of each row in order.
+      kv_len: int32[R] positions with keys once this step has written its own.
+      q_len: int32[R] live queries; the rest of Q is padding.
+      num_queries: Q.
+    """
+
+    page_table: Int[Array, "R W"]
+    kv_len: Int[Array, " R"]
+    q_len: Int[Array, " R"]
+    num_queries: int = field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        """R * Q."""
+        return self.kv_len.shape[0] * self.num_queries
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenBatch:
+    """The T tokens of one step, segment after segment, and where each belongs.
+
+    Args:
+      token_ids, positions: int32[T].
+      pages, offsets: int32[T], where the token's key and value are stored; the dump page for padding.
+      segments: the rectangles, in the order of the tokens.
+    """
+
+    token_ids: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    pages: Int[Array, " T"]
+    offsets: Int[Array, " T"]
+    segments: tuple[Segment, ...]
+
+
+class Attention(nnx.Module):
+    """Self-attention with fused QKV; per shard N / tp query heads and K / tp kv heads.
+
+    Args:
+      config: the model's numbers.
+      num_stages, num_shards: pipeline stages and tensor shards.
+      backend: of paged_attention.
+      dtype: of the parameters.
+    """
+
+    def __init__(self, config: ModelConfig, *, num_stages: int, num_shards: int, backend: str, dtype: jnp.dtype):
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_heads // num_shards
+        self.num_kv_heads = config.num_kv_heads // num_shards
+        self.backend = backend
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size,
+            (q_size, kv_size, kv_size),
+            num_stages=num_stages,
+            dtype=dtype,
+            bias=config.attention_bias,
+        )
+        self.out = RowParallelLinear(
+            q_size, config.hidden_size, num_stages=num_stages, dtype=dtype, bias=config.attention_out_bias
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        cache: LayerCache,
+        batch: TokenBatch,
+        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]],
+    ) -> tuple[Float[Array, "T D"], LayerCache]:
+        """Attends every token to its row's cache, which first receives the tokens' own keys and values.
+
+        Returns:
+          The block's output [T, D] (equal on all shards) and the written cache (aliases the donated one).
+        """
+        heads = self.qkv(x).reshape(x.shape[0], -1, self.head_dim)
+        queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
+        cache = kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
+        attended, start = [], 0
+        for segment in batch.segments:
+            rows = queries[start : start + segment.num_tokens]
+            start += segment.num_tokens
+            attended.append(
+                paged_attention(
+                    rows.reshape(-1, segment.num_queries, self.num_heads, self.head_dim),
+                    cache.keys[0],
+                    cache.values[0],
+                    segment.page_table,
+                    segment.kv_len,
+                    segment.q_len,
+                    scale=self.head_dim**-0.5,
+                    backend=self.backend,
+                ).reshape(rows.shape[0], -1)
+            )
+        return self.out(jnp.concatenate(attended)), cache

@@ -1,0 +1,48 @@
+"""Token embedding and language-model head, both sharded by vocabulary over the whole mesh.
+
+Owns: the slice arithmetic of the vocabulary and the mask over its padding.
+Does not know: sampling.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.communication.collectives import sum_over_vocabulary, vocabulary_shard
+from jaxinfer.communication.sharding import VOCABULARY_PARALLEL, padded_vocabulary
+from jaxinfer.layers.linear import full_precision
+
+
+class VocabularyEmbedding(nnx.Module):
+    """One row of weights a token, used to embed ids or to score hidden states (or both, when tied).
+
+    Args:
+      vocab_size: tokens; rows beyond them are padding and score -inf.
+      hidden_size: D.
+      num_shards: devices of the mesh, pipe x tensor.
+      dtype: of the weight.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, num_shards: int, dtype: jnp.dtype):
+        self.vocab_size = vocab_size
+        rows = padded_vocabulary(vocab_size, num_shards)
+        self.weight = nnx.Param(jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, rows=(vocab_size,))
+
+    def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Rows of the ids; every device adds those it owns (one psum over the mesh)."""
+        weight = self.weight[...]
+        local = token_ids - vocabulary_shard() * weight.shape[0]
+        owned = (local >= 0) & (local < weight.shape[0])
+        rows = weight.at[jnp.where(owned, local, 0)].get(mode="promise_in_bounds")
+        return sum_over_vocabulary(jnp.where(owned[:, None], rows, 0))
+
+    def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        """float32 logits of this device's slice of the vocabulary, -inf on padding rows."""
+        weight = self.weight[...]
+        logits = jnp.einsum(
+            "md,vd->mv", hidden, weight, precision=full_precision(hidden), preferred_element_type=jnp.float32
+        )
+        token_ids = vocabulary_shard() * weight.shape[0] + jnp.arange(weight.shape[0])
+        return jnp.where(token_ids < self.vocab_size, logits, -jnp.inf)

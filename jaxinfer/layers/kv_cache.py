@@ -1,0 +1,84 @@
+"""The paged KV cache: one key and one value array a layer, written in place.
+
+Owns: the arrays' layout [pp, P, K, C, H], their allocation, writes and page copies. Page 0 is the dump page: padding
+tokens write there and nobody reads it.
+Does not know: which request owns a page (engine/page_allocator.py does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.communication.sharding import KV_PAGES
+
+DUMP_PAGE = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer of every stage, each [pp, P, K, C, H] (per shard: [1, P, K / tp, C, H])."""
+
+    keys: Float[Array, "S P K C H"]
+    values: Float[Array, "S P K C H"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheShape:
+    """Size of the whole cache.
+
+    Args:
+      num_layers: layers a stage holds.
+      num_stages: pipeline stages.
+      num_pages: pages, the dump page included.
+      num_kv_heads, page_size, head_dim: K over all shards, C in tokens, H.
+    """
+
+    num_layers: int
+    num_stages: int
+    num_pages: int
+    num_kv_heads: int
+    page_size: int
+    head_dim: int
+
+    def page_bytes(self, itemsize: int) -> int:
+        """Bytes one page takes over all layers and devices."""
+        per_layer = self.num_stages * self.num_kv_heads * self.page_size * self.head_dim
+        return 2 * self.num_layers * per_layer * itemsize
+
+
+def allocate(shape: CacheShape, dtype: jnp.dtype, mesh: Mesh) -> list[LayerCache]:
+    """A cache of zeros on the mesh (zeros, since 0 * NaN would poison masked positions)."""
+    pages = (shape.num_stages, shape.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    zeros = jax.jit(lambda: jnp.zeros(pages, dtype), out_shardings=NamedSharding(mesh, KV_PAGES))
+    return [LayerCache(keys=zeros(), values=zeros()) for _ in range(shape.num_layers)]
+
+
+def write(
+    cache: LayerCache,
+    keys: Float[Array, "T K H"],
+    values: Float[Array, "T K H"],
+    *,
+    pages: Int[Array, " T"],
+    offsets: Int[Array, " T"],
+) -> LayerCache:
+    """Stores every token's key and value at (page, offset); in place when the cache is donated."""
+    return LayerCache(
+        keys=cache.keys.at[0, pages, :, offsets].set(keys, mode="promise_in_bounds"),
+        values=cache.values.at[0, pages, :, offsets].set(values, mode="promise_in_bounds"),
+    )
+
+
+def copy_pages(cache: LayerCache, copies: Int[Array, "J 2"]) -> LayerCache:
+    """Copies whole pages source -> destination, read before written; (0, 0) is padding."""
+    source, destination = copies[:, 0], copies[:, 1]
+
+    def copied(pages: Array) -> Array:
+        return pages.at[0, destination].set(pages[0, source], mode="promise_in_bounds")
+
+    return LayerCache(keys=copied(cache.keys), values=copied(cache.values))

@@ -1,0 +1,86 @@
+"""Column- and row-parallel linear layers: Megatron's pair, one psum at the end.
+
+Owns: the weight layout [pp, out, in] and how one product is computed.
+Does not know: attention, batches.
+
+Weights keep the checkpoint's [out, in] order: on CPU XLA multiplies 8 to 32 rows 14 to 30 % faster than with
+[in, out], on GPU both are equal, and loading needs no transpose.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxinfer.communication.collectives import sum_over_tensor
+from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARALLEL
+
+
+def project(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
+    """x @ weight.T in x's dtype; float32 inputs are multiplied in full float32 on every platform."""
+
+    def product(x: Array, weight: Array) -> Array:
+        return jnp.einsum("ti,oi->to", x, weight, precision=full_precision(x))
+
+    def two_halves(x: Array, weight: Array) -> Array:
+        # XLA's CPU backend runs a matrix-vector product on one core; as a batch of two halves it uses more of the
+        # memory bandwidth: 25 instead of 21 GB/s on two cores.
+        halves = weight.reshape(2, weight.shape[0] // 2, weight.shape[1])
+        return jnp.einsum("ti,boi->tbo", x, halves, precision=full_precision(x)).reshape(x.shape[0], -1)
+
+    if x.shape[0] == 1 and weight.shape[0] % 2 == 0:
+        return lax.platform_dependent(x, weight, cpu=two_halves, default=product)
+    return product(x, weight)
+
+
+def full_precision(x: Array) -> lax.Precision:
+    """HIGHEST for float32, so that a GPU does not round to TF32; DEFAULT otherwise."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+class ColumnParallelLinear(nnx.Module):
+    """y = x W^T + b with the output features split over the "tensor" axis; no communication.
+
+    Args:
+      in_size: input features.
+      out_sizes: output features of every matrix fused in this one, over all shards; shard t holds part t of each.
+      num_stages: pipeline stages, the leading axis of the parameters.
+      bias: add one.
+      dtype: of the parameters.
+    """
+
+    def __init__(
+        self, in_size: int, out_sizes: tuple[int, ...], *, num_stages: int, dtype: jnp.dtype, bias: bool = False
+    ):
+        def parameter(*shape: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros((num_stages, *shape), dtype), spec=COLUMN_PARALLEL, rows=out_sizes)
+
+        self.weight = parameter(sum(out_sizes), in_size)
+        self.bias = parameter(sum(out_sizes)) if bias else None
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        """Maps [T, in] to this shard's [T, out / tp]."""
+        y = project(x, self.weight[0])
+        return y if self.bias is None else y + self.bias[0]
+
+
+class RowParallelLinear(nnx.Module):
+    """y = x W^T + b with the input features split over the "tensor" axis; one psum, then the bias.
+
+    Args:
+      in_size, out_size: features over all shards.
+      num_stages: pipeline stages, the leading axis of the parameters.
+      bias: add one.
+      dtype: of the parameters.
+    """
+
+    def __init__(self, in_size: int, out_size: int, *, num_stages: int, dtype: jnp.dtype, bias: bool = False):
+        self.weight = nnx.Param(jnp.zeros((num_stages, out_size, in_size), dtype), spec=ROW_PARALLEL)
+        self.bias = nnx.Param(jnp.zeros((num_stages, out_size), dtype), spec=PER_STAGE) if bias else None
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        """Maps this shard's [T, in / tp] to the full [T, out] on every shard."""
+        y = sum_over_tensor(project(x, self.weight[0]))
+        return y if self.bias is None else y + self.bias[0]

@@ -1,0 +1,38 @@
+"""The gated feed-forward block.
+
+Owns: down(act(gate(x)) * up(x)), gate and up fused into one product.
+Does not know: normalisation, residuals.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU feed-forward: one column-parallel product for gate and up, one row-parallel for down.
+
+    Args:
+      hidden_size, ffn_size: D and F over all shards.
+      num_stages: pipeline stages.
+      bias: both linear layers carry one.
+      dtype: of the parameters.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, num_stages: int, dtype: jnp.dtype, bias: bool = False):
+        self.gate_up = ColumnParallelLinear(
+            hidden_size, (ffn_size, ffn_size), num_stages=num_stages, dtype=dtype, bias=bias
+        )
+        self.down = RowParallelLinear(ffn_size, hidden_size, num_stages=num_stages, dtype=dtype, bias=bias)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Maps [T, D] to [T, D]."""
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)

@@ -1,0 +1,41 @@
+"""Root-mean-square normalisation.
+
+Owns: the norm's arithmetic (statistics in float32).
+Does not know: where in a layer it stands.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxinfer.communication.sharding import PER_STAGE, REPLICATED
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight, statistics in float32.
+
+    Args:
+      size: features, D.
+      eps: added to the mean square.
+      num_stages: pipeline stages when the norm belongs to a layer; None when every device holds the one norm.
+      dtype: of the weight.
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; rounding order as in Llama's own code
+    (cast back before the weight).
+    """
+
+    def __init__(self, size: int, *, eps: float, num_stages: int | None, dtype: jnp.dtype):
+        self.eps = eps
+        self.per_stage = num_stages is not None
+        shape = (size,) if num_stages is None else (num_stages, size)
+        self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=PER_STAGE if self.per_stage else REPLICATED)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Normalises the last axis; keeps x's dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[0] if self.per_stage else self.weight[...]
+        return weight * wide.astype(x.dtype)

@@ -1,0 +1,162 @@
+"""Llama: RMSNorm, grouped-query attention with rotary positions, SwiGLU.
+
+Owns: the family's layer order, its config.json fields and its checkpoint names.
+Does not know: files, batches' origin, sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.layers import rope
+from jaxinfer.layers.attention import Attention, TokenBatch
+from jaxinfer.layers.embedding import VocabularyEmbedding
+from jaxinfer.layers.kv_cache import LayerCache
+from jaxinfer.layers.mlp import GatedMLP
+from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.models.hf_config import parse_rope, require, require_activation
+from jaxinfer.models.registry import Layout, ModelFamily
+
+TENSOR_NAMES = {
+    "embedding.weight": ("model.embed_tokens.weight",),
+    "layers.{layer}.attention_norm.weight": ("model.layers.{layer}.input_layernorm.weight",),
+    "layers.{layer}.attention.qkv.weight": (
+        "model.layers.{layer}.self_attn.q_proj.weight",
+        "model.layers.{layer}.self_attn.k_proj.weight",
+        "model.layers.{layer}.self_attn.v_proj.weight",
+    ),
+    "layers.{layer}.attention.qkv.bias": (
+        "model.layers.{layer}.self_attn.q_proj.bias",
+        "model.layers.{layer}.self_attn.k_proj.bias",
+        "model.layers.{layer}.self_attn.v_proj.bias",
+    ),
+    "layers.{layer}.attention.out.weight": ("model.layers.{layer}.self_attn.o_proj.weight",),
+    "layers.{layer}.attention.out.bias": ("model.layers.{layer}.self_attn.o_proj.bias",),
+    "layers.{layer}.mlp_norm.weight": ("model.layers.{layer}.post_attention_layernorm.weight",),
+    "layers.{layer}.mlp.gate_up.weight": (
+        "model.layers.{layer}.mlp.gate_proj.weight",
+        "model.layers.{layer}.mlp.up_proj.weight",
+    ),
+    "layers.{layer}.mlp.gate_up.bias": (
+        "model.layers.{layer}.mlp.gate_proj.bias",
+        "model.layers.{layer}.mlp.up_proj.bias",
+    ),
+    "layers.{layer}.mlp.down.weight": ("model.layers.{layer}.mlp.down_proj.weight",),
+    "layers.{layer}.mlp.down.bias": ("model.layers.{layer}.mlp.down_proj.bias",),
+    "norm.weight": ("model.norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a Llama config.json.
+
+    Raises:
+      ValueError: a field is missing or not supported.
+    """
+    require_activation(fields, "hidden_act", "silu")
+    num_heads, hidden_size = require(fields, "num_attention_heads"), require(fields, "hidden_size")
+    attention_bias = bool(fields.get("attention_bias", False))
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=require(fields, "vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=require(fields, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+        head_dim=fields.get("head_dim") or hidden_size // num_heads,
+        ffn_size=require(fields, "intermediate_size"),
+        max_position_embeddings=require(fields, "max_position_embeddings"),
+        rope=parse_rope(fields),
+        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        attention_bias=attention_bias,
+        attention_out_bias=attention_bias,
+        mlp_bias=bool(fields.get("mlp_bias", False)),
+    )
+
+
+class LlamaLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's."""
+
+    def __init__(self, config: ModelConfig, layout: Layout):
+        size, stages, dtype = config.hidden_size, layout.num_stages, layout.dtype
+        self.attention_norm = RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
+        self.attention = Attention(
+            config, num_stages=stages, num_shards=layout.num_shards, backend=layout.attention_backend, dtype=dtype
+        )
+        self.mlp_norm = RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
+        self.mlp = GatedMLP(size, config.ffn_size, num_stages=stages, dtype=dtype, bias=config.mlp_bias)
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        cache: LayerCache,
+        batch: TokenBatch,
+        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]],
+    ) -> tuple[Float[Array, "T D"], LayerCache]:
+        """One layer of one stage; returns the new residual stream and the written cache."""
+        attended, cache = self.attention(self.attention_norm(x), cache, batch, rotary)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """A Llama model whose local layer j of every stage is stacked in layers[j].
+
+    Args:
+      config: the model's numbers.
+      layout: mesh sizes, dtype, context length and attention backend.
+
+    Source: Touvron et al. 2023; Hugging Face transformers' LlamaForCausalLM, against whose results it is tested.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout):
+        self.config = config
+        self.max_model_len = layout.max_model_len
+        num_devices = layout.num_stages * layout.num_shards
+
+        def table() -> VocabularyEmbedding:
+            return VocabularyEmbedding(
+                config.vocab_size, config.hidden_size, num_shards=num_devices, dtype=layout.dtype
+            )
+
+        self.embedding = table()
+        self.layers = nnx.List([LlamaLayer(config, layout) for _ in range(layout.layers_per_stage(config))])
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, num_stages=None, dtype=layout.dtype)
+        self.lm_head = None if config.tie_word_embeddings else table()
+
+    def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token ids to the residual stream."""
+        return self.embedding.embed(token_ids)
+
+    def run_layers(
+        self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
+    ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
+        """This stage's layers; caches are one a local layer and come back written."""
+        frequencies, attention_factor = rope.rotary_frequencies(
+            self.config.rope, self.config.head_dim, max_model_len=self.max_model_len
+        )
+        rotary = rope.rotary_tables(batch.positions, frequencies, attention_factor)
+        written = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, cache, batch, rotary)
+            written.append(cache)
+        return x, written
+
+    def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """The norm in front of the head."""
+        return self.norm(x)
+
+    @property
+    def head(self) -> VocabularyEmbedding:
+        """The module that scores hidden states; the embedding itself when tied."""
+        return self.embedding if self.lm_head is None else self.lm_head
+
+
+FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=TENSOR_NAMES)

@@ -1,0 +1,114 @@
+"""Which architecture is which family.
+
+Owns: the Decoder protocol that the wrapper drives, the layout a model is built for, and the table of families.
+Does not know: any family's insides.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.layers.attention import TokenBatch
+from jaxinfer.layers.embedding import VocabularyEmbedding
+from jaxinfer.layers.kv_cache import LayerCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What a model is built for.
+
+    Args:
+      num_stages, num_shards: pipeline stages and tensor shards of the mesh.
+      dtype: of parameters and activations.
+      max_model_len: tokens the engine will serve.
+      attention_backend: of paged_attention, already chosen.
+    """
+
+    num_stages: int
+    num_shards: int
+    dtype: jnp.dtype
+    max_model_len: int
+    attention_backend: str
+
+    def layers_per_stage(self, config: ModelConfig) -> int:
+        """Local layers every stage holds; the last stage's surplus is padding."""
+        return -(-config.num_layers // self.num_stages)
+
+
+class Decoder(Protocol):
+    """The per-shard forward pass of a decoder-only model (a Flax nnx module)."""
+
+    def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token ids to the residual stream."""
+        ...
+
+    def run_layers(
+        self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
+    ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
+        """This stage's layers."""
+        ...
+
+    def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """What stands between the last layer and the head."""
+        ...
+
+    @property
+    def head(self) -> VocabularyEmbedding:
+        """The module that scores hidden states."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFamily:
+    """One family: how to read its config, build it and find its tensors.
+
+    Args:
+      parse_config: config.json's fields -> ModelConfig.
+      build: (config, layout) -> nnx module with the Decoder protocol.
+      tensor_names: parameter path -> the checkpoint tensors stacked in it along the output features;
+        "{layer}" stands for the layer's number.
+    """
+
+    parse_config: Callable[[Mapping[str, Any]], ModelConfig]
+    build: Callable[[ModelConfig, Layout], Any]
+    tensor_names: Mapping[str, tuple[str, ...]]
+
+
+_MODULES = {"LlamaForCausalLM": "jaxinfer.models.llama"}
+
+
+def known_architectures() -> list[str]:
+    """Names that find_family knows, sorted."""
+    return sorted(_MODULES)
+
+
+def find_family(architecture: str) -> ModelFamily:
+    """The family of an architecture name, as in config.json's `architectures`.
+
+    Raises:
+      ValueError: nobody knows it; the message lists the known ones.
+    """
+    if architecture not in _MODULES:
+        raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(known_architectures())}")
+    return importlib.import_module(_MODULES[architecture]).FAMILY
+
+
+def parse_model_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a config.json of any known family.
+
+    Raises:
+      ValueError: no or an unknown architecture, remote code, or numbers that do not fit.
+    """
+    if "auto_map" in fields:
+        raise ValueError("config.json asks for remote code (auto_map), which is never executed; remove the field")
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(f"config.json must name one architecture, got {architectures!r}")
+    return find_family(architectures[0]).parse_config(fields)

@@ -1,0 +1,357 @@
+"""The values that travel between the rooms: what is asked, what is computed, what comes back.
+
+Owns: SamplingParams (the user's wishes), Request (the engine's view: ids and numbers), TokenEvent (one new token),
+RequestOutput and its parts (the answer).
+Does not know: jax, text processing, the scheduler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxinfer.config import require_bool, require_int, unknown_keyword
+
+FinishReason = Literal["stop", "length", "abort"]
+MAX_LOGPROBS = 20
+_NOT_BUILT = {
+    "n": 1,
+    "min_tokens": 0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "bad_words": None,
+    "allowed_token_ids": None,
+    "prompt_logprobs": None,
+}
+
+
+def _require_number(name: str, value: object, allowed: str, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _require_strings(name: str, value: object) -> tuple[str, ...]:
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {value!r}")
+    if any(not word for word in words):
+        raise ValueError(f"{name} must not contain an empty string, got {value!r}")
+    return tuple(words)
+
+
+def _require_token_ids(name: str, value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of token ids, got {value!r}")
+    for token_id in value:
+        require_int(f"{name} entry", token_id, 0)
+    return tuple(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends.
+
+    Args:
+      n: samples of one prompt, >= 1.
+      temperature: >= 0; 0 is greedy.
+      top_p: keep the most likely tokens until their mass reaches it, (0, 1]; 1 is off.
+      top_k: keep the k most likely tokens, ties included, >= -1; 0 and -1 are off.
+      min_p: keep tokens of at least this probability relative to the most likely, [0, 1].
+      seed: 0 .. 2**63 - 1; None lets the LLM derive one.
+      max_tokens: new tokens at most, >= 0; None goes on up to max_model_len.
+      min_tokens: new tokens before the end token may come, 0 .. max_tokens.
+      stop: strings that end the text; matched across token borders.
+      stop_token_ids: ids that end it, besides the end tokens of the checkpoint.
+      ignore_eos: go on past the end tokens of the checkpoint.
+      include_stop_str_in_output: leave the matched stop string in the text.
+      skip_special_tokens: leave special tokens out of the text.
+      repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen.
+      presence_penalty, frequency_penalty: [-2, 2]; subtracted from logits of tokens generated.
+      logit_bias: token id -> [-100, 100], added to its logit.
+      bad_words: strings whose tokens never come.
+      allowed_token_ids: only these may come.
+      logprobs: 0 .. 20; the sampled token's log-probability and those of the k most likely.
+      prompt_logprobs: 0 .. 20, the same for the prompt.
+      truncate_prompt_tokens: >= 1; keep only the last k tokens of the prompt.
+      priority: lower runs first.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        require_int("n", self.n, 1)
+        _require_number("temperature", self.temperature, ">= 0", 0, math.inf)
+        _require_number("top_p", self.top_p, "in (0, 1]", 0, 1, open_low=True)
+        require_int("top_k", self.top_k, -1)
+        _require_number("min_p", self.min_p, "in [0, 1]", 0, 1)
+        if self.seed is not None:
+            require_int("seed", self.seed, 0, 2**63 - 1)
+        if self.max_tokens is not None:
+            require_int("max_tokens", self.max_tokens, 0)
+        require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
+        _require_number("repetition_penalty", self.repetition_penalty, "> 0", 0, math.inf, open_low=True)
+        _require_number("presence_penalty", self.presence_penalty, "in [-2, 2]", -2, 2)
+        _require_number("frequency_penalty", self.frequency_penalty, "in [-2, 2]", -2, 2)
+        for name in ("stop", "bad_words"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _require_strings(name, getattr(self, name)))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _require_token_ids(name, getattr(self, name)))
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must name at least one token, got none")
+        if self.logit_bias is not None:
+            self._check_logit_bias(self.logit_bias)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens is not None:
+            require_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        require_int("priority", self.priority, -(2**31), 2**31 - 1)
+
+    @staticmethod
+    def _check_logit_bias(logit_bias: object) -> None:
+        if not isinstance(logit_bias, Mapping):
+            raise TypeError(f"logit_bias must be a mapping of token ids to numbers, got {logit_bias!r}")
+        for token_id, bias in logit_bias.items():
+            require_int("logit_bias key", token_id, 0)
+            _require_number(f"logit_bias[{token_id}]", bias, "in [-100, 100]", -100, 100)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, empty when there are none."""
+        return tuple(self.stop or ())
+
+    def require_built(self) -> None:
+        """Refuses fields that this version cannot honour yet, so that none is ever ignored.
+
+        Raises:
+          NotImplementedError: names the field and the value it must keep.
+        """
+        for name, default in _NOT_BUILT.items():
+            if getattr(self, name) != default:
+                raise NotImplementedError(f"{name} is not supported yet; leave it at {default!r}")
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> SamplingParams:
+        """Builds parameters from keyword arguments.
+
+        Raises:
+          TypeError: a keyword is not a field; the message names the nearest field.
+        """
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for keyword in keywords:
+            if keyword not in known:
+                raise unknown_keyword(keyword, known)
+        return cls(**keywords)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the engine is asked for: token ids and numbers, no text.
+
+    Args:
+      request_id: unique among the requests alive.
+      prompt_token_ids: at least one id.
+      max_tokens: new tokens at most, >= 1; the engine also ends at max_model_len.
+      stop_token_ids: ids that end the request with "stop".
+      temperature, top_k, top_p, min_p: as in SamplingParams; 0, 0, 1, 0 turn them off.
+      seed: of the sampling noise, 0 .. 2**63 - 1.
+      logprobs: None, or how many of the most likely tokens to report beside the sampled one.
+      priority: lower runs first.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: int | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError("a request needs at least one prompt token, got none")
+        require_int("max_tokens", self.max_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Raw log-probabilities (natural log, float32) at one position.
+
+    Args:
+      logprob, rank: of the sampled token; rank 1 is the most likely.
+      top_ids, top_logprobs: the most likely tokens, best first.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenEvent:
+    """One new token of one request.
+
+    Args:
+      request_id: whose.
+      token_id: the token.
+      logprobs: present when the request asked for them.
+      finish_reason: set on the request's last token.
+      num_cached_tokens: prompt tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Logprob:
+    """One token's raw log-probability.
+
+    Args:
+      logprob: natural log of the model's probability, before temperature and filters.
+      rank: 1 for the most likely token of its position.
+      decoded_token: its text alone; None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionOutput:
+    """One generated text.
+
+    Args:
+      index: which of the n samples.
+      text: the text so far; None without a tokenizer.
+      token_ids: the tokens so far, the end token included.
+      delta: the text that came since the previous output of a stream.
+      logprobs: one mapping a token, id -> Logprob, when asked for.
+      cumulative_logprob: sum of the sampled tokens' log-probabilities, when asked for.
+      finish_reason: "stop", "length", "abort", or None while running.
+      stop_reason: the stop string or stop token id that matched; None for an end token of the checkpoint.
+      seed: of the sampling noise.
+    """
+
+    index: int
+    text: str | None
+    token_ids: tuple[int, ...]
+    delta: str | None
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    cumulative_logprob: float | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds of time.monotonic().
+
+    Args:
+      arrival_time: submission.
+      first_token_time: its first token was read; None before.
+      finished_time: it ended; None before.
+    """
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """The answer to one prompt; `str()` of it is the text.
+
+    Args:
+      request_id: unique in its LLM.
+      prompt: the text asked with; None when asked with ids.
+      prompt_token_ids: the ids the model saw.
+      prompt_logprobs: one entry a prompt token, the first None, when asked for.
+      outputs: the samples.
+      finished: nothing more will come.
+      num_cached_tokens: prompt tokens that came from the prefix cache.
+      metrics: times.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    num_cached_tokens: int
+    metrics: RequestMetrics = field(compare=False)
+
+    @property
+    def text(self) -> str | None:
+        """Text of the first sample; None without a tokenizer."""
+        return self.outputs[0].text
+
+    @property
+    def delta(self) -> str | None:
+        """New text of the first sample since the previous output of a stream."""
+        return self.outputs[0].delta
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens of the first sample."""
+        return self.outputs[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
+        """Log-probabilities of the first sample, when asked for."""
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first sample ended."""
+        return self.outputs[0].finish_reason
+
+    def __str__(self) -> str:
+        return self.text if self.text is not None else str(list(self.token_ids))

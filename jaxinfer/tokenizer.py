@@ -1,0 +1,388 @@
+"""Text to token ids and back: the tokenizers a checkpoint may bring, and text that grows with the tokens.
+
+Owns: reading tokenizer.json and tokenizer_config.json, the built-in byte tokenizer, incremental detokenisation.
+Does not know: models, requests, stop strings, chat templates, jax.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+REPLACEMENT = "\ufffd"
+# A character that is not complete lacks at least one of its at most four bytes.
+MAX_HELD = 3
+# Detokenisation window: when it reaches MAX_WINDOW tokens, all but the newest KEPT_WINDOW are let go. 32 tokens of one
+# byte each hold seven characters even where each takes four bytes: more than the MATCHED_TAIL that must agree before
+# anything is let go.
+MAX_WINDOW = 64
+KEPT_WINDOW = 32
+MATCHED_TAIL = 6
+SPECIAL_TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+BYTE_SPECIAL_NAMES = {256: b"<s>", 257: b"</s>"}
+
+
+class Tokenizer(Protocol):
+    """What the controller asks of a tokenizer.
+
+    Attributes:
+      vocab_size: one more than the largest token id.
+      bos_token_id: the token that begins a text, or None.
+      eos_token_ids: the tokens that end a text, as the tokenizer's own files name them; a checkpoint's
+        generation_config may say otherwise and then counts.
+      special_token_ids: the tokens that decode leaves out when skip_special_tokens is True.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        ...
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, or None."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as the tokenizer's own files name them."""
+        ...
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The tokens that decode can leave out."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the special tokens (BOS and such) that the checkpoint puts around one."""
+        ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of the text alone, with no special token put around it."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD, an id that names no token becomes nothing."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as shown to people: the decoded text of that token alone, special tokens by name."""
+        ...
+
+
+class FileTokenizer:
+    """The tokenizer of a checkpoint directory: tokenizer.json, with tokenizer_config.json where there is one.
+
+    What is put around a prompt is what tokenizer.json's post-processor says. `add_bos_token` and `add_eos_token` in
+    tokenizer_config.json are not read: transformers drops them where a tokenizer.json exists, so no BOS is added twice
+    or against the file. Truncation and padding stored in the file are turned off, `clean_up_tokenization_spaces` is
+    ignored (as transformers does for BPE). A special token that tokenizer_config.json names and the vocabulary lacks
+    counts as absent.
+
+    Args:
+      directory: the checkpoint's folder.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.json.
+      ValueError: one of the two files cannot be read; the message names the file.
+
+    Source: transformers 5, tokenization_utils_tokenizers.py (TokenizersBackend), whose ids and text it reproduces.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        directory = Path(directory)
+        self._tokenizer = _read_tokenizer(directory / "tokenizer.json")
+        config_file = directory / "tokenizer_config.json"
+        config = _read_json_object(config_file) if config_file.exists() else {}
+        names = [_token_name(config.get(field), config_file) for field in SPECIAL_TOKEN_FIELDS]
+        lists = [config.get(field) or [] for field in SPECIAL_TOKEN_LISTS]
+        entries = [entry for group in lists for entry in (group.values() if isinstance(group, dict) else group)]
+        names += [_token_name(entry, config_file) for entry in entries]
+        known = [name for name in names if name is not None and self._tokenizer.token_to_id(name) is not None]
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        # Named in the config but not flagged in tokenizer.json: flag it, or decode would not leave it out.
+        self._tokenizer.add_special_tokens([name for name in known if name not in special])
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._vocab_size = max([self._tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+        self._bos_token_id, self._eos_token_id = (
+            None if name is None else self._tokenizer.token_to_id(name) for name in names[:2]
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id; a model's padded vocabulary may be larger."""
+        return self._vocab_size
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of tokenizer_config.json's bos_token, or None."""
+        return self._bos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The id of tokenizer_config.json's eos_token, or nothing."""
+        return () if self._eos_token_id is None else (self._eos_token_id,)
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens flagged special in tokenizer.json or named in tokenizer_config.json."""
+        return self._special_token_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with what the post-processor puts around it."""
+        return self._tokenizer.encode(text).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of the text alone; a Llama-2 style tokenizer still puts its leading space in front."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids, exactly as the `tokenizers` library decodes them."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token alone; a Llama-2 style tokenizer drops the leading space."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8: ids 0 to 255 are the bytes, 256 begins a text, 257 ends it. Needs no file.
+
+    Args:
+      add_bos: whether encode puts BOS in front.
+
+    Example:
+      >>> tokenizer = ByteTokenizer()
+      >>> tokenizer.encode("hé")
+      [104, 195, 169]
+      >>> tokenizer.decode([104, 195, 257])
+      'h\ufffd'
+    """
+
+    vocab_size: int = 258
+    bos_token_id: int = 256
+    eos_token_ids: tuple[int, ...] = (257,)
+    special_token_ids: frozenset[int] = frozenset({256, 257})
+
+    def __init__(self, *, add_bos: bool = False) -> None:
+        self._prefix = [self.bos_token_id] if add_bos else []
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt: its bytes, after BOS if the tokenizer was made with add_bos."""
+        return self._prefix + self.encode_plain(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The bytes of the text."""
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the bytes; what is not UTF-8 becomes U+FFFD, an id above 257 becomes nothing."""
+        names = {} if skip_special_tokens else BYTE_SPECIAL_NAMES
+        pieces = (bytes([token_id]) if 0 <= token_id < 256 else names.get(token_id, b"") for token_id in token_ids)
+        return b"".join(pieces).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one byte alone; U+FFFD for a byte that is no character by itself."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+
+def load_tokenizer(directory: Path | str) -> Tokenizer | None:
+    """The tokenizer of a checkpoint directory.
+
+    Returns:
+      A FileTokenizer where there is a tokenizer.json, None where the checkpoint has no tokenizer.
+
+    Raises:
+      NotImplementedError: there is only a sentencepiece tokenizer.model.
+      ValueError: a tokenizer file cannot be read; the message names it.
+    """
+    directory = Path(directory)
+    if (directory / "tokenizer.json").exists():
+        return FileTokenizer(directory)
+    sentencepiece_file = directory / "tokenizer.model"
+    if sentencepiece_file.exists():
+        raise NotImplementedError(f"{sentencepiece_file}: sentencepiece models are not read yet; add a tokenizer.json")
+    return None
+
+
+class IncrementalDetokenizer:
+    """The text of an output while its tokens arrive: decode(prompt + output) with decode(prompt) taken off the front.
+
+    Text is given out as soon as it is certain, never half a character: up to three U+FFFD at the end are held back,
+    because the next tokens may turn them into one character. More of them in a row cannot be one cut-off character, so
+    the older ones are given out: a U+FFFD that belongs to the text waits for three more tokens with text at most, or
+    for finish. What push and finish return adds up to
+
+        decode(prompt + output)[len(decode(prompt)):]
+
+    Two cases where that formula alone would not do:
+    - A prompt that ends in half a character: the character counts as the prompt's (its U+FFFD was the prompt's last),
+      so the output begins behind it.
+    - A tokenizer with ByteFallback decodes a run of byte tokens to U+FFFD throughout if any of it is malformed, also
+      characters given out before the malformed byte came. Text given out is never taken back: those characters stay,
+      and only the bytes behind them become U+FFFD (sentencepiece reads such a run in this way).
+
+    Each token costs one decode of a window of at most about MAX_WINDOW tokens, whatever the length of the text. (The
+    window grows beyond that only while its end depends on its beginning: in a malformed run of byte tokens longer than
+    the window.)
+
+    Args:
+      tokenizer: decodes.
+      prompt_token_ids: the prompt; decoded in full a few times here, later only its last tokens.
+      skip_special_tokens: leave special tokens out of the text.
+
+    Source: the prefix_offset/read_offset scheme of text-generation-inference
+    (server/text_generation_server/models/model.py, Model.decode_token) and vLLM
+    (transformers_utils/detokenizer_utils.py, detokenize_incrementally): decode a short window with and without the new
+    tokens and give out the difference. Deviations: the border between old and new text is kept as a count of
+    characters, not as a token offset, so that text is given out although every token ends inside a character, and
+    U+FFFD in the text is not held for ever; the window moves only after its end has been seen not to depend on what is
+    let go; special tokens that are left out never enter the window.
+
+    Example:
+      >>> detokenizer = IncrementalDetokenizer(ByteTokenizer(), [104], skip_special_tokens=True)
+      >>> [detokenizer.push([byte]) for byte in "aé".encode()], detokenizer.finish(), detokenizer.text
+      (['a', '', 'é'], '', 'aé')
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._dropped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._parts: list[str] = []
+        self._window = [i for i in prompt_token_ids if i not in self._dropped]
+        self._max_window = MAX_WINDOW
+        # The window's text is _given + _held as of its first _num_settled tokens; later ones await a decision.
+        self._given = self._decode(self._window)
+        self._held = ""
+        self._num_settled = len(self._window)
+        if len(self._window) >= MAX_WINDOW:
+            self._slide()
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Takes the next output tokens.
+
+        Returns:
+          The text that they make certain; "" while a character is incomplete.
+        """
+        new_text = "".join([self._push(token_id) for token_id in token_ids if token_id not in self._dropped])
+        self._parts.append(new_text)
+        return new_text
+
+    def finish(self) -> str:
+        """Ends the output.
+
+        Returns:
+          The text that was held back: a character that was cut off, as U+FFFD. "" when called again.
+        """
+        new_text = self._restart() if self._num_settled < len(self._window) else ""
+        new_text += self._held
+        self._given, self._held = self._given + self._held, ""
+        self._parts.append(new_text)
+        return new_text
+
+    def _push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.startswith(self._given.rstrip(REPLACEMENT)):
+            return self._advance(text)
+        # Text given out reads differently now: ByteFallback amid a character, or in a run that has become malformed.
+        num_open = len(self._window) - self._num_settled
+        if text.endswith(REPLACEMENT) and num_open <= MAX_HELD:
+            return ""
+        return self._restart()
+
+    def _advance(self, text: str) -> str:
+        """Gives out what is new and certain in the window's text."""
+        end = max(self._certain_len(text), len(self._given))
+        new_text = text[len(self._given) : end]
+        self._given, self._held = text[:end], text[end:]
+        self._num_settled = len(self._window)
+        if len(self._window) >= self._max_window and len(self._held) <= MAX_HELD:
+            self._slide()
+        return new_text
+
+    def _certain_len(self, text: str) -> int:
+        """How much of the window's text no further token can change."""
+        settled_len = len(text.rstrip(REPLACEMENT))
+        if len(text) - settled_len <= MAX_HELD:
+            return settled_len
+        # ByteFallback turns whole U+FFFD in the text into one for each byte while the next character is incomplete.
+        shorter = (self._decode(self._window[:-i]) for i in range(1, MAX_HELD + 1))
+        return max(settled_len, min(len(text) - MAX_HELD, *map(len, shorter)))
+
+    def _restart(self) -> str:
+        """Leaves the text as it was given out and reads the undecided tokens by themselves."""
+        held = self._held
+        del self._window[: self._num_settled]
+        self._given = self._held = ""
+        return held + self._advance(self._decode(self._window))
+
+    def _slide(self) -> None:
+        """Lets the oldest tokens of the window go, if its end reads the same without them."""
+        newest = len(self._window) - KEPT_WINDOW
+        # Without its last one to three tokens as well: then a malformed run is told from one that is only incomplete.
+        ends = [len(self._window) - i for i in range(MAX_HELD + 1)]
+        old = [self._decode(self._window[:end]) for end in ends]
+        for start in range(newest, newest - MAX_HELD - 1, -1):  # one of four neighbours is not inside a character
+            new = [self._decode(self._window[start:end]) for end in ends]
+            if _end_alike(old, new):
+                del self._window[:start]
+                self._given = new[0][: len(new[0]) - len(self._held)]
+                self._num_settled = len(self._window)
+                self._max_window = MAX_WINDOW
+                return
+        self._max_window *= 2  # so that trying again costs no more than the tokens did
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _end_alike(old: list[str], new: list[str]) -> bool:
+    """Whether the texts end in the same characters, and the first two grew out of the last two by as many."""
+    alike = all(len(b) > MATCHED_TAIL and b.endswith(a[-MATCHED_TAIL:]) for a, b in zip(old, new, strict=True))
+    return alike and len(old[0]) - len(old[-1]) == len(new[0]) - len(new[-1])
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file}: expected a JSON object, got broken JSON: {error}") from error
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
+
+
+def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; a checkpoint's tokenizer is read from it")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{file}: expected a tokenizer of the tokenizers library: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _token_name(entry: object, file: Path) -> str | None:
+    """A special token's text: a string, or an object with "content"."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    if entry is None or isinstance(entry, str):
+        return entry
+    raise ValueError(f'{file}: a special token must be a string or an object with "content", got {entry!r}')

@@ -1,0 +1,1 @@
+"""The only jitted room: a StepBatch in, sampled tokens out."""

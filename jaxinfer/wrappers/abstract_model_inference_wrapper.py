@@ -1,0 +1,56 @@
+"""The protocol between the engine and whatever computes a step.
+
+Owns: the contract. Counterpart of Megatron's AbstractModelInferenceWrapper.
+Does not know: jax, models; a test wrapper can be a few lines of numpy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from jaxinfer.wrappers.step_batch import StepBatch, StepResult, StepShapes
+
+
+class AbstractModelInferenceWrapper(ABC):
+    """Computes steps in the order in which they are launched.
+
+    State that lives behind this protocol, by slot: last token, length, page table, sampling numbers; by page: keys and
+    values. A launch may return before the step is done; collecting waits for it.
+    """
+
+    @property
+    @abstractmethod
+    def shapes(self) -> StepShapes:
+        """The shapes of steps this wrapper runs."""
+
+    @property
+    @abstractmethod
+    def num_pages(self) -> int:
+        """KV pages, without the dump page; valid page ids are 1 .. num_pages."""
+
+    @property
+    @abstractmethod
+    def max_in_flight(self) -> int:
+        """Launched steps that may be uncollected at once when the engine runs ahead."""
+
+    @property
+    @abstractmethod
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+
+    @abstractmethod
+    def launch(self, batch: StepBatch) -> Any:
+        """Starts a step and returns its handle; steps run in the order of their launches."""
+
+    @abstractmethod
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for a launched step and returns its tokens; handles are collected in the order of their launches."""
+
+    @abstractmethod
+    def warmup(self) -> None:
+        """Compiles every program that serving can need."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees device memory; the wrapper cannot be used afterwards."""

@@ -1,0 +1,99 @@
+"""From a checkpoint to a running wrapper.
+
+Owns: the order of construction: config, mesh, abstract model, parameters, wrapper.
+Does not know: engines, text.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.checkpoint.loader import load_parameters
+from jaxinfer.checkpoint.store import TensorStore
+from jaxinfer.communication.mesh import make_mesh
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.kernels.paged_attention import choose_backend
+from jaxinfer.models.registry import Layout, find_family
+from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+
+logger = logging.getLogger(__name__)
+
+
+def context_length(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens of prompt and output together: max_model_len, or the model's own limit.
+
+    Raises:
+      ValueError: max_model_len exceeds what the model's rotary rule covers.
+    """
+    stretch = model.rope.factor if model.rope.kind != "default" else 1.0
+    covered = max(model.max_position_embeddings, int(model.rope.original_max_len * stretch))
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > covered:
+        raise ValueError(f"max_model_len must be <= {covered}, the model's context, got {config.max_model_len}")
+    return config.max_model_len
+
+
+def assemble(
+    model_config: ModelConfig, store: TensorStore, config: EngineConfig, *, progress: bool = True
+) -> DecoderWrapper:
+    """Builds the wrapper of a model whose tensors are in a store.
+
+    Args:
+      model_config: the model's numbers.
+      store: its tensors, by checkpoint name.
+      config: the engine's settings.
+      progress: show a bar while loading.
+
+    Raises:
+      ValueError: tensors that do not fit, a mesh the model cannot be laid out on, no room for KV pages.
+    """
+    enable_persistent_cache()
+    mesh = make_mesh(
+        pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
+    )
+    platform = mesh.devices.flat[0].platform
+    layout = Layout(
+        num_stages=config.pipeline_parallel_size,
+        num_shards=config.tensor_parallel_size,
+        dtype=choose_dtype(config.dtype, platform),
+        max_model_len=context_length(config, model_config),
+        attention_backend=choose_backend(config.attention_backend, platform),
+    )
+    family = find_family(model_config.architecture)
+    model = nnx.eval_shape(lambda: family.build(model_config, layout))
+    parameters = load_parameters(
+        model,
+        tensor_names=family.tensor_names,
+        num_layers=model_config.num_layers,
+        store=store,
+        mesh=mesh,
+        progress=progress,
+    )
+    wrapper = DecoderWrapper(model, parameters, model_config=model_config, config=config, layout=layout, mesh=mesh)
+    logger.info(
+        "%s, %.1fM parameters, mesh %s on %s, %s, attention %s, weights %.0f MiB, KV %d pages of %d tokens (%.0f MiB)",
+        model_config.architecture,
+        model_config.num_parameters / 1e6,
+        "x".join(map(str, mesh.devices.shape)),
+        jax.devices()[0].device_kind,
+        layout.dtype.name,
+        layout.attention_backend,
+        wrapper.weight_bytes / 2**20,
+        wrapper.num_pages,
+        config.page_size,
+        wrapper.kv_bytes / 2**20,
+    )
+    return wrapper
+
+
+def choose_dtype(requested: str, platform: str) -> jnp.dtype:
+    """ "auto" is float32 on CPU, where XLA's bfloat16 products are many times slower, and bfloat16 elsewhere."""
+    if requested == "auto":
+        requested = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(requested)

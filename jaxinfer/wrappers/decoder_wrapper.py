@@ -1,0 +1,309 @@
+"""The wrapper for decoder-only models: parameters, KV pages and decode state on the mesh, one program a shape.
+
+Owns: device memory and the compiled programs; turns a StepBatch into launched programs and reads their result.
+Does not know: requests, queues, text.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from jaxinfer.communication.mesh import PIPE, TENSOR
+from jaxinfer.communication.sharding import KV_PAGES, REPLICATED
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.layers import kv_cache
+from jaxinfer.layers.kv_cache import CacheShape, LayerCache
+from jaxinfer.models.registry import Layout
+from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.decoder_step import (
+    DecoderStep,
+    DecodeState,
+    num_input_words,
+    pack_inputs,
+    sample_step,
+    unpack_inputs,
+)
+from jaxinfer.wrappers.memory import num_kv_pages
+from jaxinfer.wrappers.programs import ProgramCache
+from jaxinfer.wrappers.step_batch import (
+    LogprobArrays,
+    SamplerVariant,
+    StepBatch,
+    StepResult,
+    StepShape,
+    StepShapes,
+)
+
+
+@dataclass(frozen=True)
+class StepHandle:
+    """A launched step: the device array that will hold its tokens."""
+
+    result: jax.Array
+    logprobs: bool
+
+
+class DecoderWrapper(AbstractModelInferenceWrapper):
+    """Runs a decoder-only model.
+
+    Args:
+      model: abstract nnx module with the Decoder protocol (nnx.eval_shape).
+      parameters: its state with arrays on the mesh, as the checkpoint loader returns it.
+      model_config: the model's numbers.
+      config: the engine's settings.
+      layout: what the model was built for.
+      mesh: where it lies.
+
+    Raises:
+      ValueError: the KV pool does not fit into free memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        parameters: nnx.State,
+        *,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        layout: Layout,
+        mesh: Mesh,
+    ):
+        self._mesh = mesh
+        self._shapes = StepShapes(config, max_model_len=layout.max_model_len)
+        self._programs = ProgramCache()
+        self._vocab_size = model_config.vocab_size
+        step = DecoderStep(model, page_size=config.page_size)
+        self._step_graph, self._step_tree, self._leaves, self._leaf_specs = _flattened(step, parameters, ("model",))
+        self._head_graph, self._head_tree, self._head_leaves, self._head_specs = _flattened_head(model, parameters)
+        cache_shape = functools.partial(
+            CacheShape,
+            num_layers=layout.layers_per_stage(model_config),
+            num_stages=layout.num_stages,
+            num_kv_heads=model_config.num_kv_heads,
+            page_size=config.page_size,
+            head_dim=model_config.head_dim,
+        )
+        self._page_bytes = cache_shape(num_pages=1).page_bytes(layout.dtype.itemsize)
+        self._num_pages = config.num_kv_pages or num_kv_pages(
+            device=mesh.devices.flat[0],
+            page_bytes=self._page_bytes // mesh.size,
+            useful_pages=config.max_num_seqs * self._shapes.table_width,
+            activation_bytes=_activation_bytes(model_config, self._shapes, layout.dtype.itemsize),
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )
+        self._caches = kv_cache.allocate(cache_shape(num_pages=self._num_pages + 1), layout.dtype, mesh)
+        self._state = jax.device_put(
+            DecodeState.zeros(config.max_num_seqs, self._shapes.table_width), NamedSharding(mesh, REPLICATED)
+        )
+
+    @property
+    def shapes(self) -> StepShapes:
+        """The shapes of steps this wrapper runs."""
+        return self._shapes
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages, without the dump page."""
+        return self._num_pages
+
+    @property
+    def max_in_flight(self) -> int:
+        """One step more than the pipeline has stages."""
+        return self._mesh.shape[PIPE] + 1
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        return self._programs.num_compilations
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pool over all devices, the dump page included."""
+        return self._page_bytes * (self._num_pages + 1)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters over all devices, replicas counted once."""
+        return sum(leaf.nbytes for leaf in self._leaves)
+
+    def launch(self, batch: StepBatch) -> StepHandle:
+        """Starts a step: page copies, then forward, then the sampler; nothing here waits for the device."""
+        hidden, position = self._forward(batch)
+        rows = np.stack([batch.logit_slots, batch.logit_feeds.astype(np.int32)])
+        program = self._programs.get(*self._sample_program(batch.shape.num_logits, batch.variant, batch.logprobs))
+        self._state, result = program(self._head_leaves, self._state, hidden, position, rows)
+        result.copy_to_host_async()
+        return StepHandle(result=result, logprobs=batch.logprobs)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Waits for a launched step and returns its tokens."""
+        words = np.asarray(handle.result)  # the one place where the host reads the device
+        if not handle.logprobs:
+            return StepResult(token_ids=words[:, 0], logprobs=None)
+        num_top = (words.shape[1] - 3) // 2
+        logprobs = LogprobArrays(
+            logprob=words[:, 1].view(np.float32),
+            rank=words[:, 2],
+            top_ids=words[:, 3 : 3 + num_top],
+            top_logprobs=np.ascontiguousarray(words[:, 3 + num_top :]).view(np.float32),
+        )
+        return StepResult(token_ids=words[:, 0], logprobs=logprobs)
+
+    def logits(self, batch: StepBatch) -> Float[np.ndarray, "M V"]:
+        """Advances the slots like launch, but returns float32 logits of every logit position and samples nothing.
+
+        For research and tests: the rows are gathered on the host.
+        """
+        hidden, _ = self._forward(batch)
+        program = self._programs.get(*self._logits_program(batch.shape.num_logits))
+        return np.asarray(program(self._head_leaves, hidden))[:, : self._vocab_size]
+
+    def warmup(self) -> None:
+        """Compiles the forward program of every shape and every sampler."""
+        shapes = self._shapes.all_shapes()
+        wanted = [self._forward_program(shape) for shape in shapes]
+        for num_logits in sorted({shape.num_logits for shape in shapes}):
+            for variant in SamplerVariant:
+                wanted += [self._sample_program(num_logits, variant, logprobs) for logprobs in (False, True)]
+        self._programs.compile_all(wanted)
+
+    def close(self) -> None:
+        """Frees weights, KV pages and state; the wrapper cannot be used afterwards."""
+        for array in jax.tree.leaves((self._leaves, self._caches, self._state)):
+            if not array.is_deleted():
+                array.delete()
+        self._programs.clear()
+
+    def compiled_forward(self, shape: StepShape) -> jax.stages.Compiled:
+        """The forward program of a shape, for reading its memory plan and text."""
+        return self._programs.get(*self._forward_program(shape))
+
+    def _forward(self, batch: StepBatch) -> tuple[jax.Array, jax.Array]:
+        if batch.page_copies.size:
+            copies = _padded_copies(batch.page_copies)
+            self._caches = self._programs.get(*self._copy_program(len(copies)))(self._caches, copies)
+        program = self._programs.get(*self._forward_program(batch.shape))
+        words = pack_inputs(batch, self._shapes.table_width)
+        self._state, self._caches, hidden, position = program(self._leaves, self._state, self._caches, words)
+        return hidden, position
+
+    def _forward_program(self, shape: StepShape) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+        width = self._shapes.table_width
+
+        def forward(leaves, state, caches, words):
+            step = nnx.merge(self._step_graph, jax.tree.unflatten(self._step_tree, leaves))
+            return step(state, caches, unpack_inputs(words, shape, width))
+
+        def lower() -> jax.stages.Lowered:
+            mapped = self._sharded(
+                forward,
+                in_specs=(self._leaf_specs, REPLICATED, KV_PAGES, REPLICATED),
+                out_specs=(REPLICATED, KV_PAGES, REPLICATED, REPLICATED),
+            )
+            words = jax.ShapeDtypeStruct((num_input_words(shape, width),), jnp.int32)
+            return jax.jit(mapped, donate_argnums=(1, 2)).lower(
+                self._leaves, _abstract(self._state), _abstract(self._caches), words
+            )
+
+        return ("forward", shape), lower
+
+    def _sample_program(
+        self, num_logits: int, variant: SamplerVariant, logprobs: bool
+    ) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+        def sample(leaves, state, hidden, position, rows):
+            head = nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, leaves))
+            return sample_step(head, state, hidden, position, rows, variant=variant, logprobs=logprobs)
+
+        def lower() -> jax.stages.Lowered:
+            mapped = self._sharded(
+                sample,
+                in_specs=(self._head_specs, REPLICATED, REPLICATED, REPLICATED, REPLICATED),
+                out_specs=(REPLICATED, REPLICATED),
+            )
+            replicated = NamedSharding(self._mesh, REPLICATED)
+            position = jax.ShapeDtypeStruct((num_logits,), jnp.int32, sharding=replicated)
+            rows = jax.ShapeDtypeStruct((2, num_logits), jnp.int32)
+            return jax.jit(mapped, donate_argnums=(1,)).lower(
+                self._head_leaves, _abstract(self._state), self._abstract_hidden(num_logits), position, rows
+            )
+
+        return ("sample", num_logits, variant, logprobs), lower
+
+    def _logits_program(self, num_logits: int) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+        def logits(leaves, hidden):
+            return nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, leaves)).logits(hidden)
+
+        def lower() -> jax.stages.Lowered:
+            mapped = self._sharded(
+                logits, in_specs=(self._head_specs, REPLICATED), out_specs=PartitionSpec(None, (PIPE, TENSOR))
+            )
+            return jax.jit(mapped).lower(self._head_leaves, self._abstract_hidden(num_logits))
+
+        return ("logits", num_logits), lower
+
+    def _copy_program(self, num_copies: int) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+        def copy(caches: list[LayerCache], copies) -> list[LayerCache]:
+            return [kv_cache.copy_pages(cache, copies) for cache in caches]
+
+        def lower() -> jax.stages.Lowered:
+            mapped = self._sharded(copy, in_specs=(KV_PAGES, REPLICATED), out_specs=KV_PAGES)
+            copies = jax.ShapeDtypeStruct((num_copies, 2), jnp.int32)
+            return jax.jit(mapped, donate_argnums=(0,)).lower(_abstract(self._caches), copies)
+
+        return ("copy", num_copies), lower
+
+    def _abstract_hidden(self, num_logits: int) -> jax.ShapeDtypeStruct:
+        weight = self._head_leaves[0]
+        sharding = NamedSharding(self._mesh, REPLICATED)
+        return jax.ShapeDtypeStruct((num_logits, weight.shape[1]), weight.dtype, sharding=sharding)
+
+    def _sharded(self, function: Callable, *, in_specs, out_specs) -> Callable:
+        # check_vma cannot see that a psum makes the outputs equal on all devices.
+        return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _flattened(module: nnx.Module, parameters: nnx.State, prefix: tuple[str, ...]):
+    """Graph definition, tree definition, leaves and specs of a module whose parameters are at hand."""
+    graph, abstract = nnx.split(module)
+    tree = jax.tree.structure(abstract)
+    arrays = {prefix + path: variable for path, variable in nnx.to_flat_state(parameters)}
+    found = [arrays[path] for path, _ in nnx.to_flat_state(abstract)]
+    return graph, tree, [variable[...] for variable in found], [variable.spec for variable in found]
+
+
+def _flattened_head(model: Any, parameters: nnx.State):
+    """As _flattened, for the model's head alone; a tied head shares the embedding's array."""
+    graph, abstract = nnx.split(model.head)
+    path = next(path for path, module in nnx.iter_graph(model) if module is model.head)
+    arrays = dict(nnx.to_flat_state(parameters))
+    found = [arrays[(*path, *tail)] for tail, _ in nnx.to_flat_state(abstract)]
+    tree = jax.tree.structure(abstract)
+    return graph, tree, [variable[...] for variable in found], [variable.spec for variable in found]
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def _padded_copies(copies: np.ndarray) -> np.ndarray:
+    """Copies padded to a power of two with the dump page onto itself."""
+    size = 1 << (len(copies) - 1).bit_length()
+    return np.concatenate([copies, np.zeros((size - len(copies), 2), np.int32)])
+
+
+def _activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:
+    """A generous estimate of the largest step's temporaries: residual, QKV, feed-forward and float32 logits."""
+    largest = shapes.all_shapes()[-1]
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    per_token = (4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size) * max(itemsize, 4)
+    return largest.num_tokens * per_token + 4 * largest.num_logits * config.vocab_size * 4

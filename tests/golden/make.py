@@ -1,0 +1,330 @@
+"""Makes the golden files beside it: tiny random Llama checkpoints with the answers of transformers, and tokenizers.
+
+The only file of the project that needs torch and transformers. Run `python tests/golden/make.py` to make all of it, or
+name some cases: `python tests/golden/make.py gqa tied`. Everything follows from the table CASES and fixed seeds: a
+second run writes the same bytes (on one machine and one torch version).
+
+A case keeps, in expected.npz, for i = 0, 1, 2:
+  prompt_i     int32[len]      prompt ids; lengths 5, 23, 40
+  positions_i  int32[n]        prompt positions whose logits are kept: at most 16, evenly spaced, the last one included
+  logits_i     float32[n, V]   logits of one forward pass over the prompt, at positions_i
+  greedy_i     int32[24]       generate(do_sample=False) with no end token
+  logprobs_i   float32[24]     log_softmax of each step at the token it chose
+  margin_i     float32[]       smallest gap between the two best logits over the 24 steps; over 1e-4, else the seed is
+  passed over
+and, in rope_dynamic, long_prompt, long_positions, long_logits for a prompt longer than max_position_embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+PROMPT_LENS = (5, 23, 40)
+NUM_NEW_TOKENS = 24
+MAX_KEPT_POSITIONS = 16
+MIN_MARGIN = 1e-4
+MIN_DISTINCT = 8
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+METASPACE = "\u2581"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One checkpoint: what differs from BASE, how it is stored, what else is kept."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    bfloat16: bool = False
+    max_shard_size: str = "10MB"
+    long_prompt_len: int = 0
+    tokenizer: bool = False
+
+
+BASE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def rope(kind: str, **fields: float) -> dict[str, Any]:
+    """A rope_parameters field with a base low enough that every frequency turns within a prompt."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **fields}}
+
+
+CASES: dict[str, Case] = {
+    "gqa": Case(
+        config={"vocab_size": 320, "intermediate_size": 40, "bos_token_id": 0, "eos_token_id": 1}, tokenizer=True
+    ),
+    "mha": Case(config={"num_key_value_heads": 4}),
+    "tied": Case(config={"tie_word_embeddings": True, "num_hidden_layers": 3}),
+    "biases": Case(config={"attention_bias": True, "mlp_bias": True}),
+    "head_dim": Case(config={"head_dim": 20, "tie_word_embeddings": True}),
+    "rope_linear": Case(config=rope("linear", factor=4.0)),
+    "rope_dynamic": Case(config={"max_position_embeddings": 64} | rope("dynamic", factor=4.0), long_prompt_len=100),
+    "rope_llama3": Case(
+        config=rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        )
+    ),
+    "rope_yarn": Case(
+        config=rope("yarn", factor=8.0, beta_fast=4.0, beta_slow=1.0, original_max_position_embeddings=32)
+    ),
+    "sharded": Case(max_shard_size="120KB"),
+    "bf16": Case(bfloat16=True),
+}
+
+
+def make_model(case: Case, seed: int) -> LlamaForCausalLM:
+    """A float32 model with weights drawn in name order; rounded to bfloat16 values where the case is stored so."""
+    config = LlamaConfig(**(BASE | case.config), attn_implementation="eager")
+    model = LlamaForCausalLM(config).eval()
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            values = torch.from_numpy(draw(rng, name, tuple(parameter.shape), config.tie_word_embeddings))
+            parameter.copy_(values.bfloat16().float() if case.bfloat16 else values)
+    return model
+
+
+def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], tied: bool) -> np.ndarray:
+    """One weight: large enough that the greedy output wanders, norms around one, biases not zero."""
+    normal = rng.standard_normal(shape).astype(np.float32)
+    if "norm" in name:
+        return 1 + 0.2 * normal
+    if name.endswith("bias"):
+        return 0.3 * normal
+    if "embed_tokens" in name:  # a tied head would repeat its input if the embedding outweighed the layers
+        return (0.3 if tied else 1.0) * normal
+    return 1.5 / np.sqrt(np.float32(shape[1])) * normal
+
+
+def forward(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+    """Logits float32[len, V] of one forward pass without a cache."""
+    with torch.no_grad():
+        return model(torch.tensor(ids[None], dtype=torch.long), use_cache=False).logits[0].numpy()
+
+
+def greedy(model: LlamaForCausalLM, prompt: np.ndarray) -> np.ndarray:
+    """int32[24]: what transformers generates with no end token."""
+    ids = torch.tensor(prompt[None], dtype=torch.long)
+    mask = torch.ones_like(ids)
+    eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, pad_token_id=0)
+    model.generation_config.eos_token_id = eos
+    return output[0, len(prompt) :].numpy().astype(np.int32)
+
+
+def kept_logits(model: LlamaForCausalLM, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(positions int32[n], logits float32[n, V]) of a forward pass over the prompt."""
+    num_kept = min(len(prompt), MAX_KEPT_POSITIONS)
+    positions = np.linspace(0, len(prompt) - 1, num_kept).round().astype(np.int32)
+    return positions, forward(model, prompt)[positions]
+
+
+def expected(model: LlamaForCausalLM, case: Case, seed: int) -> dict[str, np.ndarray] | None:
+    """The arrays of expected.npz, or None where this seed's output is too uniform or too close to a tie."""
+    rng = np.random.default_rng(1000 + seed)
+    vocab_size = model.config.vocab_size
+    arrays: dict[str, np.ndarray] = {}
+    for i, prompt_len in enumerate(PROMPT_LENS):
+        prompt = rng.integers(3, vocab_size, prompt_len).astype(np.int32)
+        tokens = greedy(model, prompt)
+        steps = forward(model, np.concatenate([prompt, tokens]))[prompt_len - 1 : -1]  # [24, V]
+        best = np.sort(steps, axis=-1)[:, -2:]
+        margin = (best[:, 1] - best[:, 0]).min()
+        if margin <= MIN_MARGIN or len(set(tokens.tolist())) < MIN_DISTINCT or model.config.eos_token_id in tokens:
+            return None
+        if not np.array_equal(steps.argmax(-1), tokens):
+            raise RuntimeError("generate() and a forward pass without cache disagree although no step is near a tie")
+        logprobs = torch.log_softmax(torch.from_numpy(steps), -1).numpy()[np.arange(NUM_NEW_TOKENS), tokens]
+        positions, logits = kept_logits(model, prompt)
+        arrays |= {f"prompt_{i}": prompt, f"positions_{i}": positions, f"logits_{i}": logits}
+        arrays |= {f"greedy_{i}": tokens, f"logprobs_{i}": logprobs, f"margin_{i}": margin}
+    if case.long_prompt_len:
+        arrays["long_prompt"] = rng.integers(3, vocab_size, case.long_prompt_len).astype(np.int32)
+        arrays["long_positions"], arrays["long_logits"] = kept_logits(model, arrays["long_prompt"])
+    return arrays
+
+
+def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """np.savez with fixed time stamps, so that equal arrays are equal files."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+
+def fresh(directory: Path) -> Path:
+    """An empty directory in place of whatever was there."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def make_case(name: str, case: Case) -> str:
+    """Writes one checkpoint with its expected.npz; returns a line that says what came of it."""
+    for seed in range(1000):
+        model = make_model(case, seed)
+        arrays = expected(model, case, seed)
+        if arrays is not None:
+            break
+    else:
+        raise RuntimeError(f"{name}: no seed below 1000 gives a diverse output without near-ties")
+    directory = fresh(HERE / name)
+    if case.bfloat16:
+        model = model.to(torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size=case.max_shard_size)
+    save_npz(directory / "expected.npz", arrays)
+    if case.tokenizer:
+        byte_level_tokenizer(model.config.vocab_size).save_pretrained(directory)
+        write_texts(directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    num_bytes = sum(path.stat().st_size for path in directory.iterdir())
+    margin = min(float(arrays[f"margin_{i}"]) for i in range(len(PROMPT_LENS)))
+    return f"{name}: seed {seed}, smallest margin {margin:.1e}, {num_bytes / 1000:.0f} kB"
+
+
+CORPUS = """In the beginning there was a small river, and beside the river there was a small house. The people of the
+house were not many: a baker, a fisher and their three children. In the morning the baker lit the fire; in the evening
+the fisher came home from the river. "There is bread," said the baker. "There is fish," said the fisher. And so there
+was supper. Café, naïve, façade, déjà vu, über, Straße, ñandú, señor, smörgåsbord. Ça va? Ça va très bien, merci.
+你好世界。你好，朋友。日本語の文章です。こんにちは世界。한국어 문장입니다.
+🙂 🙂🙂 🚀 to the moon 🚀! 👩‍👩‍👧 family. x = y + 42; print("hello world")
+"""
+TEXTS = (
+    "In the beginning",
+    " there was a small house",
+    "  two  spaces  inside  ",
+    "\n\ttabs and\nlines\n",
+    "Café déjà vu",
+    "你好，世界 日本語",
+    "🙂👩‍👩‍👧🚀 emoji 🦄",
+    "unseen: Ω ж ๛ \u00a0 \ufffd",
+    "<s>special</s> tokens",
+    "",
+)
+
+
+def byte_level_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """GPT-2 / Llama-3 style: bytes as letters, BPE, <s> put in front by the post-processor."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    return with_bos(tokenizer)
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama-2 style: a space put in front, spaces as U+2581, BPE that falls back to <0xXX> byte tokens."""
+    counts = Counter(CORPUS.replace(" ", METASPACE).replace("\n", ""))
+    alphabet = sorted(counts, key=lambda letter: (-counts[letter], letter))[:60]  # rarer letters become bytes
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=140, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
+    )
+    trained.train_from_iterator(CORPUS.splitlines(), trainer)
+    model = json.loads(trained.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    names = [UNK, BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={name: token_id for token_id, name in enumerate(names)},
+            merges=[tuple(merge) for merge in model["merges"]],
+            unk_token=UNK,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(METASPACE), normalizers.Replace(" ", METASPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([UNK, BOS, EOS])
+    return with_bos(tokenizer, unk_token=UNK)
+
+
+def with_bos(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
+    """Adds the post-processor that puts <s> in front and the names that tokenizer_config.json keeps."""
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos_id)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, **names)
+
+
+def write_texts(directory: Path) -> None:
+    """texts.json: what transformers, loading the directory afresh, makes of TEXTS and of two awkward id sequences."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    cut_off = tokenizer.encode("a 日本")[:-1]
+    odd = [1, *range(5, 300, 13), 2, 0, 1]
+    encoded = [tokenizer.encode(text) for text in TEXTS]
+    record = {
+        "transformers": {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "vocab_size": len(tokenizer),
+            "all_special_ids": sorted(tokenizer.all_special_ids),
+        },
+        "encode": [
+            {"text": text, "ids": ids, "plain_ids": tokenizer.encode(text, add_special_tokens=False)}
+            for text, ids in zip(TEXTS, encoded, strict=True)
+        ],
+        "decode": [
+            {
+                "ids": ids,
+                "text": tokenizer.decode(ids, skip_special_tokens=True),
+                "text_with_special": tokenizer.decode(ids, skip_special_tokens=False),
+            }
+            for ids in [*encoded, cut_off, odd]
+        ],
+    }
+    (directory / "texts.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def make_tokenizers() -> str:
+    """Writes the tokenizer fixtures that belong to no checkpoint."""
+    directory = fresh(HERE / "tokenizers" / "metaspace")
+    metaspace_tokenizer().save_pretrained(directory)
+    write_texts(directory)
+    return f"tokenizers/metaspace: {sum(path.stat().st_size for path in directory.iterdir()) / 1000:.0f} kB"
+
+
+def main(names: list[str]) -> None:
+    """Makes the named cases, or all of them and the tokenizers."""
+    torch.set_num_threads(1)
+    for name in names or [*CASES, "tokenizers"]:
+        print(make_tokenizers() if name == "tokenizers" else make_case(name, CASES[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""Conformance of every paged attention backend: a numpy softmax over contiguous K/V, then the oracle, then invariants."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from jaxinfer.kernels.paged_attention import BACKENDS, choose_backend, paged_attention
+
+PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, TABLE_WIDTH = 8, 2, 16, 5
+KV_LENS = [0, 1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 3 * PAGE_SIZE + 5, TABLE_WIDTH * PAGE_SIZE]
+SCALE = HEAD_DIM**-0.5
+FEATURES = {
+    "plain": {},
+    "window": {"window": 5},
+    "page_window": {"window": PAGE_SIZE},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 11, "softcap": 3.0, "sinks": True},
+}
+F32 = {"rtol": 2e-5, "atol": 2e-6}  # only the order of float32 additions differs
+BF16 = {"rtol": 2e-2, "atol": 2e-2}  # weights and the result round to 8 bits of mantissa
+FAST_BACKENDS = sorted(set(BACKENDS) - {"reference"})
+
+
+@functools.cache
+def attention(backend, names, window, softcap):
+    """The typechecked contract under jit, compiled once per static setting."""
+    checked = jaxtyped(typechecker=beartype)(paged_attention)
+
+    def call(sinks, *arrays):
+        sinks = sinks if "sinks" in names else None
+        return checked(*arrays, scale=SCALE, window=window, softcap=softcap, sinks=sinks, backend=backend)
+
+    return jax.jit(call)
+
+
+def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks=False, **replaced):
+    arrays = case.arrays | replaced
+    floats = [jnp.asarray(arrays[name], dtype) for name in ("q", "k_pages", "v_pages")]
+    ints = [jnp.asarray(arrays[name], jnp.int32) for name in ("page_table", "kv_len", "q_len")]
+    call = attention(backend, ("sinks",) if sinks else (), window, softcap)
+    out = call(jnp.asarray(case.sinks), *floats, *ints)
+    assert out.dtype == dtype
+    return np.asarray(out, np.float32)
+
+
+def make_case(num_queries=1, group=4, kv_lens=tuple(KV_LENS), seed=0):
+    """Contiguous K/V scattered over shuffled pages; every page and tail that no row reaches is NaN."""
+    rng = np.random.default_rng(seed)
+    kv_len, num_rows = np.array(kv_lens), len(kv_lens)
+    q_len = np.minimum(kv_len, rng.integers(1, num_queries + 1, num_rows))
+    q_len[-1] = min(kv_len[-1], num_queries)
+    q = rng.normal(size=(num_rows, num_queries, NUM_KV_HEADS * group, HEAD_DIM)).astype(np.float32)
+    kv = rng.normal(size=(2, num_rows, NUM_KV_HEADS, TABLE_WIDTH * PAGE_SIZE, HEAD_DIM)).astype(np.float32)
+    pages = np.full((2, num_rows * TABLE_WIDTH + 1, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM), np.nan, np.float32)
+    table = rng.permutation(num_rows * TABLE_WIDTH).reshape(num_rows, TABLE_WIDTH) + 1
+    for row, length in enumerate(kv_len):
+        for p in range(length):
+            pages[:, table[row, p // PAGE_SIZE], :, p % PAGE_SIZE] = kv[:, row, :, p]
+        table[row, -(-length // PAGE_SIZE) :] = 0  # the dump page
+    arrays = {"q": q, "k_pages": pages[0], "v_pages": pages[1], "page_table": table, "kv_len": kv_len, "q_len": q_len}
+    return SimpleNamespace(arrays=arrays, kv=kv, sinks=rng.normal(size=NUM_KV_HEADS * group).astype(np.float32))
+
+
+def numpy_attention(case, *, window=None, softcap=None, sinks=False):
+    """One softmax per (row, query, head) in float64."""
+    q, kv_len, q_len = (case.arrays[name] for name in ("q", "kv_len", "q_len"))
+    out = np.zeros(q.shape)
+    group = q.shape[2] // NUM_KV_HEADS
+    for row, query, head in np.ndindex(q.shape[:3]):
+        if query >= q_len[row]:
+            continue
+        end = kv_len[row] - q_len[row] + query + 1
+        start = 0 if window is None else max(0, end - window)
+        k, v = case.kv[:, row, head // group, start:end].astype(np.float64)
+        score = k @ q[row, query, head] * SCALE
+        if softcap is not None:
+            score = softcap * np.tanh(score / softcap)
+        weight = np.exp(score)
+        out[row, query, head] = weight @ v / (weight.sum() + (np.exp(case.sinks[head]) if sinks else 0.0))
+    return out
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("num_queries", [1, 3, 16])
+def test_reference_contiguous_kv_equals_numpy_softmax(num_queries, features):
+    case = make_case(num_queries)
+    np.testing.assert_allclose(
+        attend(case, "reference", **FEATURES[features]), numpy_attention(case, **FEATURES[features]), **F32
+    )
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("num_queries", [1, 3, 16])
+def test_paged_attention_shuffled_pages_equals_reference(num_queries, features, backend):
+    case = make_case(num_queries, seed=1)
+    expected = attend(case, "reference", **FEATURES[features])
+    np.testing.assert_allclose(attend(case, backend, **FEATURES[features]), expected, **F32)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_paged_attention_group_size_equals_reference(num_queries, group, backend):
+    case = make_case(num_queries, group)
+    expected = attend(case, "reference", **FEATURES["all"])
+    np.testing.assert_allclose(attend(case, backend, **FEATURES["all"]), expected, **F32)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("num_queries", [1, 16])
+def test_paged_attention_bfloat16_equals_float32_reference(num_queries, backend):
+    case = make_case(num_queries)
+    out = attend(case, backend, jnp.bfloat16, **FEATURES["all"])
+    np.testing.assert_allclose(out, attend(case, "reference", **FEATURES["all"]), **BF16)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_paged_attention_padding_queries_and_empty_rows_are_zeros(num_queries, backend):
+    case = make_case(num_queries)
+    padding = np.arange(num_queries) >= case.arrays["q_len"][:, None]
+    q = np.where(padding[..., None, None], np.nan, case.arrays["q"])
+    out = attend(case, backend, sinks=True, q=q)
+    assert np.isfinite(out).all()
+    assert not out[padding].any() and not out[case.arrays["kv_len"] == 0].any()
+    assert out[~padding].all(axis=(-1, -2)).any()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_paged_attention_page_numbers_and_row_order_change_no_bit(num_queries, backend):
+    case = make_case(num_queries)
+    expected = attend(case, backend)
+    order = np.random.default_rng(1).permutation(len(KV_LENS))
+    shuffle = np.random.default_rng(2).permutation(case.arrays["k_pages"].shape[0])  # new page number -> old
+    changed = {name: case.arrays[name][order] for name in ("q", "kv_len", "q_len")}
+    changed["page_table"] = np.argsort(shuffle)[case.arrays["page_table"][order]]
+    changed |= {name: case.arrays[name][shuffle] for name in ("k_pages", "v_pages")}
+    np.testing.assert_array_equal(attend(case, backend, **changed), expected[order])
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_paged_attention_large_scores_stay_finite(backend):
+    case = make_case(1)
+    out = attend(case, backend, q=case.arrays["q"] * 1e4)
+    assert np.isfinite(out).all() and np.abs(out[-1]).max() > 0
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_paged_attention_under_shard_map_equals_plain_call(backend):
+    case = make_case(1)
+    arrays = [jnp.asarray(a, jnp.float32 if a.dtype == np.float32 else jnp.int32) for a in case.arrays.values()]
+    mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    heads, none = jax.P(None, None, "tp"), jax.P()
+    pages = jax.P(None, "tp")
+    call = functools.partial(paged_attention, scale=SCALE, backend=backend)
+    specs = (heads, pages, pages, none, none, none)
+    sharded = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False))
+    np.testing.assert_array_equal(sharded(*arrays), attend(case, backend))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"backend": "cuda"}, "choose one of"), ({"window": 0}, "at least 1"), ({"heads": 3}, "do not divide")],
+)
+def test_paged_attention_bad_argument_raises(change, message):
+    arrays = make_case(1).arrays | {}
+    arrays["q"] = arrays["q"][:, :, : change.pop("heads", None)]
+    with pytest.raises(ValueError, match=message):
+        paged_attention(*map(jnp.asarray, arrays.values()), scale=SCALE, **change)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_choose_backend_auto_is_xla(platform):
+    assert choose_backend("auto", platform) == "xla"
+    assert choose_backend("reference", platform) == "reference"
+
+
+def test_choose_backend_unknown_name_lists_choices():
+    with pytest.raises(ValueError, match="auto, reference, xla"):
+        choose_backend("flash", "cpu")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxinfer.controller import Submission
 from jaxinfer.request import RequestOutput
 
 
+@runtime_checkable
 class Drivable(Protocol):
     """What a driver asks of a controller; all but prepare run on the driver's thread."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 
@@ -27,6 +27,7 @@ SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 BYTE_SPECIAL_NAMES = {256: b"<s>", 257: b"</s>"}
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the controller asks of a tokenizer.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
+@runtime_checkable
 class TensorStore(Protocol):
     """Named tensors that can be read slice by slice."""
 

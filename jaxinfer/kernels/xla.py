@@ -3,12 +3,15 @@
 Owns the speed on CPU and a right answer on every platform; knows nothing of who chose it.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 _LEAST = -1e30  # finite: exp(_LEAST - _LEAST) is 1, where -inf would give NaN
-_QUERIES_PER_STEP = 16  # measured: fewer leave XLA's calls dominant, more overflow the CPU's L2 cache
+# Of one step, measured: fewer leave the cost of starting each XLA call dominant, more overflow the CPU's caches.
+_MAX_ROWS = 32
+_MAX_QUERIES = 1024
 
 
 def paged_attention_xla(
@@ -44,64 +47,59 @@ def paged_attention_xla(
     top0 = jnp.repeat(top0.reshape(num_kv_heads, group), num_queries, axis=1)  # [K, G*Q]
     query = jnp.tile(jnp.arange(num_queries), group)  # [G*Q]
 
-    def attend_rows(rows):
-        q, table, first, kv_len, q_len = rows
-        size = q.shape[0]
-        query_position = (kv_len - q_len)[:, None] + query  # [B, G*Q]
-        end = -(-kv_len // page_size)
-
-        def attend_page(i, carry):
-            top, total, out = carry
-            page = first + i  # [B]
-            page_id = jnp.take_along_axis(table, jnp.minimum(page, table.shape[1] - 1)[:, None], axis=1)[:, 0]
-            page_id = jnp.where(page < end, page_id, 0)
-            k = k_pages.at[page_id].get(mode="promise_in_bounds")  # [B, K, C, H]
-            v = v_pages.at[page_id].get(mode="promise_in_bounds")
-            position = page[:, None] * page_size + jnp.arange(page_size)  # [B, C]
-            live = position < kv_len[:, None]
-            visible = live[:, None] & (position[:, None] <= query_position[..., None])
-            visible &= (query < q_len[:, None])[..., None]
-            if window is not None:
-                visible &= position[:, None] > query_position[..., None] - window
-            visible = visible[:, None]  # [B, 1, G*Q, C]
-            # Keys first: XLA's dot takes half the time of the other order when the queries are few.
-            score = jnp.einsum("bkch,bkqh->bkcq", k, q, precision=precision, preferred_element_type=jnp.float32)
-            score = score.swapaxes(2, 3) * scale
-            if softcap is not None:
-                score = softcap * jnp.tanh(score / softcap)
-            score = jnp.where(visible, score, _LEAST)
-            new_top = jnp.maximum(top, score.max(axis=-1))
-            weight = jnp.where(visible, jnp.exp(score - new_top[..., None]), 0.0)
-            decay = jnp.exp(top - new_top)
-            v = jnp.where(live[:, None, :, None], v, 0)  # 0 * NaN is NaN: values need the mask too
-            gain = jnp.einsum(
-                "bkqc,bkch->bkqh", weight.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-            )
-            return new_top, total * decay + weight.sum(axis=-1), out * decay[..., None] + gain
-
-        top = jnp.broadcast_to(top0, (size, *top0.shape))
-        total = jnp.full_like(top, 0.0 if sinks is None else 1.0)
-        out = jnp.zeros((*top.shape, head_dim), jnp.float32)
-        _, total, out = lax.fori_loop(0, (end - first).max(), attend_page, (top, total, out))
-        return out * jnp.where(total > 0, 1.0 / total, 0.0)[..., None]
-
+    size = min(num_rows, _MAX_ROWS, max(1, _MAX_QUERIES // num_queries))  # rows of a group, B below
+    num_groups = -(-num_rows // size)
     first = jnp.zeros_like(kv_len)
     if window is not None:
         first = jnp.maximum(kv_len - q_len - window + 1, 0) // page_size
+    order = jnp.arange(num_rows) if num_groups == 1 else jnp.argsort(-(-kv_len // page_size) - first)
+    slot = jnp.argsort(order)
+    order = jnp.pad(order, (0, num_groups * size - num_rows), mode="edge")
     q_packed = q.reshape(num_rows, num_queries, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_packed = q_packed.reshape(num_rows, num_kv_heads, group * num_queries, head_dim)
-    rows = (q_packed, page_table, first, kv_len, q_len)
+    rows = tuple(x[order] for x in (q_packed, page_table, first, kv_len, q_len))
+    num_steps = (-(-rows[3] // page_size) - rows[2]).reshape(num_groups, size).max(axis=1)
+    last_step = jnp.cumsum(num_steps)
 
-    size = min(num_rows, max(1, _QUERIES_PER_STEP // num_queries))
-    if size == num_rows:
-        out = attend_rows(rows)
-    else:
-        num_groups = -(-num_rows // size)
-        order = jnp.argsort(-(-kv_len // page_size) - first)
-        slot = jnp.argsort(order)
-        order = jnp.pad(order, (num_groups * size - num_rows, 0))
-        order = order.reshape(num_groups, size)
-        out = lax.map(lambda ids: attend_rows(tuple(x[ids] for x in rows)), order)
-        out = out.reshape(-1, *out.shape[2:])[slot + num_groups * size - num_rows]
+    def attend_page(step, carry):
+        index = jnp.sum(step >= last_step) if num_groups > 1 else 0  # the group at work
+        group_rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size), (rows, carry))
+        (q, table, first, kv_len, q_len), (top, total, out) = group_rows
+        page = first + step - (last_step - num_steps)[index]  # [B]
+        page_id = jnp.take_along_axis(table, jnp.minimum(page, table.shape[1] - 1)[:, None], axis=1)[:, 0]
+        page_id = jnp.where(page * page_size < kv_len, page_id, 0)
+        k = k_pages.at[page_id].get(mode="promise_in_bounds")  # [B, K, C, H]
+        v = v_pages.at[page_id].get(mode="promise_in_bounds")
+        position = page[:, None] * page_size + jnp.arange(page_size)  # [B, C]
+        live = position < kv_len[:, None]
+        query_position = (kv_len - q_len)[:, None] + query  # [B, G*Q]
+        visible = live[:, None] & (position[:, None] <= query_position[..., None])
+        visible &= (query < q_len[:, None])[..., None]
+        if window is not None:
+            visible &= position[:, None] > query_position[..., None] - window
+        visible = visible[:, None]  # [B, 1, G*Q, C]
+        order = "bkch,bkqh->bkcq" if num_queries == 1 else "bkqh,bkch->bkqc"
+        lhs, rhs = (k, q) if num_queries == 1 else (q, k)
+        # Keys first for one query: XLA's dot takes half the time of the other order; the reverse for many.
+        score = jnp.einsum(order, lhs, rhs, precision=precision, preferred_element_type=jnp.float32) * scale
+        score = score.swapaxes(2, 3) if num_queries == 1 else score  # [B, K, G*Q, C]
+        if softcap is not None:
+            score = softcap * jnp.tanh(score / softcap)
+        score = jnp.where(visible, score, _LEAST)
+        new_top = jnp.maximum(top, score.max(axis=-1))
+        weight = jnp.where(visible, jnp.exp(score - new_top[..., None]), 0.0)
+        decay = jnp.exp(top - new_top)
+        v = jnp.where(live[:, None, :, None], v, 0)  # 0 * NaN is NaN: values need the mask too
+        gain = jnp.einsum(
+            "bkqc,bkch->bkqh", weight.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        )
+        new = (new_top, total * decay + weight.sum(axis=-1), out * decay[..., None] + gain)
+        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index * size, axis=0), carry, new)
+
+    top = jnp.broadcast_to(top0, (num_groups * size, *top0.shape))
+    total = jnp.full_like(top, 0.0 if sinks is None else 1.0)
+    out = jnp.zeros((*top.shape, head_dim), jnp.float32)
+    _, total, out = lax.fori_loop(0, last_step[-1], attend_page, (top, total, out))
+    out = (out * jnp.where(total > 0, 1.0 / total, 0.0)[..., None])[slot]
     out = out.reshape(num_rows, num_kv_heads, group, num_queries, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape).astype(q.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -42,6 +42,7 @@ class Layout:
         return -(-config.num_layers // self.num_stages)
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """The per-shard forward pass of a decoder-only model (a Flax nnx module)."""
 

@@ -101,10 +101,12 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             activation_bytes=_activation_bytes(model_config, self._shapes, layout.dtype.itemsize),
             gpu_memory_utilization=config.gpu_memory_utilization,
         )
-        self._caches = kv_cache.allocate(cache_shape(num_pages=self._num_pages + 1), layout.dtype, mesh)
-        self._state = jax.device_put(
-            DecodeState.zeros(config.max_num_seqs, self._shapes.table_width), NamedSharding(mesh, REPLICATED)
-        )
+        # Programs take and return flat lists: flattening once is cheaper than at every call.
+        caches = kv_cache.allocate(cache_shape(num_pages=self._num_pages + 1), layout.dtype, mesh)
+        self._caches, self._cache_tree = jax.tree.flatten(caches)
+        state = DecodeState.zeros(config.max_num_seqs, self._shapes.table_width)
+        self._state, self._state_tree = jax.tree.flatten(state)
+        self._state = jax.device_put(self._state, NamedSharding(mesh, REPLICATED))
 
     @property
     def shapes(self) -> StepShapes:
@@ -130,6 +132,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def kv_bytes(self) -> int:
         """Bytes of the KV pool over all devices, the dump page included."""
         return self._page_bytes * (self._num_pages + 1)
+
+    @property
+    def caches(self) -> list[LayerCache]:
+        """The KV pages of every local layer, for reading; the next launch invalidates them."""
+        return jax.tree.unflatten(self._cache_tree, self._caches)
 
     @property
     def weight_bytes(self) -> int:
@@ -202,7 +209,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
         def forward(leaves, state, caches, words):
             step = nnx.merge(self._step_graph, jax.tree.unflatten(self._step_tree, leaves))
-            return step(state, caches, unpack_inputs(words, shape, width))
+            state = jax.tree.unflatten(self._state_tree, state)
+            caches = jax.tree.unflatten(self._cache_tree, caches)
+            state, caches, hidden, position = step(state, caches, unpack_inputs(words, shape, width))
+            return jax.tree.leaves(state), jax.tree.leaves(caches), hidden, position
 
         def lower() -> jax.stages.Lowered:
             mapped = self._sharded(
@@ -211,9 +221,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
                 out_specs=(REPLICATED, KV_PAGES, REPLICATED, REPLICATED),
             )
             words = jax.ShapeDtypeStruct((num_input_words(shape, width),), jnp.int32)
-            return jax.jit(mapped, donate_argnums=(1, 2)).lower(
-                self._leaves, _abstract(self._state), _abstract(self._caches), words
-            )
+            return jax.jit(mapped, donate_argnums=(1, 2)).lower(self._leaves, self._state, self._caches, words)
 
         return ("forward", shape), lower
 
@@ -222,7 +230,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     ) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
         def sample(leaves, state, hidden, position, rows):
             head = nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, leaves))
-            return sample_step(head, state, hidden, position, rows, variant=variant, logprobs=logprobs)
+            state = jax.tree.unflatten(self._state_tree, state)
+            state, result = sample_step(head, state, hidden, position, rows, variant=variant, logprobs=logprobs)
+            return jax.tree.leaves(state), result
 
         def lower() -> jax.stages.Lowered:
             mapped = self._sharded(
@@ -234,7 +244,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             position = jax.ShapeDtypeStruct((num_logits,), jnp.int32, sharding=replicated)
             rows = jax.ShapeDtypeStruct((2, num_logits), jnp.int32)
             return jax.jit(mapped, donate_argnums=(1,)).lower(
-                self._head_leaves, _abstract(self._state), self._abstract_hidden(num_logits), position, rows
+                self._head_leaves, self._state, self._abstract_hidden(num_logits), position, rows
             )
 
         return ("sample", num_logits, variant, logprobs), lower
@@ -252,13 +262,14 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return ("logits", num_logits), lower
 
     def _copy_program(self, num_copies: int) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
-        def copy(caches: list[LayerCache], copies) -> list[LayerCache]:
-            return [kv_cache.copy_pages(cache, copies) for cache in caches]
+        def copy(caches, copies):
+            caches = jax.tree.unflatten(self._cache_tree, caches)
+            return jax.tree.leaves([kv_cache.copy_pages(cache, copies) for cache in caches])
 
         def lower() -> jax.stages.Lowered:
             mapped = self._sharded(copy, in_specs=(KV_PAGES, REPLICATED), out_specs=KV_PAGES)
             copies = jax.ShapeDtypeStruct((num_copies, 2), jnp.int32)
-            return jax.jit(mapped, donate_argnums=(0,)).lower(_abstract(self._caches), copies)
+            return jax.jit(mapped, donate_argnums=(0,)).lower(self._caches, copies)
 
         return ("copy", num_copies), lower
 
@@ -289,10 +300,6 @@ def _flattened_head(model: Any, parameters: nnx.State):
     found = [arrays[(*path, *tail)] for tail, _ in nnx.to_flat_state(abstract)]
     tree = jax.tree.structure(abstract)
     return graph, tree, [variable[...] for variable in found], [variable.spec for variable in found]
-
-
-def _abstract(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
 
 
 def _padded_copies(copies: np.ndarray) -> np.ndarray:

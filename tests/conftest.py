@@ -1,0 +1,51 @@
+"""Shared fixtures: shape checking for every test, a private compilation cache, golden checkpoints."""
+
+import importlib.util
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook("jaxinfer", "beartype.beartype")
+
+# Equal programs of different tests (and of parallel workers) are compiled once.
+os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-test-xla-"))
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.npz"))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A checkpoint and what transformers made of it."""
+
+    path: Path
+    expected: dict[str, np.ndarray]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [self.expected[f"prompt_{i}"].tolist() for i in range(3)]
+
+    @property
+    def greedy(self) -> list[list[int]]:
+        return [self.expected[f"greedy_{i}"].tolist() for i in range(3)]
+
+
+def load_golden(case: str) -> Golden:
+    return Golden(path=GOLDEN / case, expected=dict(np.load(GOLDEN / case / "expected.npz")))
+
+
+@pytest.fixture(params=CASES)
+def golden(request) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture
+def gqa() -> Golden:
+    return load_golden("gqa")

@@ -1,0 +1,207 @@
+"""The engine over a fake device: any history of requests gives every request its own text and leaks nothing."""
+
+import pytest
+from engine_tools import make_engine, run_all
+from fake_wrapper import continuation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxinfer.request import Request
+
+
+def request(name, prompt, max_tokens=5, **fields) -> Request:
+    return Request(request_id=str(name), prompt_token_ids=tuple(prompt), max_tokens=max_tokens, **fields)
+
+
+@st.composite
+def histories(draw):
+    """Engine settings and a sequence of adds, steps and aborts, many of them with common prefixes."""
+    page_size = draw(st.sampled_from([8, 16]))
+    settings_ = {
+        "page_size": page_size,
+        "max_num_seqs": draw(st.sampled_from([1, 2, 3, 5])),
+        "num_kv_pages": draw(st.integers(8, 14)),
+        "max_num_batched_tokens": draw(st.sampled_from([16, 32, 64])),
+        "enable_prefix_caching": draw(st.booleans()),
+        "run_ahead": draw(st.booleans()),
+    }
+    actions = []
+    for number in range(draw(st.integers(1, 8))):
+        family, length = draw(st.integers(0, 1)), draw(st.integers(1, 45))
+        prompt = [(family * 31 + i) % 7 for i in range(length)]
+        prompt[-1] = draw(st.integers(0, 3))
+        stop = frozenset(range(0, 97, 9)) if draw(st.booleans()) else frozenset()
+        actions.append(("add", (number, prompt, draw(st.integers(1, 18)), stop)))
+        actions += [("step", None)] * draw(st.integers(0, 4))
+        if draw(st.integers(0, 4)) == 0:
+            actions.append(("abort", str(draw(st.integers(0, number)))))
+    return settings_, actions
+
+
+@settings(max_examples=150, deadline=None)
+@given(histories())
+def test_engine_any_history_gives_own_text_and_leaks_no_page(history):
+    engine_settings, actions = history
+    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
+    requests, outputs, finished, aborted = {}, {}, {}, set()
+
+    def take(events):
+        for event in events:
+            assert event.request_id not in finished
+            assert event.request_id not in aborted
+            outputs[event.request_id].append(event.token_id)
+            if event.finish_reason:
+                finished[event.request_id] = event.finish_reason
+
+    for action, value in actions:
+        if action == "add":
+            name, prompt, max_tokens, stop = value
+            requests[str(name)] = request(name, prompt, max_tokens, stop_token_ids=stop)
+            outputs[str(name)] = []
+            engine.add_request(requests[str(name)])
+        elif action == "step":
+            take(engine.step())
+        elif engine.abort(value):
+            aborted.add(value)
+    for _ in range(4000):
+        if not engine.has_unfinished():
+            break
+        take(engine.step())
+    assert not engine.has_unfinished()
+    for name, entry in requests.items():
+        expected = continuation(entry.prompt_token_ids, entry.max_tokens, entry.stop_token_ids)
+        if name in aborted:
+            assert outputs[name] == expected[: len(outputs[name])]
+        else:
+            assert outputs[name] == expected
+            assert finished[name] == ("stop" if expected[-1] in entry.stop_token_ids else "length")
+    stats = engine.stats()
+    assert stats.kv_pages_used == 0
+    assert stats.num_requests_running == stats.num_requests_waiting == 0
+    assert wrapper.max_pending <= (2 if engine_settings["run_ahead"] else 1)
+
+
+def test_engine_tight_pool_preempts_every_request_and_keeps_output():
+    engine, _ = make_engine(num_kv_pages=6, page_size=8, max_num_seqs=4, max_model_len=64, enable_prefix_caching=False)
+    requests = [request(i, [i, 2, 3], 40) for i in range(4)]
+    outputs = run_all(engine, requests)
+    assert engine.stats().num_preemptions >= 3
+    for entry in requests:
+        assert outputs[entry.request_id] == continuation(entry.prompt_token_ids, 40)
+
+
+def test_engine_runs_ahead_by_at_most_the_wrappers_limit():
+    engine, wrapper = make_engine(max_in_flight=3)
+    run_all(engine, [request(0, [1, 2], 12)])
+    assert wrapper.max_pending == 3
+
+
+def test_engine_first_come_first_served():
+    engine, _ = make_engine(max_num_seqs=1)
+    order = []
+    for number in range(4):
+        engine.add_request(request(number, [number + 1], 2))
+    while engine.has_unfinished():
+        order += [event.request_id for event in engine.step()]
+    assert order == ["0", "0", "1", "1", "2", "2", "3", "3"]
+
+
+def test_engine_lower_priority_number_runs_first():
+    engine, _ = make_engine(max_num_seqs=1)
+    for number, priority in enumerate([5, 1, 3]):
+        engine.add_request(request(number, [number + 1], 1, priority=priority))
+    order = []
+    while engine.has_unfinished():
+        order += [event.request_id for event in engine.step()]
+    assert order == ["1", "2", "0"]
+
+
+def test_engine_waiting_request_fills_freed_slot_while_others_run():
+    engine, wrapper = make_engine(max_num_seqs=2)
+    run_all(engine, [request(0, [1], 12), request(1, [2], 2), request(2, [3], 2)])
+    mixed = [batch for batch in wrapper.batches if batch.shape.num_prefill and batch.shape.num_decode]
+    assert mixed, "the third request's prompt should have run beside the first's decode"
+
+
+def test_engine_prefix_hit_reuses_full_pages_but_never_the_last_token():
+    engine, _ = make_engine(page_size=8, num_kv_pages=16)
+    prompt = list(range(16))
+    run_all(engine, [request(0, prompt, 1)])
+    events = run_all(engine, [request(1, prompt, 1)], want_events=True)
+    assert events[-1].num_cached_tokens == 8
+    longer = run_all(engine, [request(2, [*prompt, 5], 1)], want_events=True)
+    assert longer[-1].num_cached_tokens == 16
+
+
+def test_engine_prefix_hit_includes_generated_tokens():
+    engine, _ = make_engine(page_size=8, num_kv_pages=16)
+    prompt = [1, 2, 3]
+    output = run_all(engine, [request(0, prompt, 20)])["0"]
+    follow_up = prompt + output + [7]
+    events = run_all(engine, [request(1, follow_up, 1)], want_events=True)
+    # The last generated token's key was never stored: 22 of 23 tokens have keys, hence two full pages.
+    assert events[-1].num_cached_tokens == 16
+
+
+def test_engine_oldest_waiting_request_is_not_starved():
+    engine, _ = make_engine(page_size=8, num_kv_pages=8, max_num_seqs=4, max_model_len=64, enable_prefix_caching=False)
+    engine.add_request(request("runs", [1], 24))
+    engine.step()
+    engine.add_request(request("big", list(range(56)), 4))
+    order = []
+    for number in range(120):
+        engine.add_request(request(f"small{number}", [number % 50], 3))
+        order += [event.request_id for event in engine.step() if event.finish_reason]
+    assert "big" in order
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "message"),
+    [(64, 1, "prompt has 64 tokens, the limit is 63"), (60, 4, "request needs 8 KV pages for 64 tokens")],
+)
+def test_engine_request_that_can_never_run_is_refused_and_the_rest_goes_on(prompt_len, max_tokens, message):
+    engine, _ = make_engine(page_size=8, num_kv_pages=7, max_model_len=64)
+    with pytest.raises(ValueError, match=message):
+        engine.add_request(request(0, [1] * prompt_len, max_tokens))
+    assert run_all(engine, [request(1, [1, 2], 3)])["1"] == continuation([1, 2], 3)
+
+
+def test_engine_duplicate_id_is_refused():
+    engine, _ = make_engine()
+    engine.add_request(request(0, [1]))
+    with pytest.raises(ValueError, match="already in use"):
+        engine.add_request(request(0, [1]))
+
+
+def test_engine_output_ends_at_max_model_len():
+    engine, _ = make_engine(max_model_len=32, page_size=8, num_kv_pages=8)
+    events = run_all(engine, [request(0, [1] * 30, 500)], want_events=True)
+    assert [event.finish_reason for event in events] == [None, "length"]
+
+
+def test_engine_without_chunked_prefill_takes_prompts_whole():
+    engine, wrapper = make_engine(enable_chunked_prefill=False, max_num_batched_tokens=64, max_model_len=64)
+    prompts = [[number] * 40 for number in range(1, 4)]
+    outputs = run_all(engine, [request(i, prompt, 3) for i, prompt in enumerate(prompts)])
+    assert outputs == {str(i): continuation(prompt, 3) for i, prompt in enumerate(prompts)}
+    assert {length for batch in wrapper.batches for length in batch.prefill_len.tolist()} <= {0, 40}
+
+
+def test_engine_without_chunked_prefill_needs_the_budget_for_it():
+    with pytest.raises(ValueError, match="max_num_batched_tokens must be >= max_model_len"):
+        make_engine(enable_chunked_prefill=False, max_num_batched_tokens=32, max_model_len=64)
+
+
+def test_engine_abort_while_a_step_is_in_flight_drops_its_token():
+    engine, _ = make_engine()
+    engine.add_request(request(0, [1, 2], 50))
+    engine.add_request(request(1, [3], 4))
+    for _ in range(3):
+        engine.step()
+    assert engine.abort("0")
+    assert not engine.abort("0")
+    rest = []
+    while engine.has_unfinished():
+        rest += engine.step()
+    assert {event.request_id for event in rest} == {"1"}
+    assert engine.stats().kv_pages_used == 0

@@ -1,0 +1,128 @@
+"""The wrapper against transformers' results, and what a step does to device memory."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import load_golden
+from wrapper_tools import decode_step, make_wrapper, prefill_step
+
+# float32 on both sides; sums in another order differ by about 1e-5.
+TOLERANCE = 2e-4
+
+
+def test_logits_golden_checkpoints_equal_transformers(golden):
+    wrapper = make_wrapper(golden.path, max_model_len=64)
+    for number, prompt in enumerate(golden.prompts):
+        positions = golden.expected[f"positions_{number}"]
+        logits = wrapper.logits(prefill_step(wrapper, prompt, logit_index=positions))
+        np.testing.assert_allclose(
+            logits[: len(positions)], golden.expected[f"logits_{number}"], atol=TOLERANCE, rtol=0
+        )
+    wrapper.close()
+
+
+def test_logits_dynamic_rope_beyond_the_trained_context_equal_transformers():
+    golden = load_golden("rope_dynamic")
+    prompt, positions = golden.expected["long_prompt"].tolist(), golden.expected["long_positions"]
+    wrapper = make_wrapper(golden.path, max_model_len=len(prompt))
+    logits = wrapper.logits(prefill_step(wrapper, prompt, logit_index=positions))
+    np.testing.assert_allclose(logits[: len(positions)], golden.expected["long_logits"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture
+def wrapper(gqa):
+    wrapper = make_wrapper(gqa.path)
+    yield wrapper
+    wrapper.close()
+
+
+def test_launch_every_logit_position_samples_each_next_token(wrapper, gqa):
+    text = gqa.prompts[1] + gqa.greedy[1]
+    start = len(gqa.prompts[1]) - 1
+    batch = prefill_step(wrapper, text[:-1], logit_index=range(start, len(text) - 1))
+    tokens = wrapper.collect(wrapper.launch(batch)).token_ids
+    assert tokens[: len(gqa.greedy[1])].tolist() == gqa.greedy[1]
+
+
+def test_launch_decode_steps_feed_back_on_the_device(wrapper, gqa):
+    handles = [wrapper.launch(prefill_step(wrapper, gqa.prompts[0], pages=range(1, 5)))]
+    handles += [wrapper.launch(decode_step(wrapper, [0])) for _ in range(10)]
+    tokens = [int(wrapper.collect(handle).token_ids[0]) for handle in handles]
+    assert tokens == gqa.greedy[0][:11]
+
+
+def test_launch_chunks_equal_the_whole_prompt(wrapper, gqa):
+    prompt = gqa.prompts[2]
+    whole = wrapper.logits(prefill_step(wrapper, prompt))[0]
+    for start, stop in ((0, 13), (13, 20)):
+        wrapper.launch(prefill_step(wrapper, prompt[start:stop], slot=1, start=start, pages=range(10, 16)))
+    last = wrapper.logits(prefill_step(wrapper, prompt[20:], slot=1, start=20, pages=range(10, 16)))[0]
+    np.testing.assert_allclose(last, whole, atol=1e-5)
+
+
+def test_launch_page_copies_come_before_writes(wrapper, gqa):
+    """A fork: slot 1 shares slot 0's first page and gets a copy of the half-filled second one."""
+    prompt, text = gqa.prompts[0], gqa.prompts[0] + gqa.greedy[0]
+    wrapper.launch(prefill_step(wrapper, text[:12], pages=[1, 2, 3]))
+    fork = prefill_step(wrapper, text[12:13], slot=1, start=12, pages=[1, 7, 8], page_copies=[(2, 7), (3, 8), (5, 6)])
+    # The step that copies page 2 may write to it as well; the copy must have read it before.
+    tokens = wrapper.collect(wrapper.launch(fork)).token_ids
+    assert tokens[0] == text[13]
+    overwritten = prefill_step(wrapper, [9, 9, 9, 9], slot=0, start=8, pages=[1, 2], page_copies=[(2, 9)])
+    wrapper.launch(overwritten)
+    again = prefill_step(wrapper, text[12:13], slot=1, start=12, pages=[1, 9])
+    assert wrapper.collect(wrapper.launch(again)).token_ids[0] == text[13]
+    assert len(prompt) < 12
+
+
+def test_launch_padding_rows_write_only_the_dump_page(wrapper, gqa):
+    wrapper.launch(prefill_step(wrapper, gqa.prompts[1], pages=[3, 4, 5]))
+    before = [np.asarray(cache.keys) for cache in wrapper.caches]
+    wrapper.launch(decode_step(wrapper, []))
+    wrapper.launch(decode_step(wrapper, [0]))
+    for old, cache in zip(before, wrapper.caches, strict=True):
+        changed = np.argwhere(np.asarray(cache.keys) != old)
+        assert set(changed[:, 1]) <= {0, 5}
+        assert {offset for page, offset in changed[:, [1, 3]] if page == 5} == {len(gqa.prompts[1]) % 8}
+
+
+def test_collect_logprobs_equal_transformers(wrapper, gqa):
+    text = gqa.prompts[2] + gqa.greedy[2]
+    start = len(gqa.prompts[2]) - 1
+    batch = prefill_step(wrapper, text[:-1], logit_index=range(start, len(text) - 1), logprobs=True)
+    result = wrapper.collect(wrapper.launch(batch))
+    count = len(gqa.greedy[2])
+    np.testing.assert_allclose(result.logprobs.logprob[:count], gqa.expected["logprobs_2"], atol=TOLERANCE)
+    assert (result.logprobs.rank[:count] == 1).all()
+    np.testing.assert_array_equal(result.logprobs.top_ids[:count, 0], gqa.greedy[2])
+
+
+def test_forward_program_updates_the_cache_in_place(gqa):
+    """The buffer assignment: the cache is aliased, and no temporary is as large as one layer's keys."""
+    wrapper = make_wrapper(gqa.path, num_kv_pages=4095, max_num_seqs=4)
+    layer_bytes = wrapper.caches[0].keys.nbytes
+    for shape in wrapper.shapes.all_shapes():
+        if shape.num_decode not in (0, 4) or shape.num_tokens > 68:
+            continue
+        compiled = wrapper.compiled_forward(shape)
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= wrapper.kv_bytes, shape
+        assert memory.temp_size_in_bytes < layer_bytes / 4, shape
+        pages = "f32[" + ",".join(map(str, wrapper.caches[0].keys.shape))
+        assert not re.search(re.escape(pages) + r"\]\S* copy\(", compiled.as_text()), shape
+    wrapper.close()
+
+
+def test_close_frees_device_memory(gqa):
+    wrapper = make_wrapper(gqa.path)
+    arrays = [*jax.tree.leaves(wrapper._caches), *wrapper._leaves]
+    wrapper.close()
+    assert all(array.is_deleted() for array in arrays)
+
+
+def test_num_pages_without_a_number_is_what_all_slots_can_use(gqa):
+    wrapper = make_wrapper(gqa.path, num_kv_pages=None, max_num_seqs=3, max_model_len=64)
+    assert wrapper.num_pages == 3 * 8
+    wrapper.close()

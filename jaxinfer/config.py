@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,18 +19,45 @@ ATTENTION_BACKENDS = ("auto", "reference", "xla")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Refuses anything but an integer within [low, high]; a bool is not a number.
+def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """The value as a Python int; refuses anything but an integer (numpy's included) within [low, high], and bools.
 
     Raises:
-      TypeError: value is not an int.
+      TypeError: value is not an integer.
       ValueError: value lies outside the range; the message names all three.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        allowed = f">= {low}" if high is None else f"in {low}..{high}"
+    allowed = f">= {low}" if high is None else f"in {low}..{high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int {allowed}, got {value!r} of type {type(value).__name__}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def require_float(name: str, value: object, allowed: str, low: float, high: float, *, open_low: bool = False) -> float:
+    """The value as a Python float; refuses anything but a finite number (numpy's included) in the range, and bools.
+
+    Args:
+      name: of the setting, for messages.
+      value: what the user gave.
+      allowed: the range in words, for messages.
+      low, high: the range, both ends included.
+      open_low: low itself is outside.
+
+    Raises:
+      TypeError: value is not a number.
+      ValueError: value lies outside the range or is not finite; the message names all three.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         raise ValueError(f"{name} must be {allowed}, got {value}")
+    return number
 
 
 def require_bool(name: str, value: object) -> None:
@@ -102,31 +131,28 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs"):
-            require_int(name, getattr(self, name), 1)
+        lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
+        lowest |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+        for name, low in lowest.items():
+            object.__setattr__(self, name, require_int(name, getattr(self, name), low))
+        for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, require_int(name, getattr(self, name), low))
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
                 raise NotImplementedError(f"{name}={getattr(self, name)}: only one device is supported so far; use 1")
-        if self.max_model_len is not None:
-            require_int("max_model_len", self.max_model_len, 2)
-        if self.num_kv_pages is not None:
-            require_int("num_kv_pages", self.num_kv_pages, 1)
-        require_int("page_size", self.page_size, 8)
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {self.page_size}")
-        require_int("max_num_batched_tokens", self.max_num_batched_tokens, 16)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens must be >= max_num_seqs, so that every running request can decode, "
                 f"got {self.max_num_batched_tokens} < {self.max_num_seqs}"
             )
-        if isinstance(self.gpu_memory_utilization, bool) or not isinstance(self.gpu_memory_utilization, (int, float)):
-            raise TypeError(f"gpu_memory_utilization must be a float, got {self.gpu_memory_utilization!r}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        share = require_float("gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]", 0, 1, open_low=True)
+        object.__setattr__(self, "gpu_memory_utilization", share)
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead"):
             require_bool(name, getattr(self, name))
-        require_int("seed", self.seed, 0, 2**63 - 1)
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**63 - 1))
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> EngineConfig:
@@ -175,6 +201,11 @@ class RopeConfig:
         require_choice("rope kind", self.kind, ROPE_KINDS)
         if self.kind != "default" and self.factor < 1:
             raise ValueError(f"rope factor must be >= 1, got {self.factor}")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

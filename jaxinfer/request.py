@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxinfer.config import require_bool, require_int, unknown_keyword
+from jaxinfer.config import require_bool, require_float, require_int, unknown_keyword
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
@@ -30,13 +30,6 @@ _NOT_BUILT = {
 }
 
 
-def _require_number(name: str, value: object, allowed: str, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
 def _require_strings(name: str, value: object) -> tuple[str, ...]:
     words = (value,) if isinstance(value, str) else value
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
@@ -47,11 +40,18 @@ def _require_strings(name: str, value: object) -> tuple[str, ...]:
 
 
 def _require_token_ids(name: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of token ids, got {value!r}")
-    for token_id in value:
-        require_int(f"{name} entry", token_id, 0)
-    return tuple(value)
+    return tuple(require_int(f"{name} entry", token_id, 0) for token_id in value)
+
+
+def _require_logit_bias(name: str, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of token ids to numbers, got {value!r}")
+    return {
+        require_int(f"{name} key", token_id, 0): require_float(f"{name}[{token_id}]", bias, "in [-100, 100]", -100, 100)
+        for token_id, bias in value.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,45 +111,38 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        require_int("n", self.n, 1)
-        _require_number("temperature", self.temperature, ">= 0", 0, math.inf)
-        _require_number("top_p", self.top_p, "in (0, 1]", 0, 1, open_low=True)
-        require_int("top_k", self.top_k, -1)
-        _require_number("min_p", self.min_p, "in [0, 1]", 0, 1)
-        if self.seed is not None:
-            require_int("seed", self.seed, 0, 2**63 - 1)
-        if self.max_tokens is not None:
-            require_int("max_tokens", self.max_tokens, 0)
-        require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        # Whatever a field was given as (a numpy number, a list), it is kept as a plain, immutable value.
+        def keep(name: str, require: Callable[..., Any], *limits: Any, **options: Any) -> None:
+            object.__setattr__(self, name, require(name, getattr(self, name), *limits, **options))
+
+        def keep_unless_none(name: str, require: Callable[..., Any], *limits: Any) -> None:
+            if getattr(self, name) is not None:
+                keep(name, require, *limits)
+
+        keep("n", require_int, 1)
+        keep("temperature", require_float, ">= 0", 0, math.inf)
+        keep("top_p", require_float, "in (0, 1]", 0, 1, open_low=True)
+        keep("top_k", require_int, -1)
+        keep("min_p", require_float, "in [0, 1]", 0, 1)
+        keep_unless_none("seed", require_int, 0, 2**63 - 1)
+        keep_unless_none("max_tokens", require_int, 0)
+        keep("min_tokens", require_int, 0, self.max_tokens)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             require_bool(name, getattr(self, name))
-        _require_number("repetition_penalty", self.repetition_penalty, "> 0", 0, math.inf, open_low=True)
-        _require_number("presence_penalty", self.presence_penalty, "in [-2, 2]", -2, 2)
-        _require_number("frequency_penalty", self.frequency_penalty, "in [-2, 2]", -2, 2)
+        keep("repetition_penalty", require_float, "> 0", 0, math.inf, open_low=True)
+        keep("presence_penalty", require_float, "in [-2, 2]", -2, 2)
+        keep("frequency_penalty", require_float, "in [-2, 2]", -2, 2)
         for name in ("stop", "bad_words"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _require_strings(name, getattr(self, name)))
+            keep_unless_none(name, _require_strings)
         for name in ("stop_token_ids", "allowed_token_ids"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _require_token_ids(name, getattr(self, name)))
+            keep_unless_none(name, _require_token_ids)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name at least one token, got none")
-        if self.logit_bias is not None:
-            self._check_logit_bias(self.logit_bias)
+        keep_unless_none("logit_bias", _require_logit_bias)
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if self.truncate_prompt_tokens is not None:
-            require_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
-        require_int("priority", self.priority, -(2**31), 2**31 - 1)
-
-    @staticmethod
-    def _check_logit_bias(logit_bias: object) -> None:
-        if not isinstance(logit_bias, Mapping):
-            raise TypeError(f"logit_bias must be a mapping of token ids to numbers, got {logit_bias!r}")
-        for token_id, bias in logit_bias.items():
-            require_int("logit_bias key", token_id, 0)
-            _require_number(f"logit_bias[{token_id}]", bias, "in [-100, 100]", -100, 100)
+            keep_unless_none(name, require_int, 0, MAX_LOGPROBS)
+        keep_unless_none("truncate_prompt_tokens", require_int, 1)
+        keep("priority", require_int, -(2**31), 2**31 - 1)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -5,13 +5,15 @@ the vocabulary and no row of logits leaves its shard.
 Does not know: requests, slots, models. All functions run inside a shard_map over ("pipe", "tensor").
 
 Every filter lowers the allowed set to {z >= threshold}, z = (logits - max) / temperature: top-k (ties kept), then top-p
-on the softmax over what top-k left (the crossing token and its ties stay), then min-p. The token is the argmax over the
-allowed set of z + Gumbel noise, the lowest id on ties; temperatures below MIN_TEMPERATURE are greedy.
+on the softmax over what top-k left (the crossing token and its ties stay), then min-p. No threshold exceeds 0, so the
+best token is always allowed. The token is the argmax over the allowed set of z + Gumbel noise, the lowest id on ties;
+temperatures below MIN_TEMPERATURE are greedy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,8 +33,9 @@ MIN_TEMPERATURE = 1e-5
 NUM_CANDIDATES = 65
 """Of every slice; the last only bounds what lies outside, so that top_k up to 64 is exact."""
 _GROUP = 128
-_DIGIT_BITS = 4
 _NO_ID = jnp.iinfo(jnp.int32).max
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+_BITS_OF_INFINITY = 0x7F800000
 
 
 @jax.tree_util.register_dataclass
@@ -126,45 +129,86 @@ def greedy(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
 
 
 def _scaled(logits: Float[Array, "R V"], temperature: Float[Array, " R"]) -> Float[Array, "R V"]:
-    """(logits - max) / temperature: at most 0, never overflowing; greedy rows are only shifted."""
-    best = max_over_vocabulary(jnp.max(logits, axis=-1))
+    """z = (logits - max) / temperature: at most 0, -inf where the logit is; greedy rows are only shifted."""
+    # An infinite logit, or a row of nothing but -inf, must not become inf - inf.
+    logits = jnp.minimum(logits, _LARGEST)
+    best = jnp.maximum(max_over_vocabulary(jnp.max(logits, axis=-1)), -_LARGEST)
     divisor = jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)
-    return (logits - best[:, None]) / divisor[:, None]
+    # In this order every zero comes out as -0.0; a top-k tells 0.0 from -0.0, and they must tie.
+    return (best[:, None] - logits) / -divisor[:, None]
 
 
-def _pick(
+def _scores(
     z: Float[Array, "R J"],
-    allowed: Bool[Array, "R J"],
+    threshold: Float[Array, " R"],
     token_ids: Int[Array, "*R J"],
     numbers: SamplingNumbers,
     position: Int[Array, " R"],
-) -> Int[Array, " R"]:
-    noise = gumbel_noise(numbers.seed, position, token_ids)
+) -> Float[Array, "R J"]:
+    """What the sampled token has the largest of; without noise on greedy rows, whose best is always allowed."""
     random = (numbers.temperature >= MIN_TEMPERATURE)[:, None]
-    return argmax_over_vocabulary(jnp.where(allowed | ~random, z + jnp.where(random, noise, 0.0), -jnp.inf), token_ids)
-
-
-def _order_keys(x: Float[Array, "R V"]) -> UInt32[Array, "R V"]:
-    """Unsigned integers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    noise = jnp.where(random, gumbel_noise(numbers.seed, position, token_ids), 0.0)
+    return jnp.where(z >= threshold[:, None], z + noise, -jnp.inf)
 
 
 def _largest_threshold(
-    keys: UInt32[Array, "R V"], weights: Float[Array, "R V"], target: Float[Array, " R"]
-) -> UInt32[Array, " R"]:
-    """The largest t for which the weights of {keys >= t} over all slices sum to at least target.
+    z: Float[Array, "R V"], weights: Float[Array, "R V"], target: Float[Array, " R"]
+) -> Float[Array, " R"]:
+    """The largest t <= 0 for which the weights of {z >= t} over all slices sum to at least target, else -inf.
 
-    A radix search from the highest digit down; one psum of [R, 15] a digit.
+    z is at most 0, so the bits of -z as an integer order the values from the best down. CPUs pay for every comparison
+    and compile what is written out; GPUs pay for every pass, and a loop would break their command graphs.
     """
-    threshold = jnp.zeros(keys.shape[0], jnp.uint32)
-    for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        trials = [threshold | jnp.uint32(digit << shift) for digit in range(1, 1 << _DIGIT_BITS)]
-        sums = [jnp.sum(jnp.where(keys >= trial[:, None], weights, 0.0), axis=-1) for trial in trials]
-        reached = sum_over_vocabulary(jnp.stack(sums, axis=-1)) >= target[:, None]
-        digit = jnp.sum(reached, axis=-1).astype(jnp.uint32)
-        threshold = threshold | (digit << shift)
-    return threshold
+    depth = lax.platform_dependent(
+        lax.bitcast_convert_type(jnp.abs(z), jnp.uint32),
+        weights,
+        target,
+        cpu=partial(_smallest_bound, digit_bits=1, unroll=False),
+        default=partial(_smallest_bound, digit_bits=4, unroll=True),
+    )
+    return -lax.bitcast_convert_type(jnp.minimum(depth, jnp.uint32(_BITS_OF_INFINITY)), jnp.float32)
+
+
+def _smallest_bound(
+    keys: UInt32[Array, "R V"],
+    weights: Float[Array, "R V"],
+    target: Float[Array, " R"],
+    *,
+    digit_bits: int,
+    unroll: bool,
+) -> UInt32[Array, " R"]:
+    """The smallest b for which the weights of {keys <= b} over all slices sum to at least target.
+
+    A radix search from the highest digit down; one psum of [R, 2**digit_bits - 1] a digit.
+    """
+    num_digits = 32 // digit_bits
+
+    def fix_digit(i: Array, bound: Array) -> Array:
+        shift = (digit_bits * (num_digits - 1 - i)).astype(jnp.uint32)
+        trials = [bound | (jnp.uint32(digit) << shift) for digit in range(1, 1 << digit_bits)]
+        below = [jnp.sum(jnp.where(keys < trial[:, None], weights, 0.0), axis=-1) for trial in trials]
+        too_small = sum_over_vocabulary(jnp.stack(below, axis=-1)) < target[:, None]
+        return bound | (jnp.sum(too_small, axis=-1).astype(jnp.uint32) << shift)
+
+    return lax.fori_loop(0, num_digits, fix_digit, jnp.zeros(keys.shape[0], jnp.uint32), unroll=unroll)
+
+
+def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float[Array, " R"]:
+    """The threshold of all filters together; a filter that no row uses costs nothing."""
+    off = jnp.full(z.shape[0], -jnp.inf)
+    has_top_k, has_top_p = numbers.top_k > 0, numbers.top_p < 1
+
+    def by_count() -> Array:
+        return jnp.where(has_top_k, _largest_threshold(z, jnp.ones_like(z), numbers.top_k.astype(jnp.float32)), off)
+
+    def by_mass() -> Array:
+        mass = jnp.where(z >= top_k[:, None], jnp.exp(z), 0.0)
+        target = numbers.top_p * sum_over_vocabulary(jnp.sum(mass, axis=-1))
+        return jnp.where(has_top_p, _largest_threshold(z, mass, target), off)
+
+    top_k = lax.cond(jnp.any(has_top_k), by_count, lambda: off)
+    top_p = lax.cond(jnp.any(has_top_p), by_mass, lambda: off)
+    return jnp.maximum(jnp.maximum(top_k, top_p), jnp.log(numbers.min_p))
 
 
 def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]) -> Int[Array, " R"]:
@@ -179,20 +223,8 @@ def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position:
       int32[R] token ids, equal on all devices.
     """
     z = _scaled(logits, numbers.temperature)
-
-    def filtered(z: Array) -> Array:
-        keys = _order_keys(z)
-        one = jnp.ones_like(z)
-        top_k = _largest_threshold(keys, one, numbers.top_k.astype(jnp.float32))
-        top_k = jnp.where(numbers.top_k > 0, top_k, 0)
-        mass = jnp.where(keys >= top_k[:, None], jnp.exp(z), 0.0)
-        target = numbers.top_p * sum_over_vocabulary(jnp.sum(mass, axis=-1))
-        top_p = jnp.where(numbers.top_p < 1, _largest_threshold(keys, mass, target), 0)
-        return (keys >= jnp.maximum(top_k, top_p)[:, None]) & (z >= jnp.log(numbers.min_p)[:, None])
-
-    any_filter = jnp.any((numbers.top_k > 0) | (numbers.top_p < 1) | (numbers.min_p > 0))
-    allowed = lax.cond(any_filter, filtered, lambda z: jnp.ones(z.shape, bool), z)
-    return _pick(z, allowed & (z > -jnp.inf), local_token_ids(logits.shape[1]), numbers, position)
+    ids = local_token_ids(logits.shape[1])
+    return argmax_over_vocabulary(_scores(z, _filter_threshold(z, numbers), ids, numbers, position), ids)
 
 
 def sample_candidates(
@@ -215,10 +247,9 @@ def _among_candidates(
     z = _scaled(logits, numbers.temperature)
     values, ids = _top_values(z, min(NUM_CANDIDATES, z.shape[1]))
     is_whole = values.shape[1] == z.shape[1]
-    beyond = max_over_vocabulary(values[:, -1])  # nothing outside the candidates is larger
-    values, ids = gather_candidates(values), gather_candidates(ids)
-    values, order = lax.top_k(values, values.shape[1])
-    ids = jnp.take_along_axis(ids, order, axis=1)
+    # Nothing outside the candidates is larger. A slice [:, -1] would undo XLA's rewriting of sort and slice as a top-k.
+    beyond = max_over_vocabulary(jnp.min(values, axis=-1))
+    values, ids = _gathered(values, ids)
 
     last = jnp.clip(numbers.top_k - 1, 0, values.shape[1] - 1)
     kth = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
@@ -228,24 +259,22 @@ def _among_candidates(
     total = jnp.where(has_top_k, jnp.sum(mass, axis=-1), sum_over_vocabulary(jnp.sum(jnp.exp(z), axis=-1)))
     before = jnp.cumsum(mass, axis=-1) - mass
     inside = before < (numbers.top_p * total)[:, None]
-    crossing = jnp.min(jnp.where(inside, values, jnp.inf), axis=-1)
+    crossing = jnp.min(jnp.where(inside, values, 0.0), axis=-1)
     top_p = jnp.where(has_top_p, crossing, -jnp.inf)
     threshold = jnp.maximum(jnp.maximum(top_k, top_p), jnp.log(numbers.min_p))
 
-    greedy_row = numbers.temperature < MIN_TEMPERATURE
     top_k_known = ~has_top_k | ((numbers.top_k <= values.shape[1]) & (kth > beyond))
+    greedy_row = numbers.temperature < MIN_TEMPERATURE
     sufficient = ((threshold > beyond) & top_k_known) | greedy_row | is_whole
-    allowed = (values >= threshold[:, None]) & (values > -jnp.inf)
-    noise = jnp.where(greedy_row[:, None], 0.0, gumbel_noise(numbers.seed, position, ids))
-    scores = jnp.where(allowed | greedy_row[:, None], values + noise, -jnp.inf)
-    best = jnp.max(scores, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(scores == best, ids, _NO_ID), axis=-1), sufficient
+    scores = _scores(values, threshold, ids, numbers, position)
+    winners = jnp.where(scores == jnp.max(scores, axis=-1, keepdims=True), ids, _NO_ID)
+    return jnp.min(winners, axis=-1), sufficient
 
 
 def _top_values(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
     """The `count` largest values of this slice with their global ids, best first, without sorting the vocabulary.
 
-    They all lie in the `count` groups of 128 with the largest maxima.
+    They all lie in the `count` groups of 128 with the largest maxima; which of several equals at the cut is left open.
     """
     rows, size = x.shape
     ids = local_token_ids(size)
@@ -260,6 +289,19 @@ def _top_values(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"]
     values, where = lax.top_k(members, count)
     group = jnp.take_along_axis(groups, where // _GROUP, axis=1)
     return values, ids[0] + group * _GROUP + where % _GROUP
+
+
+def _gathered(
+    values: Float[Array, "R K"], token_ids: Int[Array, "R K"]
+) -> tuple[Float[Array, "R J"], Int[Array, "R J"]]:
+    """The values and ids of all slices, best first, the lowest id first on ties."""
+    rows, count = values.shape
+    # Packed, as the cost of a small gather is its latency.
+    packed = jnp.concatenate([lax.bitcast_convert_type(values, jnp.int32), token_ids], axis=1)
+    packed = gather_candidates(packed).reshape(rows, -1, 2, count)
+    values = lax.bitcast_convert_type(packed[:, :, 0], jnp.float32).reshape(rows, -1)
+    negated, token_ids = lax.sort((-values, packed[:, :, 1].reshape(rows, -1)), dimension=1, num_keys=2)
+    return -negated, token_ids
 
 
 def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, num_top: int) -> TokenLogprobArrays:
@@ -279,7 +321,6 @@ def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, 
     own = max_over_vocabulary(jnp.max(jnp.where(ids == token_ids[:, None], logits, -jnp.inf), axis=-1))
     rank = 1 + sum_over_vocabulary(jnp.sum(logits > own[:, None], axis=-1, dtype=jnp.int32))
     values, top_ids = _top_values(logits, min(num_top, logits.shape[1]))
-    values, top_ids = gather_candidates(values), gather_candidates(top_ids)
-    values, order = lax.top_k(values, min(num_top, values.shape[1]))
-    top_ids = jnp.take_along_axis(top_ids, order, axis=1)
-    return TokenLogprobArrays(own - log_total, rank, top_ids, values - log_total[:, None])
+    values, top_ids = _gathered(values, top_ids)
+    top_logprobs = values[:, :num_top] - log_total[:, None]
+    return TokenLogprobArrays(own - log_total, rank, top_ids[:, :num_top], top_logprobs)

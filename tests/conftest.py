@@ -12,7 +12,9 @@ import pytest
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook("jaxinfer", "beartype.beartype")
+    # The rooms that handle arrays; those that face the user check their arguments themselves.
+    rooms = ("checkpoint", "communication", "engine", "kernels", "layers", "models", "sampling", "wrappers")
+    install_import_hook([f"jaxinfer.{room}" for room in rooms], "shape_checker.check")
 
 # Equal programs of different tests (and of parallel workers) are compiled once.
 os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-test-xla-"))

@@ -46,8 +46,8 @@ def resolve(model: str | Path) -> Path:
         raise FileNotFoundError(f"no such checkpoint directory or hub id: {model} ({error})") from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"hub id {model} is not in the local cache and the hub cannot be reached; "
-            f"check the network, HF_HUB_OFFLINE, or pass a local directory"
+            f"no directory {model}; as a hub id it is not in the local cache and the hub cannot be reached; "
+            f"check the path, the network or HF_HUB_OFFLINE"
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"hub id {model} cannot be downloaded: {_first_line(error)}") from error
@@ -86,13 +86,13 @@ def weight_files(directory: Path) -> list[Path]:
         weight_map = read_json(directory / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{directory / INDEX_FILE} has no weight_map")
-        names = sorted(set(weight_map.values()))
+        names = list(weight_map.values())
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{directory / INDEX_FILE} names {name!r}, expected a .safetensors file beside it")
             if not (directory / name).exists():
                 raise FileNotFoundError(f"{directory / name} is missing; {INDEX_FILE} names it")
-        return [directory / name for name in names]
+        return [directory / name for name in sorted(set(names))]
     if (directory / SINGLE_FILE).exists():
         return [directory / SINGLE_FILE]
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
@@ -112,16 +112,19 @@ def generation_defaults(directory: Path, config_fields: Mapping[str, Any]) -> Ge
     """
     path = directory / "generation_config.json"
     fields = read_json(path) if path.exists() else {}
-    sampled = fields.get("do_sample", False)
-    eos = fields.get("eos_token_id")
-    eos = config_fields.get("eos_token_id") if eos is None else eos
-    bos = fields.get("bos_token_id")
+    sampled = fields.get("do_sample") or False
+    if not isinstance(sampled, bool):
+        raise ValueError(f"generation_config.json: do_sample must be true or false, got {sampled!r}")
+    eos, bos = (
+        _token_ids(name, config_fields.get(name) if fields.get(name) is None else fields[name])
+        for name in ("eos_token_id", "bos_token_id")
+    )
     return GenerationDefaults(
         temperature=float(_number(fields, "temperature", 1.0)) if sampled else 0.0,
         top_k=int(_number(fields, "top_k", 0)) if sampled else 0,
         top_p=float(_number(fields, "top_p", 1.0)) if sampled else 1.0,
-        eos_token_ids=_token_ids(eos),
-        bos_token_id=config_fields.get("bos_token_id") if bos is None else bos,
+        eos_token_ids=eos,
+        bos_token_id=bos[0] if bos else None,
     )
 
 
@@ -134,8 +137,8 @@ def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
     return value
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(entry, bool) or not isinstance(entry, int) for entry in ids):
-        raise ValueError(f"eos_token_id must be an integer or a list of integers, got {value!r}")
+    if any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 0 for entry in ids):
+        raise ValueError(f"{name} must be an integer >= 0 or a list of such, got {value!r}")
     return tuple(ids)

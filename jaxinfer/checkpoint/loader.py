@@ -6,10 +6,10 @@ Does not know: families (it gets their names as data), file formats (it gets a T
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from jaxinfer.communication.mesh import TENSOR
 Bounds = tuple[tuple[int, int], ...]
 """(start, stop) along every axis."""
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_XLA_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +55,7 @@ def load_parameters(
 ) -> nnx.State:
     """Reads a model's parameters from a store straight onto the mesh.
 
-    Host memory stays within the device's weights plus two tensors: one buffer a slice, one piece read into it.
+    Host memory stays within the device's weights plus two tensors: one slice is on its way at a time.
 
     Args:
       model: abstract model (nnx.eval_shape), each variable with its PartitionSpec in `spec`.
@@ -68,7 +69,7 @@ def load_parameters(
       The model's state with arrays on the mesh.
 
     Raises:
-      ValueError: a tensor is missing, unexpected or has another shape; the message names it.
+      ValueError: a tensor is missing, unexpected, misshapen or no float; the message names it.
     """
     state = nnx.state(model)
     flat = dict(nnx.to_flat_state(state))
@@ -125,18 +126,19 @@ def _and_more(names: list[str]) -> str:
 
 def _load(parameter: _Parameter, store: TensorStore, mesh: Mesh) -> jax.Array:
     variable = parameter.variable
-    read = _reader(parameter, store, num_shards=mesh.shape[TENSOR])
-    slices: dict[Bounds, np.ndarray] = {}
-
-    def callback(index: Any) -> np.ndarray:
-        # Called once a device, replicas included: read each distinct slice once.
-        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, variable.shape, strict=True))
-        if bounds not in slices:
-            slices[bounds] = read(bounds)
-        return slices[bounds]
-
     sharding = NamedSharding(mesh, variable.spec)
-    return jax.make_array_from_callback(variable.shape, sharding, callback)
+    devices: dict[Bounds, list[jax.Device]] = {}  # replicas share a slice, which is read once
+    for device, index in sharding.addressable_devices_indices_map(variable.shape).items():
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), variable.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    read = _reader(parameter, store, num_shards=mesh.shape[TENSOR])
+    arrays = []
+    for bounds, replicas in devices.items():
+        values = read(bounds)
+        arrays += [jax.device_put(values, device) for device in replicas]
+        # Transfers are asynchronous and keep their source alive: without this wait all weights could pile up here.
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(variable.shape, sharding, arrays)
 
 
 def _reader(parameter: _Parameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
@@ -149,14 +151,13 @@ def _reader(parameter: _Parameter, store: TensorStore, *, num_shards: int) -> Ca
         rest = tuple(slice(low, high) for low, high in others)
         position = 0
         shards = num_shards if len(names) > 1 else 1
-        for rows in fused_rows(sizes, shards, start, min(stop, sum(sizes))):
+        for rows in fused_rows(sizes, shards, start, stop):
             count = rows.stop - rows.start
-            piece = store.read(names[rows.part], (slice(rows.start, rows.stop), *rest))
-            out[position : position + count] = piece
+            store.read(names[rows.part], (slice(rows.start, rows.stop), *rest), out[position : position + count])
             position += count
 
     def read(bounds: Bounds) -> np.ndarray:
-        out = np.zeros([stop - start for start, stop in bounds], variable.dtype)
+        out = _aligned_zeros([stop - start for start, stop in bounds], np.dtype(variable.dtype))
         if not parameter.staged:
             rows_of(parameter.stages[0], bounds, out)
             return out
@@ -166,6 +167,14 @@ def _reader(parameter: _Parameter, store: TensorStore, *, num_shards: int) -> Ca
         return out
 
     return read
+
+
+def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Zeros at an address that XLA's CPU backend can take over as they are; elsewhere in memory it copies them."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + _XLA_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _XLA_ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _check_shapes(parameter: _Parameter, store: TensorStore) -> None:

@@ -19,8 +19,8 @@ ROW_PARALLEL = PartitionSpec(PIPE, None, TENSOR)
 """[pp, out, in]: the input features are split over the shards."""
 VOCABULARY_PARALLEL = PartitionSpec((PIPE, TENSOR))
 """[V, ...]: rows of the vocabulary are split over the whole mesh."""
-KV_PAGES = PartitionSpec(PIPE, None, TENSOR)
-"""[pp, P, K, C, H]: kv heads are split over the shards."""
+KV_PAGES = PartitionSpec(PIPE, TENSOR)
+"""[pp * P, K, C, H]: every stage has P pages, kv heads are split over its shards."""
 
 
 def padded_vocabulary(vocab_size: int, num_shards: int) -> int:

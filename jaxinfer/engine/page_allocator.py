@@ -65,6 +65,7 @@ class PageAllocator:
         self._by_hash: dict[bytes, int] = {}
         self._evictable: list[tuple[int, int]] = []  # heap of (last_used, page); entries may be out of date
         self._num_idle_cached = 0
+        self._outdated: set[int] = set()  # in use since before a flush; never published
         self._clock = 0
 
     @property
@@ -110,9 +111,15 @@ class PageAllocator:
         return sum(self._owners[page] == 0 for page in pages)
 
     def share(self, pages: Sequence[int]) -> None:
-        """Adds an owner to pages that find returned."""
+        """Adds an owner to pages that find returned.
+
+        Raises:
+          ValueError: a page has neither an owner nor findable content.
+        """
         for page in pages:
             if self._owners[page] == 0:
+                if page not in self._cached:
+                    raise ValueError(f"page {page} is free and cannot be shared")
                 self._num_idle_cached -= 1
             self._owners[page] += 1
 
@@ -130,7 +137,7 @@ class PageAllocator:
         """
         if page in self._cached:
             return True
-        if page_hash in self._by_hash or (parent and parent not in self._cached):
+        if page in self._outdated or page_hash in self._by_hash or (parent and parent not in self._cached):
             return False
         self._cached[page] = _CachedPage(page_hash, parent)
         self._by_hash[page_hash] = page
@@ -139,9 +146,15 @@ class PageAllocator:
         return True
 
     def release(self, pages: Sequence[int]) -> None:
-        """Takes one owner from each page; the last one leaves it free, or cached if it was published."""
+        """Takes one owner from each page; the last one leaves it free, or cached if it was published.
+
+        Raises:
+          ValueError: a page has no owner.
+        """
         self._clock += 1
         for page in pages:
+            if self._owners[page] == 0:
+                raise ValueError(f"page {page} has no owner and cannot be released")
             self._owners[page] -= 1
             if self._owners[page]:
                 continue
@@ -150,27 +163,36 @@ class PageAllocator:
                 self._cached[page].last_used = self._clock
                 self._offer(page)
             else:
+                self._outdated.discard(page)
                 self._free.append(page)
 
     def flush(self) -> None:
-        """Forgets all content; pages in use stay with their owners but are found no more."""
+        """Forgets all content; pages in use stay with their owners, but neither are nor become findable."""
         self._free.extend(page for page in self._cached if self._owners[page] == 0)
+        self._outdated.update(page for page, owners in enumerate(self._owners) if owners)
         self._cached.clear()
         self._by_hash.clear()
         self._evictable.clear()
         self._num_idle_cached = 0
 
     def _offer(self, page: int) -> None:
-        entry = self._cached[page]
-        if entry.num_children == 0 and self._owners[page] == 0:
-            heapq.heappush(self._evictable, (entry.last_used, page))
+        if not self._is_evictable(page):
+            return
+        heapq.heappush(self._evictable, (self._cached[page].last_used, page))
+        if len(self._evictable) > 2 * self.num_pages:  # a page reused for ever would leave ever more stale entries
+            pages = [page for page in self._cached if self._is_evictable(page)]
+            self._evictable = [(self._cached[page].last_used, page) for page in pages]
+            heapq.heapify(self._evictable)
+
+    def _is_evictable(self, page: int) -> bool:
+        return page in self._cached and not self._cached[page].num_children and not self._owners[page]
 
     def _evict(self) -> int:
         while True:
             last_used, page = heapq.heappop(self._evictable)
-            entry = self._cached.get(page)
-            if entry and not entry.num_children and not self._owners[page] and entry.last_used == last_used:
+            if self._is_evictable(page) and self._cached[page].last_used == last_used:
                 break
+        entry = self._cached[page]
         del self._cached[page]
         del self._by_hash[entry.hash]
         self._num_idle_cached -= 1

@@ -111,8 +111,8 @@ class Attention(nnx.Module):
             attended.append(
                 paged_attention(
                     rows.reshape(-1, segment.num_queries, self.num_heads, self.head_dim),
-                    cache.keys[0],
-                    cache.values[0],
+                    cache.keys,
+                    cache.values,
                     segment.page_table,
                     segment.kv_len,
                     segment.q_len,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import sum_over_vocabulary, vocabulary_shard
 from jaxinfer.communication.sharding import VOCABULARY_PARALLEL, padded_vocabulary
-from jaxinfer.layers.linear import full_precision
+from jaxinfer.layers.linear import project
 
 
 class VocabularyEmbedding(nnx.Module):
@@ -41,8 +41,6 @@ class VocabularyEmbedding(nnx.Module):
     def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """float32 logits of this device's slice of the vocabulary, -inf on padding rows."""
         weight = self.weight[...]
-        logits = jnp.einsum(
-            "md,vd->mv", hidden, weight, precision=full_precision(hidden), preferred_element_type=jnp.float32
-        )
+        logits = project(hidden, weight, out_dtype=jnp.dtype(jnp.float32))
         token_ids = vocabulary_shard() * weight.shape[0] + jnp.arange(weight.shape[0])
         return jnp.where(token_ids < self.vocab_size, logits, -jnp.inf)

@@ -1,7 +1,7 @@
 """The paged KV cache: one key and one value array a layer, written in place.
 
-Owns: the arrays' layout [pp, P, K, C, H], their allocation, writes and page copies. Page 0 is the dump page: padding
-tokens write there and nobody reads it.
+Owns: the arrays' layout [pp * P, K, C, H], their allocation, writes and page copies. Page 0 of every stage is the dump
+page: padding tokens write there and nobody reads it.
 Does not know: which request owns a page (engine/page_allocator.py does).
 """
 
@@ -22,10 +22,14 @@ DUMP_PAGE = 0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer of every stage, each [pp, P, K, C, H] (per shard: [1, P, K / tp, C, H])."""
+    """Keys and values of one local layer, each [pp * P, K, C, H]; per shard [P, K / tp, C, H].
 
-    keys: Float[Array, "S P K C H"]
-    values: Float[Array, "S P K C H"]
+    The stages' pages lie one after the other on one axis: with a leading axis of stages, XLA's CPU backend copied the
+    whole pool in steps of one token (a fusion of the write with the removal of that axis).
+    """
+
+    keys: Float[Array, "P K C H"]
+    values: Float[Array, "P K C H"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +39,7 @@ class CacheShape:
     Args:
       num_layers: layers a stage holds.
       num_stages: pipeline stages.
-      num_pages: pages, the dump page included.
+      num_pages: pages of a stage, the dump page included.
       num_kv_heads, page_size, head_dim: K over all shards, C in tokens, H.
     """
 
@@ -54,7 +58,7 @@ class CacheShape:
 
 def allocate(shape: CacheShape, dtype: jnp.dtype, mesh: Mesh) -> list[LayerCache]:
     """A cache of zeros on the mesh (zeros, since 0 * NaN would poison masked positions)."""
-    pages = (shape.num_stages, shape.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    pages = (shape.num_stages * shape.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
     zeros = jax.jit(lambda: jnp.zeros(pages, dtype), out_shardings=NamedSharding(mesh, KV_PAGES))
     return [LayerCache(keys=zeros(), values=zeros()) for _ in range(shape.num_layers)]
 
@@ -69,8 +73,8 @@ def write(
 ) -> LayerCache:
     """Stores every token's key and value at (page, offset); in place when the cache is donated."""
     return LayerCache(
-        keys=cache.keys.at[0, pages, :, offsets].set(keys, mode="promise_in_bounds"),
-        values=cache.values.at[0, pages, :, offsets].set(values, mode="promise_in_bounds"),
+        keys=cache.keys.at[pages, :, offsets].set(keys, mode="promise_in_bounds"),
+        values=cache.values.at[pages, :, offsets].set(values, mode="promise_in_bounds"),
     )
 
 
@@ -79,6 +83,6 @@ def copy_pages(cache: LayerCache, copies: Int[Array, "J 2"]) -> LayerCache:
     source, destination = copies[:, 0], copies[:, 1]
 
     def copied(pages: Array) -> Array:
-        return pages.at[0, destination].set(pages[0, source], mode="promise_in_bounds")
+        return pages.at[destination].set(pages[source], mode="promise_in_bounds")
 
     return LayerCache(keys=copied(cache.keys), values=copied(cache.values))

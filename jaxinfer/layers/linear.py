@@ -9,6 +9,8 @@ Weights keep the checkpoint's [out, in] order: on CPU XLA multiplies 8 to 32 row
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -18,26 +20,33 @@ from jaxinfer.communication.collectives import sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARALLEL
 
 
-def project(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """x @ weight.T in x's dtype; float32 inputs are multiplied in full float32 on every platform."""
+def project(
+    x: Float[Array, "T I"], weight: Float[Array, "O I"], *, out_dtype: jnp.dtype | None = None
+) -> Float[Array, "T O"]:
+    """x @ weight.T; float32 inputs are multiplied in full float32 on every platform.
+
+    Args:
+      x: float[T, I].
+      weight: float[O, I], of x's dtype.
+      out_dtype: of the result and the sums; None is x's.
+    """
+    # HIGHEST keeps a GPU from rounding float32 to TF32.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=out_dtype)
 
     def product(x: Array, weight: Array) -> Array:
-        return jnp.einsum("ti,oi->to", x, weight, precision=full_precision(x))
+        return einsum("ti,oi->to", x, weight)
 
     def two_halves(x: Array, weight: Array) -> Array:
-        # XLA's CPU backend runs a matrix-vector product on one core; as a batch of two halves it uses more of the
-        # memory bandwidth: 25 instead of 21 GB/s on two cores.
+        # XLA's CPU backend runs a matrix-vector product on one core; as a batch of two halves it reads weights at 25
+        # instead of 21 GB/s on two cores. The batch axis has to be in x as well, or XLA transposes the weights.
         halves = weight.reshape(2, weight.shape[0] // 2, weight.shape[1])
-        return jnp.einsum("ti,boi->tbo", x, halves, precision=full_precision(x)).reshape(x.shape[0], -1)
+        both = jnp.broadcast_to(x, (2, *x.shape))
+        return einsum("bti,boi->tbo", both, halves).reshape(x.shape[0], -1)
 
     if x.shape[0] == 1 and weight.shape[0] % 2 == 0:
         return lax.platform_dependent(x, weight, cpu=two_halves, default=product)
     return product(x, weight)
-
-
-def full_precision(x: Array) -> lax.Precision:
-    """HIGHEST for float32, so that a GPU does not round to TF32; DEFAULT otherwise."""
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 class ColumnParallelLinear(nnx.Module):

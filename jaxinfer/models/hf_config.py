@@ -6,10 +6,21 @@ Does not know: any family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ROPE_KINDS, RopeConfig
+from jaxinfer.config import ROPE_KINDS, RopeConfig, require_float, require_int
+
+_OPTIONAL_NUMBERS = (
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 def require(fields: Mapping[str, Any], name: str) -> Any:
@@ -22,6 +33,15 @@ def require(fields: Mapping[str, Any], name: str) -> Any:
     if value is None:
         raise ValueError(f"config.json has no {name!r}, which architecture {fields.get('architectures')} needs")
     return value
+
+
+def require_count(fields: Mapping[str, Any], name: str) -> int:
+    """The value of a field that must be there and an integer >= 1.
+
+    Raises:
+      TypeError, ValueError: it is missing, null or anything else; the message names it.
+    """
+    return require_int(f"config.json: {name}", require(fields, name), 1)
 
 
 def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> None:
@@ -39,29 +59,33 @@ def parse_rope(fields: Mapping[str, Any], *, default_theta: float = 10000.0) -> 
     """Rotary settings of a config.json, in either spelling.
 
     Raises:
-      ValueError: an unknown rule, or one that lacks a number.
+      TypeError, ValueError: an unknown rule, or one that lacks a number or has a wrong one; the message names it.
     """
     settings = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"config.json: rotary settings must be an object, got {settings!r}")
+    settings = {name: value for name, value in settings.items() if value is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise ValueError(f"config.json: rope type {kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
     if kind != "default" and "factor" not in settings:
-        raise ValueError(f"config.json: rope type {kind!r} needs a factor, got {dict(settings)}")
-    optional = {
-        name: settings[name]
-        for name in ("attention_factor", "mscale", "mscale_all_dim", "truncate")
-        if settings.get(name) is not None
-    }
+        raise ValueError(f"config.json: rope type {kind!r} needs a factor, got {settings}")
+    if settings.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1) != 1:
+        raise ValueError("config.json: partial_rotary_factor must be 1, others are not supported")
     numbers = {
-        name: float(settings[name])
-        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-        if settings.get(name) is not None
+        name: require_float(f"config.json: rope {name}", settings[name], "finite", -math.inf, math.inf)
+        for name in ("factor", *_OPTIONAL_NUMBERS)
+        if name in settings
     }
+    if settings.get("original_max_position_embeddings"):
+        original_max_len = require_count(settings, "original_max_position_embeddings")
+    else:
+        original_max_len = require_count(fields, "max_position_embeddings")
+    theta = settings.get("rope_theta", fields.get("rope_theta") or default_theta)
     return RopeConfig(
-        theta=float(settings.get("rope_theta", fields.get("rope_theta") or default_theta)),
+        theta=require_float("config.json: rope_theta", theta, "> 0", 0, math.inf, open_low=True),
         kind=kind,
-        factor=float(settings.get("factor", 1.0)),
-        original_max_len=settings.get("original_max_position_embeddings") or require(fields, "max_position_embeddings"),
+        original_max_len=original_max_len,
+        truncate=settings.get("truncate", True),
         **numbers,
-        **optional,
     )

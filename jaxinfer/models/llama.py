@@ -6,20 +6,21 @@ Does not know: files, batches' origin, sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import ModelConfig, require_float
 from jaxinfer.layers import rope
 from jaxinfer.layers.attention import Attention, TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.norm import RMSNorm
-from jaxinfer.models.hf_config import parse_rope, require, require_activation
+from jaxinfer.models.hf_config import parse_rope, require_activation, require_count
 from jaxinfer.models.registry import Layout, ModelFamily
 
 TENSOR_NAMES = {
@@ -57,23 +58,23 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a Llama config.json.
 
     Raises:
-      ValueError: a field is missing or not supported.
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
     """
     require_activation(fields, "hidden_act", "silu")
-    num_heads, hidden_size = require(fields, "num_attention_heads"), require(fields, "hidden_size")
+    num_heads, hidden_size = require_count(fields, "num_attention_heads"), require_count(fields, "hidden_size")
     attention_bias = bool(fields.get("attention_bias", False))
     return ModelConfig(
         architecture="LlamaForCausalLM",
-        vocab_size=require(fields, "vocab_size"),
+        vocab_size=require_count(fields, "vocab_size"),
         hidden_size=hidden_size,
-        num_layers=require(fields, "num_hidden_layers"),
+        num_layers=require_count(fields, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.get("num_key_value_heads") or num_heads,
         head_dim=fields.get("head_dim") or hidden_size // num_heads,
-        ffn_size=require(fields, "intermediate_size"),
-        max_position_embeddings=require(fields, "max_position_embeddings"),
+        ffn_size=require_count(fields, "intermediate_size"),
+        max_position_embeddings=require_count(fields, "max_position_embeddings"),
         rope=parse_rope(fields),
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        norm_eps=require_float("config.json: rms_norm_eps", fields.get("rms_norm_eps", 1e-6), ">= 0", 0, math.inf),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,

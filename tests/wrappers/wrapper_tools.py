@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxinfer.checkpoint import directory
-from jaxinfer.checkpoint.store import SafetensorsStore
+from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore
 from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import assemble
@@ -20,6 +20,38 @@ def make_wrapper(path: Path, **fields) -> DecoderWrapper:
     model_config = parse_model_config(directory.read_json(path / "config.json"))
     store = SafetensorsStore(directory.weight_files(path))
     return assemble(model_config, store, EngineConfig(**fields), progress=False)
+
+
+def make_random_wrapper(sizes: dict, **fields) -> DecoderWrapper:
+    """A Llama with random weights, two layers, four heads and two kv heads unless sizes say otherwise."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    } | sizes
+    width, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q_size, kv_size = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (width,),
+            f"{prefix}post_attention_layernorm.weight": (width,),
+            f"{prefix}self_attn.q_proj.weight": (q_size, width),
+            f"{prefix}self_attn.k_proj.weight": (kv_size, width),
+            f"{prefix}self_attn.v_proj.weight": (kv_size, width),
+            f"{prefix}self_attn.o_proj.weight": (width, q_size),
+            f"{prefix}mlp.gate_proj.weight": (ffn, width),
+            f"{prefix}mlp.up_proj.weight": (ffn, width),
+            f"{prefix}mlp.down_proj.weight": (width, ffn),
+        }
+    random = np.random.default_rng(0)
+    tensors = {name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    fields = {"page_size": 8} | fields
+    return assemble(parse_model_config(config), MemoryStore(tensors), EngineConfig(**fields), progress=False)
 
 
 def prefill_step(

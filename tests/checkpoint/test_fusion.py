@@ -1,0 +1,54 @@
+"""Fused rows: one pair of functions, each the other's inverse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxinfer.checkpoint.fusion import PartRows, fused_rows, unfuse
+
+
+def fuse(tensors: list[np.ndarray], num_shards: int) -> np.ndarray:
+    """The oracle: [part 0 | part 1 | ..] of every shard, one after the other."""
+    shards = [np.split(tensor, num_shards) for tensor in tensors]
+    return np.concatenate([shard[t] for t in range(num_shards) for shard in shards])
+
+
+@st.composite
+def fused_cases(draw):
+    num_shards = draw(st.integers(1, 4))
+    sizes = [num_shards * size for size in draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))]
+    start, stop = sorted(draw(st.tuples(st.integers(0, sum(sizes)), st.integers(0, sum(sizes)))))
+    return sizes, num_shards, start, stop
+
+
+@settings(deadline=None)
+@given(fused_cases())
+def test_fused_rows_any_range_equals_concatenation(case) -> None:
+    sizes, num_shards, start, stop = case
+    tensors = [1000 * part + np.arange(2 * size).reshape(size, 2) for part, size in enumerate(sizes)]
+    fused = fuse(tensors, num_shards)
+    rows = list(fused_rows(sizes, num_shards, start, stop))
+    assert all(entry.start < entry.stop for entry in rows)
+    pieces = [tensors[entry.part][entry.start : entry.stop] for entry in rows]
+    assert np.array_equal(np.concatenate([np.empty((0, 2), int), *pieces]), fused[start:stop])
+    for tensor, part in zip(tensors, unfuse(fused, sizes, num_shards), strict=True):
+        assert np.array_equal(tensor, part)
+
+
+def test_fused_rows_two_shards_interleaves_parts() -> None:
+    assert list(fused_rows((4, 2), 2, 1, 6)) == [
+        PartRows(part=0, start=1, stop=2),
+        PartRows(part=1, start=0, stop=1),
+        PartRows(part=0, start=2, stop=4),
+        PartRows(part=1, start=1, stop=2),
+    ]
+
+
+def test_fused_rows_indivisible_size_raises() -> None:
+    with pytest.raises(ValueError, match="6 output features cannot be split over 4 tensor shards"):
+        list(fused_rows((8, 6), 4, 0, 14))
+    with pytest.raises(ValueError, match="6 output features"):
+        unfuse(np.zeros((6, 2)), (6,), 4)

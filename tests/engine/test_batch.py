@@ -1,0 +1,60 @@
+"""Schedules as arrays."""
+
+import numpy as np
+import pytest
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.batch import make_batch, needed_variant
+from jaxinfer.engine.scheduler import DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.request import Request
+from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes, pack_sampling
+
+SHAPES = StepShapes(EngineConfig(max_num_seqs=4, page_size=8, max_num_batched_tokens=64), max_model_len=64)
+
+
+def sequence(**fields) -> SequenceState:
+    request = Request(request_id="x", prompt_token_ids=(1,), max_tokens=4, **fields)
+    return SequenceState(request=request, order=(0, 0), token_ids=[1])
+
+
+def test_make_batch_lays_out_decodes_then_last_chunks():
+    schedule = Schedule(
+        decodes=(DecodeRow(sequence(), 3, None), DecodeRow(sequence(), 0, (2, 9))),
+        prefills=(
+            PrefillChunk(sequence(), 1, 8, [5, 6, 7], (4, 5), False),
+            PrefillChunk(sequence(temperature=0.5, top_k=3, seed=9), 2, 0, [1, 2], (6,), True),
+        ),
+        page_copies=((4, 7),),
+    )
+    batch = make_batch(schedule, SHAPES)
+    assert (batch.shape.num_decode, batch.shape.num_prefill, batch.shape.chunk_len) == (4, 4, 16)
+    assert batch.decode_slots.tolist() == [3, 0, 4, 4]
+    assert batch.decode_page_index.tolist() == [8, 2, 8, 8]
+    assert batch.decode_page_id.tolist() == [0, 9, 0, 0]
+    assert batch.prefill_slots.tolist() == [1, 2, 4, 4]
+    assert batch.prefill_start.tolist() == [8, 0, 0, 0]
+    assert batch.prefill_len.tolist() == [3, 2, 0, 0]
+    assert batch.prefill_tokens[0, :4].tolist() == [5, 6, 7, 0]
+    assert batch.prefill_pages[0].tolist() == [4, 5, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_array_equal(
+        batch.prefill_sampling[1], pack_sampling(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, seed=9)
+    )
+    # Logit rows: the two decodes, then the last token of the finished prompt; the rest is padding.
+    assert batch.logit_index[:3].tolist() == [0, 1, 4 + 16 + 1]
+    assert batch.logit_slots[:3].tolist() == [3, 0, 2]
+    assert set(batch.logit_slots[3:].tolist()) == {4}
+    assert batch.logit_feeds.tolist() == [True] * 3 + [False] * (batch.shape.num_logits - 3)
+    assert batch.page_copies.tolist() == [[4, 7]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "variant"),
+    [
+        ([{}, {"top_k": 5}], SamplerVariant.GREEDY),
+        ([{}, {"temperature": 1.0, "top_k": 5}], SamplerVariant.CANDIDATES),
+        ([{"temperature": 1.0, "top_p": 0.5}, {"temperature": 1.0}], SamplerVariant.FULL),
+        ([{"temperature": 1.0, "min_p": 0.5}], SamplerVariant.CANDIDATES),
+    ],
+)
+def test_needed_variant_is_the_cheapest_that_serves_all(fields, variant):
+    assert needed_variant(sequence(**entry).request for entry in fields) is variant

@@ -1,0 +1,133 @@
+"""config.json: required fields, defaults, both spellings of rotary settings, errors that name the field."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.models.hf_config import parse_rope, require, require_count
+from jaxinfer.models.llama import parse_config
+
+FIELDS = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 9,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+RULES = {
+    "default": ({}, {"original_max_len": 64}),
+    "linear": ({"factor": 4}, {"factor": 4.0, "original_max_len": 64}),
+    "dynamic": ({"factor": 2.0}, {"factor": 2.0, "original_max_len": 64}),
+    "llama3": (
+        {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 3, "original_max_position_embeddings": 32},
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_len": 32},
+    ),
+    "yarn": (
+        {"factor": 4.0, "beta_fast": 16, "attention_factor": 1.5, "mscale": None, "truncate": False},
+        {"factor": 4.0, "beta_fast": 16.0, "attention_factor": 1.5, "truncate": False, "original_max_len": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_parse_rope_every_spelling_gives_same_config(kind: str) -> None:
+    settings, expected = RULES[kind]
+    spellings = [
+        {"rope_parameters": settings | {"rope_type": kind, "rope_theta": 500.0}},
+        {"rope_parameters": settings | {"rope_type": kind}, "rope_theta": 500},
+        {"rope_scaling": settings | {"rope_type": kind}, "rope_theta": 500.0},
+        {"rope_scaling": settings | {"type": kind}, "rope_theta": 500.0},
+        {"rope_scaling": settings | {"type": "other", "rope_type": kind}, "rope_theta": 500.0},
+    ]
+    if kind == "default":
+        spellings += [{"rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}]
+    for spelling in spellings:
+        assert parse_rope(FIELDS | spelling) == RopeConfig(theta=500.0, kind=kind, **expected), spelling
+
+
+def test_parse_rope_nothing_given_is_default() -> None:
+    expected = RopeConfig(theta=10000.0, original_max_len=64)
+    assert parse_rope(FIELDS) == parse_rope(FIELDS | {"rope_theta": None, "rope_parameters": {}}) == expected
+    assert parse_rope(FIELDS, default_theta=7.0).theta == 7.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rope_type": "longrope"}, ValueError, "rope type 'longrope' is not supported; known: default, linear"),
+        ({"rope_type": ["yarn"]}, ValueError, "rope type .'yarn'. is not supported"),
+        ({"rope_type": "yarn"}, ValueError, "rope type 'yarn' needs a factor"),
+        ({"rope_type": "linear", "factor": None}, ValueError, "rope type 'linear' needs a factor"),
+        ({"rope_type": "linear", "factor": "4"}, TypeError, "rope factor must be a number"),
+        ({"rope_type": "linear", "factor": 0.5}, ValueError, "rope factor must be >= 1, got 0.5"),
+        ({"rope_type": "linear", "factor": float("nan")}, ValueError, "rope factor must be finite, got nan"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fast": True}, TypeError, "rope beta_fast must be a number"),
+        ({"rope_theta": "big"}, TypeError, "rope_theta must be a number > 0"),
+        ({"rope_theta": 0}, ValueError, "rope_theta must be > 0, got 0"),
+        ({"original_max_position_embeddings": 1.5}, TypeError, "original_max_position_embeddings must be an int"),
+        ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor must be 1"),
+        ("yarn", ValueError, "rotary settings must be an object, got 'yarn'"),
+    ],
+)
+def test_parse_rope_wrong_settings_name_field(settings, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"config.json: {message}|^{message}"):
+        parse_rope(FIELDS | {"rope_parameters": settings})
+
+
+def test_parse_config_llama_fields_become_numbers() -> None:
+    expected = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=9,
+        hidden_size=8,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=2,
+        ffn_size=12,
+        max_position_embeddings=64,
+        rope=RopeConfig(original_max_len=64),
+    )
+    assert parse_config(FIELDS) == expected
+    assert parse_config(FIELDS | {"head_dim": None, "num_key_value_heads": None, "hidden_act": "silu"}) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "architectures"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, ValueError, "config.json has no '{name}', which architecture .'LlamaForCausalLM'. needs"),
+        ("8", TypeError, "config.json: {name} must be an int >= 1, got '8'"),
+        (True, TypeError, "config.json: {name} must be an int"),
+        (0, ValueError, "config.json: {name} must be >= 1, got 0"),
+    ],
+)
+def test_parse_config_wrong_field_names_it(name: str, value, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message.format(name=name)):
+        parse_config(FIELDS | {name: value})
+    with pytest.raises(ValueError, match=f"has no '{name}'"):
+        parse_config({key: value for key, value in FIELDS.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_act": "gelu"}, ValueError, "hidden_act must be 'silu', got 'gelu'"),
+        ({"num_key_value_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"head_dim": 3}, ValueError, "head_dim must be even"),
+        ({"rms_norm_eps": "1e-5"}, TypeError, "rms_norm_eps must be a number"),
+        ({"rms_norm_eps": -1.0}, ValueError, "rms_norm_eps must be >= 0"),
+    ],
+)
+def test_parse_config_unfit_numbers_raise(change, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_config(FIELDS | change)
+
+
+def test_require_missing_or_null_raises() -> None:
+    assert require({"a": 0}, "a") == 0 and require_count({"a": 3}, "a") == 3
+    for fields in ({}, {"a": None}):
+        with pytest.raises(ValueError, match="has no 'a'"):
+            require(fields, "a")

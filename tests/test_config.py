@@ -1,0 +1,153 @@
+"""Settings: every wrong value is refused in words, every number a user may hold is accepted, nothing changes later."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from jaxinfer.config import (
+    EngineConfig,
+    ModelConfig,
+    RopeConfig,
+    require_bool,
+    require_choice,
+    require_float,
+    require_int,
+)
+
+SMALL = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 2}
+MODEL = SMALL | {"architecture": "A", "ffn_size": 8, "max_position_embeddings": 16, "rope": RopeConfig()}
+
+COUNTS = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "page_size": 8, "max_model_len": 2, "num_kv_pages": 1}
+COUNTS |= dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), 1)
+OPTIONAL = ("max_model_len", "num_kv_pages")
+FLAGS = ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead")
+NO_NUMBERS = (True, False, np.True_, "8", 8.0, np.float32(8), [8], np.array([8]), 8j)
+
+WRONG = [
+    *((name, low - 1, ValueError, f">= {low}") for name, low in COUNTS.items()),
+    *((name, value, TypeError, "int") for name in COUNTS for value in NO_NUMBERS),
+    *((name, None, TypeError, "int") for name in COUNTS if name not in OPTIONAL),
+    *((name, value, TypeError, "True or False") for name in FLAGS for value in (0, 1, None, "yes", np.int64(1))),
+    ("page_size", 24, ValueError, "power of two"),
+    ("page_size", np.int32(48), ValueError, "power of two"),
+    ("max_num_batched_tokens", 63, ValueError, ">= max_num_seqs"),
+    ("seed", -1, ValueError, "in 0..9223372036854775807"),
+    ("seed", 2**63, ValueError, "in 0..9223372036854775807"),
+    ("seed", np.uint64(2**63), ValueError, "in 0..9223372036854775807"),
+    *(("seed", value, TypeError, "int in 0..") for value in (None, *NO_NUMBERS)),
+    *(
+        ("gpu_memory_utilization", value, ValueError, "in (0, 1]")
+        for value in (0, -0.1, 1.1, math.nan, math.inf, 10**400)
+    ),
+    *(("gpu_memory_utilization", value, TypeError, "in (0, 1]") for value in (None, True, np.True_, "0.9", [0.9], 1j)),
+    *(("dtype", value, ValueError, "auto, float32, bfloat16, float16") for value in ("int8", "", None, 32, np.float32)),
+    *(("attention_backend", value, ValueError, "auto, reference, xla") for value in ("flash", None, True)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "allowed"), WRONG)
+def test_engine_config_wrong_value_names_field_value_and_range(name, value, error, allowed) -> None:
+    with pytest.raises(error, match=f"^{name} must be ") as caught:
+        EngineConfig(**{name: value})
+    assert allowed in str(caught.value)
+    assert str(value) in str(caught.value) or repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint16])
+def test_engine_config_integers_become_int(kind) -> None:
+    config = EngineConfig(max_num_seqs=kind(3), max_model_len=kind(99), num_kv_pages=kind(7), seed=kind(5))
+    config = dataclasses.replace(config, page_size=kind(16), max_num_batched_tokens=kind(32))
+    assert config == EngineConfig(
+        max_num_seqs=3, max_model_len=99, num_kv_pages=7, seed=5, page_size=16, max_num_batched_tokens=32
+    )
+    assert all(type(value) in (int, float, bool, str) for value in dataclasses.asdict(config).values())
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)])
+def test_engine_config_numbers_become_float(value) -> None:
+    config = EngineConfig(gpu_memory_utilization=value)
+    assert type(config.gpu_memory_utilization) is float and config == EngineConfig(gpu_memory_utilization=0.5)
+    assert EngineConfig(gpu_memory_utilization=1).gpu_memory_utilization == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keyword", "hint"),
+    [("max_num_seq", "; did you mean 'max_num_seqs'?"), ("page_sise", "; did you mean 'page_size'?"), ("zzz", "")],
+)
+def test_engine_config_unknown_keyword_names_nearest(keyword: str, hint: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        EngineConfig.from_keywords({keyword: 1})
+    assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
+
+
+def test_engine_config_from_keywords_equals_constructor() -> None:
+    assert EngineConfig.from_keywords({"max_num_seqs": 5}) == EngineConfig(max_num_seqs=5)
+    assert EngineConfig.from_keywords({}) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    "value", [EngineConfig(), RopeConfig(), ModelConfig(**MODEL)], ids=lambda value: type(value).__name__
+)
+def test_config_is_frozen_hashable_and_picklable(value) -> None:
+    name = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, getattr(value, name))
+    assert pickle.loads(pickle.dumps(value)) == value and hash(value) == hash(dataclasses.replace(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *(({name: 0}, ValueError, f"{name} must be >= 1, got 0") for name in SMALL),
+        *(({name: "8"}, TypeError, f"{name} must be an int") for name in SMALL),
+        ({"num_kv_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"head_dim": 3}, ValueError, "head_dim must be even for rotary embeddings, got 3"),
+        ({"max_position_embeddings": 1}, ValueError, "max_position_embeddings must be >= 2, got 1"),
+    ],
+)
+def test_model_config_wrong_numbers_raise(change, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ModelConfig(**(MODEL | change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "longrope"}, "rope kind must be one of default, linear, dynamic, llama3, yarn, got 'longrope'"),
+        ({"kind": "linear", "factor": 0.5}, "rope factor must be >= 1, got 0.5"),
+        ({"kind": "llama3", "factor": 2.0, "low_freq_factor": 4.0}, "low_freq_factor must be below high_freq_factor"),
+    ],
+)
+def test_rope_config_wrong_numbers_raise(fields, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RopeConfig(**fields)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_num_parameters_equals_sum_of_shapes(tied: bool, bias: bool) -> None:
+    config = ModelConfig(
+        **(MODEL | {"num_layers": 3, "tie_word_embeddings": tied}),
+        attention_bias=bias,
+        attention_out_bias=bias,
+        mlp_bias=bias,
+    )
+    q, kv, hidden, ffn, vocab = 4 * 2, 2 * 2, 8, 8, 8
+    shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn)]
+    shapes += [(hidden,), (hidden,)]
+    shapes += [(q,), (kv,), (kv,), (hidden,), (ffn,), (ffn,), (hidden,)] if bias else []
+    shapes = 3 * shapes + [(vocab, hidden)] * (1 if tied else 2) + [(hidden,)]
+    assert config.num_parameters == sum(math.prod(shape) for shape in shapes)
+
+
+def test_require_helpers_valid_values_pass() -> None:
+    assert require_int("a", np.int8(-3), -3, 3) == -3 and type(require_int("a", np.int8(0), 0)) is int
+    assert require_float("a", 2, "in [1, 2]", 1, 2) == 2.0 and type(require_float("a", 2, "", 1, 2)) is float
+    require_bool("a", False)
+    require_choice("a", "x", ("x", "y"))

@@ -1,0 +1,119 @@
+"""What must not change a result: company, order, batch, chunk and page sizes, preemption, prefix hits, run-ahead.
+
+In float32 on CPU every token is equal, greedy and seeded; the golden maker asserts that the two best logits are far
+apart wherever greedy outputs are compared with transformers.
+"""
+
+import numpy as np
+import pytest
+from conftest import load_golden
+
+from jaxinfer import LLM, SamplingParams
+
+NUM_PROMPTS = 10
+BASE = {"max_model_len": 96, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 64}
+
+
+def make_prompts() -> list[list[int]]:
+    """Prompts of 1 to 60 tokens; three of them share a beginning of 20 tokens, two are equal."""
+    random = np.random.default_rng(7)
+    lengths = [1, 3, 8, 9, 17, 30, 60, 24, 31, 31]
+    prompts = [random.integers(0, 320, length).tolist() for length in lengths]
+    for prompt in prompts[7:]:
+        prompt[:20] = prompts[6][:20]
+    prompts[9] = list(prompts[8])
+    return prompts
+
+
+def make_params() -> list[SamplingParams]:
+    """Greedy rows between random ones of every sampler."""
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_k": 20},
+        {"temperature": 1.2},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.05, "top_k": 100},
+    ]
+    return [
+        SamplingParams(max_tokens=12 + number, ignore_eos=True, seed=number, **kinds[number % len(kinds)])
+        for number in range(NUM_PROMPTS)
+    ]
+
+
+PROMPTS, PARAMS = make_prompts(), make_params()
+
+
+def outputs_of(llm: LLM, order=range(NUM_PROMPTS)) -> list[tuple[int, ...]]:
+    results = llm.generate([PROMPTS[i] for i in order], [PARAMS[i] for i in order], use_tqdm=False)
+    by_number = dict(zip(order, results, strict=True))
+    return [by_number[number].token_ids for number in range(NUM_PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[int, ...]]:
+    """Every prompt by itself, one after the other, nothing shared."""
+    with LLM(load_golden("gqa").path, **BASE | {"max_num_seqs": 1, "enable_prefix_caching": False}) as llm:
+        return [llm.generate(prompt, params).token_ids for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+
+
+VARIATIONS = {
+    "crowd": {},
+    "three slots": {"max_num_seqs": 3},
+    "sixteen slots": {"max_num_seqs": 16},
+    "small chunks": {"max_num_batched_tokens": 16},
+    "whole prompts": {"enable_chunked_prefill": False, "max_num_batched_tokens": 128},
+    "page of 16": {"page_size": 16},
+    "page of 64": {"page_size": 64},
+    "tight pool": {"num_kv_pages": 10},
+    "tight pool without prefix cache": {"num_kv_pages": 10, "enable_prefix_caching": False},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "no run-ahead": {"run_ahead": False},
+    "no run-ahead, tight pool": {"run_ahead": False, "num_kv_pages": 10},
+    "reference attention": {"attention_backend": "reference"},
+}
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
+    with LLM(load_golden("gqa").path, **BASE | VARIATIONS[variation]) as llm:
+        assert outputs_of(llm) == alone
+        stats = llm.stats()
+    if "tight" in variation:
+        assert stats.num_preemptions >= 3
+    assert stats.kv_pages_used == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_generate_tokens_do_not_depend_on_the_order_of_arrival(seed, alone):
+    order = np.random.default_rng(seed).permutation(NUM_PROMPTS).tolist()
+    with LLM(load_golden("gqa").path, **BASE) as llm:
+        assert outputs_of(llm, order) == alone
+
+
+def test_generate_second_run_hits_the_prefix_cache_and_repeats_itself(alone):
+    with LLM(load_golden("gqa").path, **BASE | {"num_kv_pages": 200}) as llm:
+        assert outputs_of(llm) == alone
+        hits = llm.stats().prefix_cache_hits
+        assert outputs_of(llm) == alone
+        assert llm.stats().prefix_cache_hits > hits + 100
+
+
+def test_generate_greedy_golden_checkpoints_equal_transformers(golden):
+    with LLM(golden.path, max_num_seqs=4, page_size=8, num_kv_pages=64, max_num_batched_tokens=64) as llm:
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+        results = llm.generate(golden.prompts, params, use_tqdm=False)
+    for number, result in enumerate(results):
+        assert list(result.token_ids) == golden.greedy[number]
+        logprobs = [entry[token].logprob for entry, token in zip(result.logprobs, result.token_ids, strict=True)]
+        np.testing.assert_allclose(logprobs, golden.expected[f"logprobs_{number}"], atol=2e-4)
+
+
+def test_logprobs_chunks_and_preemption_agree_to_rounding():
+    """Tokens are equal, log-probabilities differ by the order of sums only."""
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=3)
+    found = []
+    for fields in ({}, {"max_num_batched_tokens": 16, "num_kv_pages": 10}):
+        with LLM(load_golden("gqa").path, **BASE | fields) as llm:
+            results = llm.generate(PROMPTS, params, use_tqdm=False)
+        found.append([[entry[t].logprob for entry, t in zip(r.logprobs, r.token_ids, strict=True)] for r in results])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)

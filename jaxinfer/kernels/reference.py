@@ -54,12 +54,9 @@ def paged_attention_reference(
         score = softcap * jnp.tanh(score / softcap)
     score = jnp.where(visible[:, None], score, -jnp.inf)
     top = score.max(axis=-1, keepdims=True, initial=-1e30)  # finite, so that a row which sees nothing gives zeros
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32)[:, None, None]
-        top = jnp.maximum(top, sink)
+    sink = jnp.full((1, 1, 1), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)[:, None, None]
+    top = jnp.maximum(top, sink)
     weight = jnp.exp(score - top)
-    total = weight.sum(axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sink - top)
+    total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
     weight = jnp.where(total > 0, weight / total, 0.0)
     return jnp.einsum("rnqs,rsnh->rqnh", weight, gathered(v_pages), precision=highest).astype(q.dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 _LEAST = -1e30  # finite: exp(_LEAST - _LEAST) is 1, where -inf would give NaN
 # Of one step, measured: with fewer the cost of starting each XLA call dominates, with more rows a long one wastes
 # the steps of its short neighbours.
-_MAX_ROWS = 16
+_MAX_ROWS = 32
 _MAX_QUERIES = 1024
 
 

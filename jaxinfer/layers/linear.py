@@ -38,8 +38,8 @@ def project(
         return einsum("ti,oi->to", x, weight)
 
     def two_halves(x: Array, weight: Array) -> Array:
-        # XLA's CPU backend runs a matrix-vector product on one core; as a batch of two halves it reads weights at 25
-        # instead of 21 GB/s on two cores. The batch axis has to be in x as well, or XLA transposes the weights.
+        # For one row, XLA's CPU backend reads the weights of a step 6 % faster as a batch of two halves (23.1 instead
+        # of 24.7 ms on two cores). The batch axis has to be in x as well, or it transposes the weights.
         halves = weight.reshape(2, weight.shape[0] // 2, weight.shape[1])
         both = jnp.broadcast_to(x, (2, *x.shape))
         return einsum("bti,boi->tbo", both, halves).reshape(x.shape[0], -1)

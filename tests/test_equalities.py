@@ -4,6 +4,8 @@ In float32 on CPU every token is equal, greedy and seeded; the golden maker asse
 apart wherever greedy outputs are compared with transformers.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import load_golden
@@ -79,8 +81,21 @@ def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
         assert outputs_of(llm) == alone
         stats = llm.stats()
     if "tight" in variation:
-        assert stats.num_preemptions >= 3
+        assert stats.num_preemptions
     assert stats.kv_pages_used == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"enable_prefix_caching": False}, {"run_ahead": False}], ids=str)
+def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):
+    """Four requests that grow to 9 pages each share 10 pages."""
+    prompts = PROMPTS[1:5]
+    params = [dataclasses.replace(entry, max_tokens=50) for entry in PARAMS[1:5]]
+    with LLM(load_golden("gqa").path, **BASE) as llm:
+        expected = [llm.generate(prompt, entry).token_ids for prompt, entry in zip(prompts, params, strict=True)]
+    with LLM(load_golden("gqa").path, **BASE | {"num_kv_pages": 10} | fields) as llm:
+        results = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.stats().num_preemptions >= 3
+    assert [result.token_ids for result in results] == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1])

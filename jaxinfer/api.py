@@ -329,7 +329,7 @@ def generate(
     sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
     if sampling_params is not None and sampling:
         raise TypeError(f"pass sampling_params or {', '.join(sorted(sampling))}, not both")
-    SamplingParams.from_keywords(sampling)  # a wrong value must not cost the loading of a model
+    SamplingParams.from_keywords(sampling).require_built()  # a wrong value must not cost the loading of a model
     config = EngineConfig.from_keywords({name: value for name, value in fields.items() if name not in sampling})
     llm = _kept.get(model, tokenizer, config)
     if sampling_params is None:

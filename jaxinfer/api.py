@@ -195,7 +195,8 @@ class LLM:
         Raises:
           TypeError, ValueError: at the call, as generate.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], (str, list, tuple)):
+        prompts, is_single = _as_prompts(prompt)
+        if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         params = sampling_params if sampling_params is not None else self._controller.default_params
         submission = self._controller.prepare(prompt, _checked_params(params))

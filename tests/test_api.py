@@ -92,9 +92,15 @@ def test_stream_grows_and_equals_generate(llm):
 
 def test_stream_raises_at_the_call(llm):
     with pytest.raises(ValueError, match="empty"):
-        llm.stream("x", SamplingParams(truncate_prompt_tokens=1)) and llm.stream([])
+        llm.stream([])
+    with pytest.raises(ValueError, match="max_model_len"):
+        llm.stream([1] * 128)
     with pytest.raises(TypeError, match="one prompt"):
         llm.stream(["a", "b"])
+
+
+def test_stream_numpy_ids_are_ids(llm):
+    assert list(llm.stream(np.array([5, 6, 7]), GREEDY))[-1].token_ids == llm.generate([5, 6, 7], GREEDY).token_ids
 
 
 @pytest.mark.parametrize("started", [False, True])

@@ -6,7 +6,6 @@ Does not know: models, sampling rules.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -54,8 +53,3 @@ def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
     if last == 0:
         return x
     return lax.psum(jnp.where(lax.axis_index(PIPE) == last, x, jnp.zeros_like(x)), PIPE)
-
-
-def num_vocabulary_shards(mesh: jax.sharding.Mesh) -> int:
-    """Into how many slices the mesh cuts the vocabulary."""
-    return mesh.shape[PIPE] * mesh.shape[TENSOR]

@@ -27,7 +27,7 @@ class EngineStats:
       kv_pages_total, kv_pages_used, kv_pages_cached: pages of the pool, with an owner, and findable without one.
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found.
       num_preemptions: sequences sent back to the queue.
-      prompt_tokens, generation_tokens: tokens of admitted prompts and tokens read.
+      prompt_tokens, generation_tokens: tokens of accepted prompts and tokens read.
       num_steps: steps launched.
       num_compilations: programs compiled.
     """

@@ -14,7 +14,7 @@ from jaxinfer.communication.mesh import PIPE, TENSOR
 
 VOCABULARY = (PIPE, TENSOR)
 
-# XLA's CPU backend runs a collective over one device as a real one, at 10 to 30 us each; hence the tests of the size.
+# XLA's CPU backend keeps a collective over one device in the program; hence the tests of the size.
 
 
 def sum_over_tensor(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -221,6 +221,8 @@ class ModelConfig:
       norm_eps: added to the mean square inside RMSNorm.
       tie_word_embeddings: the head is the embedding.
       attention_bias, attention_out_bias, mlp_bias: linear layers with a bias.
+      qk_norm: every query and key head is normalised before it is rotated.
+      windows: tokens each layer's queries see, themselves included, None for all; () when every layer sees all.
 
     Raises:
       ValueError: numbers that do not fit each other; the message names them.
@@ -241,6 +243,8 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
@@ -252,6 +256,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows must have one entry a layer, {self.num_layers}, got {len(self.windows)}")
+        for window in self.windows:
+            if window is not None:
+                require_int("window", window, 1)
 
     @property
     def num_parameters(self) -> int:
@@ -260,7 +269,7 @@ class ModelConfig:
         attention = self.hidden_size * (2 * q_size + 2 * kv_size)
         layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
         layer += self.attention_bias * (q_size + 2 * kv_size) + self.attention_out_bias * self.hidden_size
-        layer += self.mlp_bias * (2 * self.ffn_size + self.hidden_size)
+        layer += self.mlp_bias * (2 * self.ffn_size + self.hidden_size) + self.qk_norm * 2 * self.head_dim
         tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
         return tables + self.num_layers * layer + self.hidden_size
 

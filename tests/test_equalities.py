@@ -45,8 +45,8 @@ def make_params() -> list[SamplingParams]:
 PROMPTS, PARAMS = make_prompts(), make_params()
 
 
-def outputs_of(llm: LLM, order=range(NUM_PROMPTS)) -> list[tuple[int, ...]]:
-    results = llm.generate([PROMPTS[i] for i in order], [PARAMS[i] for i in order], use_tqdm=False)
+def outputs_of(llm: LLM, order=range(NUM_PROMPTS), prompts=PROMPTS) -> list[tuple[int, ...]]:
+    results = llm.generate([prompts[i] for i in order], [PARAMS[i] for i in order], use_tqdm=False)
     by_number = dict(zip(order, results, strict=True))
     return [by_number[number].token_ids for number in range(NUM_PROMPTS)]
 
@@ -83,6 +83,23 @@ def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
     if "tight" in variation:
         assert stats.num_preemptions
     assert stats.kv_pages_used == 0
+
+
+@pytest.fixture(scope="module")
+def windowed() -> tuple[list[list[int]], list[tuple[int, ...]]]:
+    """Prompts of qwen2's vocabulary, and what each gives by itself with the plain attention."""
+    prompts = [[token % 256 for token in prompt] for prompt in PROMPTS]
+    fields = {"max_num_seqs": 1, "enable_prefix_caching": False, "attention_backend": "reference"}
+    with LLM(load_golden("qwen2").path, **BASE | fields) as llm:
+        pairs = zip(prompts, PARAMS, strict=True)
+        return prompts, [llm.generate(prompt, params).token_ids for prompt, params in pairs]
+
+
+@pytest.mark.parametrize("variation", ["crowd", "small chunks", "page of 64", "tight pool", "no run-ahead"])
+def test_generate_windows_on_some_layers_do_not_depend_on_the_engine(variation, windowed):
+    prompts, expected = windowed
+    with LLM(load_golden("qwen2").path, **BASE | VARIATIONS[variation]) as llm:
+        assert outputs_of(llm, prompts=prompts) == expected
 
 
 @pytest.mark.parametrize("fields", [{}, {"enable_prefix_caching": False}, {"run_ahead": False}], ids=str)

@@ -18,6 +18,7 @@ from jaxinfer.kernels.paged_attention import paged_attention
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
+from jaxinfer.layers.norm import RMSNorm
 
 
 @jax.tree_util.register_dataclass
@@ -67,14 +68,25 @@ class Attention(nnx.Module):
     Args:
       config: the model's numbers.
       num_stages, num_shards: pipeline stages and tensor shards.
+      window: tokens each query sees, itself included; None for all.
       backend: of paged_attention.
       dtype: of the parameters.
     """
 
-    def __init__(self, config: ModelConfig, *, num_stages: int, num_shards: int, backend: str, dtype: jnp.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_stages: int,
+        num_shards: int,
+        window: int | None,
+        backend: str,
+        dtype: jnp.dtype,
+    ):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads // num_shards
         self.num_kv_heads = config.num_kv_heads // num_shards
+        self.window = window
         self.backend = backend
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv = ColumnParallelLinear(
@@ -87,6 +99,13 @@ class Attention(nnx.Module):
         self.out = RowParallelLinear(
             q_size, config.hidden_size, num_stages=num_stages, dtype=dtype, bias=config.attention_out_bias
         )
+
+        def head_norm() -> RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            return RMSNorm(config.head_dim, eps=config.norm_eps, num_stages=num_stages, dtype=dtype)
+
+        self.query_norm, self.key_norm = head_norm(), head_norm()
 
     def __call__(
         self,
@@ -102,6 +121,8 @@ class Attention(nnx.Module):
         """
         heads = self.qkv(x).reshape(x.shape[0], -1, self.head_dim)
         queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
         cache = kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
         attended, start = [], 0
@@ -117,6 +138,7 @@ class Attention(nnx.Module):
                     segment.kv_len,
                     segment.q_len,
                     scale=self.head_dim**-0.5,
+                    window=self.window,
                     backend=self.backend,
                 ).reshape(rows.shape[0], -1)
             )

@@ -33,7 +33,7 @@ class RMSNorm(nnx.Module):
         shape = (size,) if num_stages is None else (num_stages, size)
         self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=PER_STAGE if self.per_stage else REPLICATED)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; keeps x's dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)

@@ -1,6 +1,7 @@
 """Reading Hugging Face's config.json: required fields, defaults, rotary rules.
 
-Owns: the two spellings of rotary settings (rope_parameters; rope_theta with rope_scaling) and the errors.
+Owns: the fields Llama's relatives share, the two spellings of rotary settings (rope_parameters; rope_theta with
+rope_scaling), which layers have a sliding window, and the errors.
 Does not know: any family.
 """
 
@@ -10,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ROPE_KINDS, RopeConfig, require_float, require_int
+from jaxinfer.config import ROPE_KINDS, ModelConfig, RopeConfig, require_float, require_int
 
 _OPTIONAL_NUMBERS = (
     "low_freq_factor",
@@ -53,6 +54,59 @@ def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> 
     activation = fields.get(name, supported)
     if activation != supported:
         raise ValueError(f"config.json: {name} must be {supported!r}, got {activation!r}")
+
+
+def parse_decoder(fields: Mapping[str, Any], **features: Any) -> ModelConfig:
+    """ModelConfig of a decoder with RMSNorm, rotary positions and a SiLU-gated feed-forward.
+
+    Args:
+      fields: config.json.
+      features: ModelConfig's fields that the family decides.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+    """
+    require_activation(fields, "hidden_act", "silu")
+    num_heads, hidden_size = require_count(fields, "num_attention_heads"), require_count(fields, "hidden_size")
+    return ModelConfig(
+        architecture=require(fields, "architectures")[0],
+        vocab_size=require_count(fields, "vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=require_count(fields, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+        head_dim=fields.get("head_dim") or hidden_size // num_heads,
+        ffn_size=require_count(fields, "intermediate_size"),
+        max_position_embeddings=require_count(fields, "max_position_embeddings"),
+        rope=parse_rope(fields),
+        norm_eps=require_float("config.json: rms_norm_eps", fields.get("rms_norm_eps", 1e-6), ">= 0", 0, math.inf),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        **features,
+    )
+
+
+def parse_windows(fields: Mapping[str, Any], *, first_layer: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens, None where a layer sees all; () when none has one.
+
+    `layer_types`, where the file has it, says which layers slide; else those from first_layer on do.
+
+    Raises:
+      TypeError, ValueError: a window that is no count of tokens, or layer types that do not fit the layers.
+    """
+    num_layers = require_count(fields, "num_hidden_layers")
+    types = fields.get("layer_types")
+    if types is None:
+        types = ["full_attention"] * min(first_layer, num_layers)
+        types += ["sliding_attention"] * (num_layers - len(types))
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise ValueError(f"config.json: layer_types must be a list of {num_layers} names, got {types!r}")
+    unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise ValueError(f"config.json: layer_types must be full_attention or sliding_attention, got {unknown[0]!r}")
+    if "sliding_attention" not in types:
+        return ()
+    window = require_count(fields, "sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def parse_rope(fields: Mapping[str, Any], *, default_theta: float = 10000.0) -> RopeConfig:

@@ -6,21 +6,20 @@ Does not know: files, batches' origin, sampling.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.config import ModelConfig, require_float
+from jaxinfer.config import ModelConfig
 from jaxinfer.layers import rope
 from jaxinfer.layers.attention import Attention, TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.norm import RMSNorm
-from jaxinfer.models.hf_config import parse_rope, require_activation, require_count
+from jaxinfer.models.hf_config import parse_decoder
 from jaxinfer.models.registry import Layout, ModelFamily
 
 TENSOR_NAMES = {
@@ -60,22 +59,9 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
     """
-    require_activation(fields, "hidden_act", "silu")
-    num_heads, hidden_size = require_count(fields, "num_attention_heads"), require_count(fields, "hidden_size")
     attention_bias = bool(fields.get("attention_bias", False))
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=require_count(fields, "vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=require_count(fields, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=fields.get("num_key_value_heads") or num_heads,
-        head_dim=fields.get("head_dim") or hidden_size // num_heads,
-        ffn_size=require_count(fields, "intermediate_size"),
-        max_position_embeddings=require_count(fields, "max_position_embeddings"),
-        rope=parse_rope(fields),
-        norm_eps=require_float("config.json: rms_norm_eps", fields.get("rms_norm_eps", 1e-6), ">= 0", 0, math.inf),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+    return parse_decoder(
+        fields,
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=bool(fields.get("mlp_bias", False)),
@@ -83,13 +69,18 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 class LlamaLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's, and the local layer's number."""
 
-    def __init__(self, config: ModelConfig, layout: Layout):
+    def __init__(self, config: ModelConfig, layout: Layout, index: int):
         size, stages, dtype = config.hidden_size, layout.num_stages, layout.dtype
         self.attention_norm = RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
         self.attention = Attention(
-            config, num_stages=stages, num_shards=layout.num_shards, backend=layout.attention_backend, dtype=dtype
+            config,
+            num_stages=stages,
+            num_shards=layout.num_shards,
+            window=layout.window(config, index),
+            backend=layout.attention_backend,
+            dtype=dtype,
         )
         self.mlp_norm = RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
         self.mlp = GatedMLP(size, config.ffn_size, num_stages=stages, dtype=dtype, bias=config.mlp_bias)
@@ -108,7 +99,7 @@ class LlamaLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama model whose local layer j of every stage is stacked in layers[j].
+    """A Llama model, or one of its relatives, whose local layer j of every stage is stacked in layers[j].
 
     Args:
       config: the model's numbers.
@@ -128,7 +119,7 @@ class Llama(nnx.Module):
             )
 
         self.embedding = table()
-        self.layers = nnx.List([LlamaLayer(config, layout) for _ in range(layout.layers_per_stage(config))])
+        self.layers = nnx.List([LlamaLayer(config, layout, index) for index in range(layout.layers_per_stage(config))])
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, num_stages=None, dtype=layout.dtype)
         self.lm_head = None if config.tie_word_embeddings else table()
 

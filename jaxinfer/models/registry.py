@@ -41,6 +41,19 @@ class Layout:
         """Local layers every stage holds; the last stage's surplus is padding."""
         return -(-config.num_layers // self.num_stages)
 
+    def window(self, config: ModelConfig, local_layer: int) -> int | None:
+        """Tokens that queries of a local layer see; None for all.
+
+        Raises:
+          NotImplementedError: the stages' layers at this index differ.
+        """
+        found = set(config.windows[local_layer :: self.layers_per_stage(config)] or [None])
+        if len(found) > 1:
+            raise NotImplementedError(
+                f"local layer {local_layer} has windows {found} on {self.num_stages} stages; they must be equal so far"
+            )
+        return found.pop()
+
 
 @runtime_checkable
 class Decoder(Protocol):
@@ -82,7 +95,12 @@ class ModelFamily:
     tensor_names: Mapping[str, tuple[str, ...]]
 
 
-_MODULES = {"LlamaForCausalLM": "jaxinfer.models.llama"}
+_MODULES = {
+    "LlamaForCausalLM": "jaxinfer.models.llama",
+    "MistralForCausalLM": "jaxinfer.models.mistral",
+    "Qwen2ForCausalLM": "jaxinfer.models.qwen2",
+    "Qwen3ForCausalLM": "jaxinfer.models.qwen3",
+}
 
 
 def known_architectures() -> list[str]:

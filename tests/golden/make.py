@@ -1,4 +1,4 @@
-"""Makes the golden files beside it: tiny random Llama checkpoints with the answers of transformers, and tokenizers.
+"""Makes the golden files beside it: tiny random checkpoints with the answers of transformers, and tokenizers.
 
 The only file of the project that needs torch and transformers. Run `python tests/golden/make.py` to make all of it, or
 name some cases: `python tests/golden/make.py gqa tied`. Everything follows from the table CASES and fixed seeds: a
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 PROMPT_LENS = (5, 23, 40)
@@ -46,6 +46,7 @@ class Case:
     """One checkpoint: what differs from BASE, how it is stored, what else is kept."""
 
     config: dict[str, Any] = field(default_factory=dict)
+    family: str = "llama"
     bfloat16: bool = False
     max_shard_size: str = "10MB"
     long_prompt_len: int = 0
@@ -93,13 +94,28 @@ CASES: dict[str, Case] = {
     ),
     "sharded": Case(max_shard_size="120KB"),
     "bf16": Case(bfloat16=True),
+    "mistral": Case(family="mistral", config={"sliding_window": 12}),
+    "mistral_full": Case(
+        family="mistral", config={"sliding_window": None, "head_dim": 16, "tie_word_embeddings": True}
+    ),
+    "qwen2": Case(
+        family="qwen2",
+        config={
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": Case(family="qwen3", config={"head_dim": 16}),
 }
 
 
-def make_model(case: Case, seed: int) -> LlamaForCausalLM:
+def make_model(case: Case, seed: int) -> PreTrainedModel:
     """A float32 model with weights drawn in name order; rounded to bfloat16 values where the case is stored so."""
-    config = LlamaConfig(**(BASE | case.config), attn_implementation="eager")
-    model = LlamaForCausalLM(config).eval()
+    config = AutoConfig.for_model(case.family, **(BASE | case.config))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -120,13 +136,13 @@ def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], tied: bool
     return 1.5 / np.sqrt(np.float32(shape[1])) * normal
 
 
-def forward(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+def forward(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """Logits float32[len, V] of one forward pass without a cache."""
     with torch.no_grad():
         return model(torch.tensor(ids[None], dtype=torch.long), use_cache=False).logits[0].numpy()
 
 
-def greedy(model: LlamaForCausalLM, prompt: np.ndarray) -> np.ndarray:
+def greedy(model: PreTrainedModel, prompt: np.ndarray) -> np.ndarray:
     """int32[24]: what transformers generates with no end token."""
     ids = torch.tensor(prompt[None], dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -136,14 +152,14 @@ def greedy(model: LlamaForCausalLM, prompt: np.ndarray) -> np.ndarray:
     return output[0, len(prompt) :].numpy().astype(np.int32)
 
 
-def kept_logits(model: LlamaForCausalLM, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def kept_logits(model: PreTrainedModel, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(positions int32[n], logits float32[n, V]) of a forward pass over the prompt."""
     num_kept = min(len(prompt), MAX_KEPT_POSITIONS)
     positions = np.linspace(0, len(prompt) - 1, num_kept).round().astype(np.int32)
     return positions, forward(model, prompt)[positions]
 
 
-def expected(model: LlamaForCausalLM, case: Case, seed: int) -> dict[str, np.ndarray] | None:
+def expected(model: PreTrainedModel, case: Case, seed: int) -> dict[str, np.ndarray] | None:
     """The arrays of expected.npz, or None where this seed's output is too uniform or too close to a tie."""
     rng = np.random.default_rng(1000 + seed)
     vocab_size = model.config.vocab_size

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from jaxinfer.config import ModelConfig, RopeConfig
-from jaxinfer.models.hf_config import parse_rope, require, require_count
+from jaxinfer.models.hf_config import parse_rope, parse_windows, require, require_count
 from jaxinfer.models.llama import parse_config
+from jaxinfer.models.registry import parse_model_config
 
 FIELDS = {
     "architectures": ["LlamaForCausalLM"],
@@ -131,3 +132,65 @@ def test_require_missing_or_null_raises() -> None:
     for fields in ({}, {"a": None}):
         with pytest.raises(ValueError, match="has no 'a'"):
             require(fields, "a")
+
+
+SLIDE, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "windows"),
+    [
+        ("LlamaForCausalLM", {"sliding_window": 7}, ()),
+        ("MistralForCausalLM", {}, ()),
+        ("MistralForCausalLM", {"sliding_window": None}, ()),
+        ("MistralForCausalLM", {"sliding_window": 7}, (7, 7, 7)),
+        ("Qwen2ForCausalLM", {"sliding_window": 7, "max_window_layers": 1}, ()),
+        ("Qwen2ForCausalLM", {"sliding_window": 7, "max_window_layers": 1, "use_sliding_window": True}, (None, 7, 7)),
+        ("Qwen2ForCausalLM", {"sliding_window": 7, "max_window_layers": 0, "use_sliding_window": True}, (7, 7, 7)),
+        ("Qwen2ForCausalLM", {"sliding_window": 7, "max_window_layers": 28, "use_sliding_window": True}, ()),
+        (
+            "Qwen3ForCausalLM",
+            {"sliding_window": 7, "layer_types": [SLIDE, FULL, SLIDE], "use_sliding_window": True},
+            (7, None, 7),
+        ),
+    ],
+)
+def test_parse_model_config_windows_are_by_layer(architecture, change, windows) -> None:
+    config = parse_model_config(FIELDS | {"architectures": [architecture]} | change)
+    assert config.architecture == architecture
+    assert config.windows == windows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "no 'sliding_window'"),
+        ({"sliding_window": 0}, "sliding_window must be >= 1, got 0"),
+        ({"sliding_window": 4, "layer_types": [SLIDE]}, "layer_types must be a list of 3 names"),
+        ({"sliding_window": 4, "layer_types": SLIDE}, "layer_types must be a list of 3 names"),
+        ({"sliding_window": 4, "layer_types": [FULL, "chunked_attention", FULL]}, "got 'chunked_attention'"),
+    ],
+)
+def test_parse_windows_unfit_fields_raise(change, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_windows(FIELDS | change, first_layer=0)
+
+
+def test_parse_qwen2_lacks_max_window_layers_raises() -> None:
+    fields = FIELDS | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4}
+    with pytest.raises(ValueError, match="no 'max_window_layers'"):
+        parse_model_config(fields)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "features"),
+    [
+        ("MistralForCausalLM", (False, False, False)),
+        ("Qwen2ForCausalLM", (True, False, False)),
+        ("Qwen3ForCausalLM", (False, False, True)),
+    ],
+)
+def test_parse_model_config_family_decides_biases_and_norms(architecture, features) -> None:
+    config = parse_model_config(FIELDS | {"architectures": [architecture]})
+    assert (config.attention_bias, config.attention_out_bias, config.qk_norm) == features
+    assert config.head_dim == (128 if architecture == "Qwen3ForCausalLM" else 2)

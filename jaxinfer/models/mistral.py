@@ -1,0 +1,30 @@
+"""Mistral: Llama whose queries may see a sliding window only.
+
+Owns: the family's config.json fields and checkpoint names.
+Does not know: the layers, which are Llama's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.models.hf_config import parse_decoder, parse_windows
+from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.registry import ModelFamily
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a Mistral config.json; `sliding_window`, if any, holds for every layer.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+
+    Source: Jiang et al. 2023, "Mistral 7B", section 2; transformers' MistralForCausalLM.
+    """
+    windows = parse_windows(fields, first_layer=0) if fields.get("sliding_window") is not None else ()
+    return parse_decoder(fields, windows=windows)
+
+
+FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=TENSOR_NAMES)

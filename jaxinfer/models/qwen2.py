@@ -1,0 +1,44 @@
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values, and windows on the upper layers.
+
+Owns: the family's config.json fields and checkpoint names.
+Does not know: the layers, which are Llama's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.config import ModelConfig, require_int
+from jaxinfer.models.hf_config import parse_decoder, parse_windows, require
+from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.registry import ModelFamily
+
+
+def parse_upper_windows(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` on slide.
+
+    Raises:
+      TypeError, ValueError: a window or a count of layers is wrong; the message names it.
+    """
+    if not fields.get("use_sliding_window", False):
+        return ()
+    if "layer_types" in fields:
+        return parse_windows(fields, first_layer=0)
+    return parse_windows(
+        fields, first_layer=require_int("config.json: max_window_layers", require(fields, "max_window_layers"), 0)
+    )
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a Qwen2 config.json.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+
+    Source: Yang et al. 2024, "Qwen2 Technical Report", section 2.2; transformers' Qwen2ForCausalLM.
+    """
+    return parse_decoder(fields, attention_bias=True, windows=parse_upper_windows(fields))
+
+
+FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=TENSOR_NAMES)

@@ -4,6 +4,7 @@ from jaxinfer.api import LLM, generate
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenEvent
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "EngineStats",
     "Logprob",
     "ModelConfig",
+    "ModelFamily",
     "Request",
     "RequestOutput",
     "SamplingParams",
     "TokenEvent",
     "generate",
+    "register_model",
 ]

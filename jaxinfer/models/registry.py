@@ -103,9 +103,32 @@ _MODULES = {
 }
 
 
+# Families from outside the package, by architecture; filled by register_model only.
+_REGISTERED: dict[str, ModelFamily] = {}
+
+
+def register_model(architecture: str, family: ModelFamily) -> None:
+    """Makes a family from outside the package known to everything that reads a config.json.
+
+    Args:
+      architecture: its name in config.json's `architectures`.
+      family: how to read its config, build it and find its tensors. The ModelConfig its parse_config returns must
+        carry this architecture.
+
+    Raises:
+      TypeError: architecture is no string, or family no ModelFamily.
+      ValueError: the name is taken by another family.
+    """
+    if not isinstance(architecture, str) or not isinstance(family, ModelFamily):
+        raise TypeError(f"register_model needs a str and a ModelFamily, got {architecture!r} and {family!r}")
+    if architecture in _MODULES or _REGISTERED.get(architecture, family) is not family:
+        raise ValueError(f"architecture {architecture!r} is taken; register the family under another name")
+    _REGISTERED[architecture] = family
+
+
 def known_architectures() -> list[str]:
     """Names that find_family knows, sorted."""
-    return sorted(_MODULES)
+    return sorted([*_MODULES, *_REGISTERED])
 
 
 def find_family(architecture: str) -> ModelFamily:
@@ -114,6 +137,8 @@ def find_family(architecture: str) -> ModelFamily:
     Raises:
       ValueError: nobody knows it; the message lists the known ones.
     """
+    if architecture in _REGISTERED:
+        return _REGISTERED[architecture]
     if architecture not in _MODULES:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(known_architectures())}")
     return importlib.import_module(_MODULES[architecture]).FAMILY

@@ -83,5 +83,5 @@ def test_layout_window_differs_between_stages_raises() -> None:
     config = parse_model_config(fields | {"max_window_layers": 1})
     assert [layout(1).window(config, index) for index in range(3)] == [None, 4, 4]
     assert layout(3).layers_per_stage(config) == 1
-    with pytest.raises(NotImplementedError, match="local layer 0 has windows .* on 3 stages"):
+    with pytest.raises(NotImplementedError, match=r"local layer 0 has windows .* on 3 stages"):
         layout(3).window(config, 0)

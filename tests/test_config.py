@@ -131,17 +131,20 @@ def test_rope_config_wrong_numbers_raise(fields, message: str) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_num_parameters_equals_sum_of_shapes(tied: bool, bias: bool) -> None:
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_num_parameters_equals_sum_of_shapes(qk_norm: bool, tied: bool, bias: bool) -> None:
     config = ModelConfig(
         **(MODEL | {"num_layers": 3, "tie_word_embeddings": tied}),
         attention_bias=bias,
         attention_out_bias=bias,
         mlp_bias=bias,
+        qk_norm=qk_norm,
     )
     q, kv, hidden, ffn, vocab = 4 * 2, 2 * 2, 8, 8, 8
     shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn)]
     shapes += [(hidden,), (hidden,)]
     shapes += [(q,), (kv,), (kv,), (hidden,), (ffn,), (ffn,), (hidden,)] if bias else []
+    shapes += [(2,), (2,)] if qk_norm else []
     shapes = 3 * shapes + [(vocab, hidden)] * (1 if tied else 2) + [(hidden,)]
     assert config.num_parameters == sum(math.prod(shape) for shape in shapes)
 

@@ -148,11 +148,18 @@ def parse_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json of any known family.
 
     Raises:
-      ValueError: no or an unknown architecture, remote code, or numbers that do not fit.
+      ValueError: no or an unknown architecture, remote code, numbers that do not fit, or a family whose config names
+        another architecture.
     """
     if "auto_map" in fields:
         raise ValueError("config.json asks for remote code (auto_map), which is never executed; remove the field")
     architectures = fields.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise ValueError(f"config.json must name one architecture, got {architectures!r}")
-    return find_family(architectures[0]).parse_config(fields)
+    config = find_family(architectures[0]).parse_config(fields)
+    if config.architecture != architectures[0]:
+        raise ValueError(
+            f"the family of {architectures[0]!r} returned a ModelConfig of architecture {config.architecture!r}; "
+            "its parse_config must keep the name, or another family would be built"
+        )
+    return config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from jaxinfer.config import ModelConfig, RopeConfig
@@ -194,3 +196,11 @@ def test_parse_model_config_family_decides_biases_and_norms(architecture, featur
     config = parse_model_config(FIELDS | {"architectures": [architecture]})
     assert (config.attention_bias, config.attention_out_bias, config.qk_norm) == features
     assert config.head_dim == (128 if architecture == "Qwen3ForCausalLM" else 2)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"), [((4,), "one entry a layer, 3, got 1"), ((None, 0, None), "window must be >= 1, got 0")]
+)
+def test_model_config_unfit_windows_raise(windows, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(parse_config(FIELDS), windows=windows)

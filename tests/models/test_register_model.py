@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 
@@ -21,11 +22,7 @@ class Backwards(llama.Llama):
         return super().embed(self.config.vocab_size - 1 - token_ids)
 
 
-def parse_config(fields):
-    return dataclasses.replace(llama.parse_config(fields), architecture=NAME)
-
-
-FAMILY = ModelFamily(parse_config=parse_config, build=Backwards, tensor_names=llama.TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=llama.parse_config, build=Backwards, tensor_names=llama.TENSOR_NAMES)
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def test_register_model_checkpoint_runs_through_the_unchanged_engine(registered,
 
 
 def test_register_model_taken_name_raises(registered) -> None:
-    register_model(NAME, FAMILY)  # the same again is no conflict: notebooks run cells twice
+    register_model(NAME, FAMILY)  # the same family again is no conflict
     for name in (NAME, "LlamaForCausalLM"):
         with pytest.raises(ValueError, match=f"architecture '{name}' is taken"):
             register_model(name, dataclasses.replace(FAMILY))
@@ -55,8 +52,16 @@ def test_register_model_taken_name_raises(registered) -> None:
 
 @pytest.mark.parametrize(("name", "family"), [(3, FAMILY), ("Name", llama)])
 def test_register_model_wrong_type_raises(name, family) -> None:
-    with pytest.raises(TypeError):  # the words are the type checker's here, which comes first under test
-        register_model(name, family)
+    with pytest.raises(TypeError, match="needs a str and a ModelFamily"):
+        inspect.unwrap(register_model)(name, family)  # without the tests' own type checker
+
+
+def test_parse_model_config_family_names_another_architecture_raises(monkeypatch, gqa) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    config = llama.parse_config(json.loads((gqa.path / "config.json").read_text()))
+    register_model(NAME, dataclasses.replace(FAMILY, parse_config=lambda fields: config))
+    with pytest.raises(ValueError, match=r"of 'BackwardsForCausalLM' returned .* 'LlamaForCausalLM'"):
+        registry.parse_model_config({"architectures": [NAME]})
 
 
 def test_known_architectures_lists_registered_names(registered) -> None:

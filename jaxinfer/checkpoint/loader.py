@@ -1,6 +1,6 @@
 """Checkpoint tensors onto the mesh: every device's slices only, each byte read once.
 
-Owns: matching parameters with checkpoint names, the checks, and the slices each device needs.
+Owns: the checks that a checkpoint fits, and the slices each device needs.
 Does not know: families (it gets their names as data), file formats (it gets a TensorStore).
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint.fusion import fused_rows
+from jaxinfer.checkpoint.naming import NamedParameter, name_parameters
 from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import TENSOR
 
@@ -25,23 +25,6 @@ Bounds = tuple[tuple[int, int], ...]
 """(start, stop) along every axis."""
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _XLA_ALIGNMENT = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Parameter:
-    """One parameter and the checkpoint tensors of each of its stages.
-
-    Args:
-      path: dotted path in the model.
-      variable: the abstract nnx variable, with shape, dtype and spec.
-      stages: tensor names by stage, an empty tuple for a padding layer; one entry for a parameter without stages.
-      staged: the first axis is the stage.
-    """
-
-    path: str
-    variable: nnx.Variable
-    stages: tuple[tuple[str, ...], ...]
-    staged: bool
 
 
 def load_parameters(
@@ -71,11 +54,7 @@ def load_parameters(
     Raises:
       ValueError: a tensor is missing, unexpected, misshapen or no float; the message names it.
     """
-    state = nnx.state(model)
-    flat = dict(nnx.to_flat_state(state))
-    parameters = {
-        path: _describe(".".join(map(str, path)), variable, tensor_names, num_layers) for path, variable in flat.items()
-    }
+    parameters = name_parameters(nnx.state(model), tensor_names, num_layers)
     _check_names(parameters.values(), store)
     for parameter in parameters.values():
         _check_shapes(parameter, store)
@@ -87,23 +66,7 @@ def load_parameters(
     return nnx.from_flat_state(loaded)
 
 
-def _describe(
-    path: str, variable: nnx.Variable, tensor_names: Mapping[str, tuple[str, ...]], num_layers: int
-) -> _Parameter:
-    layer = re.search(r"\.(\d+)\.", path)
-    if layer is None:
-        return _Parameter(path=path, variable=variable, stages=(tensor_names[path],), staged=False)
-    names = tensor_names[path.replace(layer.group(), ".{layer}.", 1)]
-    num_stages = variable.shape[0]
-    layers_per_stage = -(-num_layers // num_stages)
-    numbers = [stage * layers_per_stage + int(layer.group(1)) for stage in range(num_stages)]
-    stages = tuple(
-        tuple(name.format(layer=number) for name in names) if number < num_layers else () for number in numbers
-    )
-    return _Parameter(path=path, variable=variable, stages=stages, staged=True)
-
-
-def _check_names(parameters: Iterable[_Parameter], store: TensorStore) -> None:
+def _check_names(parameters: Iterable[NamedParameter], store: TensorStore) -> None:
     found = set(store.names())
     wanted = {name for parameter in parameters for names in parameter.stages for name in names}
     missing = sorted(wanted - found)
@@ -124,7 +87,7 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _load(parameter: _Parameter, store: TensorStore, mesh: Mesh) -> jax.Array:
+def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Array:
     variable = parameter.variable
     sharding = NamedSharding(mesh, variable.spec)
     devices: dict[Bounds, list[jax.Device]] = {}  # replicas share a slice, which is read once
@@ -141,7 +104,7 @@ def _load(parameter: _Parameter, store: TensorStore, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_single_device_arrays(variable.shape, sharding, arrays)
 
 
-def _reader(parameter: _Parameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
+def _reader(parameter: NamedParameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
     """A function that fills one slice of the parameter, given (start, stop) for each of its axes."""
     variable = parameter.variable
 
@@ -177,13 +140,10 @@ def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def _check_shapes(parameter: _Parameter, store: TensorStore) -> None:
-    shape = parameter.variable.shape[1:] if parameter.staged else parameter.variable.shape
-    # A fused parameter declares the rows of each part, a vocabulary its rows without padding.
-    rows = parameter.variable.get_metadata().get("rows", (shape[0],))
+def _check_shapes(parameter: NamedParameter, store: TensorStore) -> None:
     for names in parameter.stages:
-        for name, count in zip(names, rows, strict=bool(names)):
-            expected = (count, *shape[1:])
+        for name, count in zip(names, parameter.part_rows, strict=bool(names)):
+            expected = (count, *parameter.shape[1:])
             if store.shape(name) != expected:
                 raise ValueError(
                     f"tensor {name} in {store.where(name)} has shape {store.shape(name)}, expected {expected}"

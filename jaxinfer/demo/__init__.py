@@ -1,0 +1,1 @@
+"""The bundled model: weights, tokenizer and card, read by path; and the scripts that made them."""

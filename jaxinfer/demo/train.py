@@ -36,13 +36,13 @@ from jaxinfer.models.registry import Layout, parse_model_config
 logger = logging.getLogger("jaxinfer.demo")
 
 SEQUENCE_LEN = 512
-BATCH_SIZE = 8
-NUM_EPOCHS = 12
+BATCH_SIZE = 4
+NUM_EPOCHS = 9
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
 DROPOUT = 0.1
-STEPS_PER_CHECKPOINT = 100
+STEPS_PER_CHECKPOINT = 200
 SEED = 0
 
 CONFIG: dict[str, Any] = {
@@ -75,7 +75,7 @@ TOKENIZER_CONFIG = {
 
 
 def initial_parameters(graph: nnx.State, key: PRNGKeyArray) -> nnx.State:
-    """Norms of one, products of variance 1 / inputs (less on the way back to the residual stream), embeddings of 0.02."""
+    """Norms of one, embeddings of 0.02, products of variance 1 / inputs (less on the way back to the residual)."""
 
     def drawn(path: Any, value: jax.ShapeDtypeStruct, number: int) -> Array:
         name = jax.tree_util.keystr(path)
@@ -227,7 +227,7 @@ def _windows(stream: np.ndarray) -> np.ndarray:
 
 
 def batches(stream: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
-    """The windows of one epoch, from another offset each time, in another order, int32[BATCH_SIZE, SEQUENCE_LEN + 1]."""
+    """One epoch's windows, from another offset and in another order each time, int32[BATCH_SIZE, SEQUENCE_LEN + 1]."""
     random = np.random.default_rng((SEED, epoch))
     windows = _windows(stream[random.integers(SEQUENCE_LEN) :])
     order = random.permutation(len(windows))
@@ -242,7 +242,8 @@ def main(
     num_epochs: Annotated[int, typer.Option(help="passes over the training text")] = NUM_EPOCHS,
 ) -> None:
     """Trains, measures on the held-out chapters, and writes a checkpoint that jaxinfer loads."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
     out.mkdir(parents=True, exist_ok=True)
     training_text, held_out_text = corpus.split(corpus.read_chapters(text))
     tokenizer = corpus.train_tokenizer(training_text, out / "tokenizer.model")

@@ -43,8 +43,8 @@ class LLM:
 
     Args:
       model: a checkpoint directory in Hugging Face format, or a hub id "owner/name".
-      tokenizer: a directory with a tokenizer.json, a Tokenizer, or "byte"; None takes the checkpoint's own. Without any
-        the LLM works on token ids.
+      tokenizer: a directory with a tokenizer.json or tokenizer.model, a Tokenizer, or "byte"; None takes the
+        checkpoint's own. Without any the LLM works on token ids.
       **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
         num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
         attention_backend, seed and the parallel sizes.
@@ -383,7 +383,7 @@ def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
         return tokenizer
     found = load_tokenizer(checkpoint_directory.resolve(tokenizer))
     if found is None:
-        raise FileNotFoundError(f"{tokenizer} has no tokenizer.json")
+        raise FileNotFoundError(f"{tokenizer} has neither tokenizer.json nor tokenizer.model")
     return found
 
 

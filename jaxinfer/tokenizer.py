@@ -1,6 +1,7 @@
 """Text to token ids and back: the tokenizers a checkpoint may bring, and text that grows with the tokens.
 
-Owns: reading tokenizer.json and tokenizer_config.json, the built-in byte tokenizer, incremental detokenisation.
+Owns: reading tokenizer.json, tokenizer.model and tokenizer_config.json, the built-in byte tokenizer, incremental
+detokenisation.
 Does not know: models, requests, stop strings, chat templates, jax.
 """
 
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import sentencepiece
 import tokenizers
 
 REPLACEMENT = "\ufffd"
+SPACE = "\u2581"  # as sentencepiece writes it in its pieces
 # A character that is not complete lacks at least one of its at most four bytes.
 MAX_HELD = 3
 # Detokenisation window: when it reaches MAX_WINDOW tokens, all but the newest KEPT_WINDOW are let go. 32 tokens of one
@@ -153,6 +157,68 @@ class FileTokenizer:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
 
+class SentencePieceTokenizer:
+    """The tokenizer of a checkpoint directory that has a sentencepiece tokenizer.model and no tokenizer.json.
+
+    BOS is put in front of a prompt unless tokenizer_config.json says `add_bos_token: false`; EOS behind it only where
+    `add_eos_token` is true. Special are the control pieces and the unknown piece.
+
+    Args:
+      directory: the checkpoint's folder.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.model.
+      ValueError: a file cannot be read, or the checkpoint adds tokens to the sentencepiece model, which only a
+        tokenizer.json can describe; the message names the file.
+
+    Source: transformers' LlamaTokenizer, for what is put around a prompt; ids and text are sentencepiece's own.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        directory = Path(directory)
+        self._model = _read_sentencepiece(directory / "tokenizer.model")
+        self.vocab_size = self._model.vocab_size()
+        config_file = directory / "tokenizer_config.json"
+        config = _read_json_object(config_file) if config_file.exists() else {}
+        _refuse_added_tokens(directory, config, self.vocab_size)
+        self.bos_token_id = _id_or_none(self._model.bos_id())
+        eos = _id_or_none(self._model.eos_id())
+        self.eos_token_ids = () if eos is None else (eos,)
+        self._prefix = [] if self.bos_token_id is None or config.get("add_bos_token") is False else [self.bos_token_id]
+        self._suffix = list(self.eos_token_ids) if config.get("add_eos_token") is True else []
+        is_special = (i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i))
+        self.special_token_ids = frozenset(is_special)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, between the BOS and EOS that tokenizer_config.json asks for."""
+        return self._prefix + self.encode_plain(text) + self._suffix
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of the text alone; a model with a dummy prefix still puts its space in front."""
+        return self._model.encode(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids, as sentencepiece decodes the runs between special tokens."""
+        known = [i for i in token_ids if 0 <= i < self.vocab_size]
+        if skip_special_tokens:
+            return self._model.decode([i for i in known if i not in self.special_token_ids])
+        runs = groupby(known, key=lambda i: i in self.special_token_ids)
+        texts = []
+        for special, run in runs:
+            ids = list(run)
+            texts.append("".join(map(self._model.id_to_piece, ids)) if special else self._run_text(ids, not texts))
+        return "".join(texts)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token alone, without the space that a text's first word would lose."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def _run_text(self, token_ids: list[int], is_first: bool) -> str:
+        """Text of ordinary tokens; sentencepiece drops the first one's space, which is right at the beginning only."""
+        space = "" if is_first or not self._model.id_to_piece(token_ids[0]).startswith(SPACE) else " "
+        return space + self._model.decode(token_ids)
+
+
 class ByteTokenizer:
     """One token per byte of UTF-8: ids 0 to 255 are the bytes, 256 begins a text, 257 ends it. Needs no file.
 
@@ -198,18 +264,17 @@ def load_tokenizer(directory: Path | str) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory.
 
     Returns:
-      A FileTokenizer where there is a tokenizer.json, None where the checkpoint has no tokenizer.
+      A FileTokenizer where there is a tokenizer.json, else a SentencePieceTokenizer where there is a tokenizer.model;
+      None where the checkpoint has no tokenizer.
 
     Raises:
-      NotImplementedError: there is only a sentencepiece tokenizer.model.
       ValueError: a tokenizer file cannot be read; the message names it.
     """
     directory = Path(directory)
     if (directory / "tokenizer.json").exists():
         return FileTokenizer(directory)
-    sentencepiece_file = directory / "tokenizer.model"
-    if sentencepiece_file.exists():
-        raise NotImplementedError(f"{sentencepiece_file}: sentencepiece models are not read yet; add a tokenizer.json")
+    if (directory / "tokenizer.model").exists():
+        return SentencePieceTokenizer(directory)
     return None
 
 
@@ -378,6 +443,31 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _read_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; a checkpoint's tokenizer is read from it")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{file}: expected a sentencepiece model: {error}") from error
+
+
+def _refuse_added_tokens(directory: Path, config: dict[str, Any], vocab_size: int) -> None:
+    file = directory / "added_tokens.json"
+    added = list(_read_json_object(file).values()) if file.exists() else []
+    added += [int(i) for i in config.get("added_tokens_decoder") or {} if str(i).isdigit()]
+    beyond = [i for i in added if i >= vocab_size]
+    if beyond:
+        raise ValueError(
+            f"{directory} adds token {min(beyond)} to the {vocab_size} of tokenizer.model, which cannot be read from "
+            "it; save the tokenizer as tokenizer.json (transformers' fast tokenizer does)"
+        )
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return None if token_id < 0 else token_id
 
 
 def _token_name(entry: object, file: Path) -> str | None:

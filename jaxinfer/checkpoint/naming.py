@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flax import nnx
 
@@ -42,7 +43,7 @@ class NamedParameter:
 
 def name_parameters(
     state: nnx.State, tensor_names: Mapping[str, tuple[str, ...]], num_layers: int
-) -> dict[tuple[str | int, ...], NamedParameter]:
+) -> dict[tuple[Any, ...], NamedParameter]:
     """Every parameter of a model with its checkpoint tensors.
 
     Args:

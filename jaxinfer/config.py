@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "xla")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+NORM_PLACES = ("before", "both")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -223,6 +225,13 @@ class ModelConfig:
       attention_bias, attention_out_bias, mlp_bias: linear layers with a bias.
       qk_norm: every query and key head is normalised before it is rotated.
       windows: tokens each layer's queries see, themselves included, None for all; () when every layer sees all.
+      local_rope: rotary embedding of the layers with a window, where it is another one.
+      attention_scale: factor on query times key; None is head_dim ** -0.5.
+      attention_softcap, logit_softcap: scores become cap * tanh(score / cap); None leaves them.
+      embedding_scale: factor on the embedded tokens.
+      activation: of the gate, by transformers' name.
+      norm_places: "before" attention and feed-forward, or "both" before and behind them.
+      norm_offset: added to the weights of every norm.
 
     Raises:
       ValueError: numbers that do not fit each other; the message names them.
@@ -245,8 +254,21 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    activation: str = "silu"
+    norm_places: str = "before"
+    norm_offset: float = 0.0
 
     def __post_init__(self) -> None:
+        require_choice("activation", self.activation, ACTIVATIONS)
+        require_choice("norm_places", self.norm_places, NORM_PLACES)
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                require_float(name, getattr(self, name), "> 0", 0, math.inf, open_low=True)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
             require_int(name, getattr(self, name), 1)
         require_int("max_position_embeddings", self.max_position_embeddings, 2)
@@ -262,12 +284,17 @@ class ModelConfig:
             if window is not None:
                 require_int("window", window, 1)
 
+    def rope_for(self, window: int | None) -> RopeConfig:
+        """The rotary embedding of a layer with this window."""
+        return self.rope if window is None or self.local_rope is None else self.local_rope
+
     @property
     def num_parameters(self) -> int:
         """Weights of the model, tied ones counted once."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * q_size + 2 * kv_size)
-        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        norms = 4 if self.norm_places == "both" else 2
+        layer = attention + 3 * self.hidden_size * self.ffn_size + norms * self.hidden_size
         layer += self.attention_bias * (q_size + 2 * kv_size) + self.attention_out_bias * self.hidden_size
         layer += self.mlp_bias * (2 * self.ffn_size + self.hidden_size) + self.qk_norm * 2 * self.head_dim
         tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size

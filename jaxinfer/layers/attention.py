@@ -87,6 +87,8 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads // num_shards
         self.num_kv_heads = config.num_kv_heads // num_shards
         self.window = window
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap = config.attention_softcap
         self.backend = backend
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv = ColumnParallelLinear(
@@ -103,7 +105,9 @@ class Attention(nnx.Module):
         def head_norm() -> RMSNorm | None:
             if not config.qk_norm:
                 return None
-            return RMSNorm(config.head_dim, eps=config.norm_eps, num_stages=num_stages, dtype=dtype)
+            return RMSNorm(
+                config.head_dim, eps=config.norm_eps, num_stages=num_stages, dtype=dtype, offset=config.norm_offset
+            )
 
         self.query_norm, self.key_norm = head_norm(), head_norm()
 
@@ -137,8 +141,9 @@ class Attention(nnx.Module):
                     segment.page_table,
                     segment.kv_len,
                     segment.q_len,
-                    scale=self.head_dim**-0.5,
+                    scale=self.scale,
                     window=self.window,
+                    softcap=self.softcap,
                     backend=self.backend,
                 ).reshape(rows.shape[0], -1)
             )

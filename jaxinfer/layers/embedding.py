@@ -23,10 +23,20 @@ class VocabularyEmbedding(nnx.Module):
       hidden_size: D.
       num_shards: devices of the mesh, pipe x tensor.
       dtype: of the weight.
+      logit_softcap: logits become cap * tanh(logits / cap); None leaves them.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, num_shards: int, dtype: jnp.dtype):
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        num_shards: int,
+        dtype: jnp.dtype,
+        logit_softcap: float | None = None,
+    ):
         self.vocab_size = vocab_size
+        self.logit_softcap = logit_softcap
         rows = padded_vocabulary(vocab_size, num_shards)
         self.weight = nnx.Param(jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, rows=(vocab_size,))
 
@@ -42,5 +52,7 @@ class VocabularyEmbedding(nnx.Module):
         """float32 logits of this device's slice of the vocabulary, -inf on padding rows."""
         weight = self.weight[...]
         logits = project(hidden, weight, out_dtype=jnp.dtype(jnp.float32))
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         token_ids = vocabulary_shard() * weight.shape[0] + jnp.arange(weight.shape[0])
         return jnp.where(token_ids < self.vocab_size, logits, -jnp.inf)

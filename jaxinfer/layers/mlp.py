@@ -13,20 +13,33 @@ from jaxtyping import Array, Float
 
 from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
+
 
 class GatedMLP(nnx.Module):
-    """SwiGLU feed-forward: one column-parallel product for gate and up, one row-parallel for down.
+    """Gated feed-forward: one column-parallel product for gate and up, one row-parallel for down.
 
     Args:
       hidden_size, ffn_size: D and F over all shards.
       num_stages: pipeline stages.
       bias: both linear layers carry one.
       dtype: of the parameters.
+      activation: of the gate: "silu" or "gelu_pytorch_tanh".
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, num_stages: int, dtype: jnp.dtype, bias: bool = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        *,
+        num_stages: int,
+        dtype: jnp.dtype,
+        bias: bool = False,
+        activation: str = "silu",
+    ):
+        self.activation = activation
         self.gate_up = ColumnParallelLinear(
             hidden_size, (ffn_size, ffn_size), num_stages=num_stages, dtype=dtype, bias=bias
         )
@@ -35,4 +48,4 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Maps [T, D] to [T, D]."""
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(_ACTIVATIONS[self.activation](gate) * up)

@@ -15,20 +15,22 @@ from jaxinfer.communication.sharding import PER_STAGE, REPLICATED
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, statistics in float32.
+    """x / rms(x) * (weight + offset), statistics in float32.
 
     Args:
       size: features, D.
       eps: added to the mean square.
       num_stages: pipeline stages when the norm belongs to a layer; None when every device holds the one norm.
       dtype: of the weight.
+      offset: added to the weight; Gemma stores weights around 0 and adds 1.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; rounding order as in Llama's own code
-    (cast back before the weight).
+    (cast back before the weight) without an offset, as in Gemma's (cast back behind it) with one.
     """
 
-    def __init__(self, size: int, *, eps: float, num_stages: int | None, dtype: jnp.dtype):
+    def __init__(self, size: int, *, eps: float, num_stages: int | None, dtype: jnp.dtype, offset: float = 0.0):
         self.eps = eps
+        self.offset = offset
         self.per_stage = num_stages is not None
         shape = (size,) if num_stages is None else (num_stages, size)
         self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=PER_STAGE if self.per_stage else REPLICATED)
@@ -38,4 +40,6 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         weight = self.weight[0] if self.per_stage else self.weight[...]
+        if self.offset:
+            return (wide * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
         return weight * wide.astype(x.dtype)

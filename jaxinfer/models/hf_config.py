@@ -56,17 +56,18 @@ def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> 
         raise ValueError(f"config.json: {name} must be {supported!r}, got {activation!r}")
 
 
-def parse_decoder(fields: Mapping[str, Any], **features: Any) -> ModelConfig:
-    """ModelConfig of a decoder with RMSNorm, rotary positions and a SiLU-gated feed-forward.
+def parse_decoder(fields: Mapping[str, Any], *, activation: str = "silu", **features: Any) -> ModelConfig:
+    """ModelConfig of a decoder with RMSNorm, rotary positions and a gated feed-forward.
 
     Args:
       fields: config.json.
+      activation: of the gate, the only one that the family has.
       features: ModelConfig's fields that the family decides.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
     """
-    require_activation(fields, "hidden_act", "silu")
+    require_activation(fields, "hidden_act", activation)
     num_heads, hidden_size = require_count(fields, "num_attention_heads"), require_count(fields, "hidden_size")
     return ModelConfig(
         architecture=require(fields, "architectures")[0],
@@ -81,6 +82,7 @@ def parse_decoder(fields: Mapping[str, Any], **features: Any) -> ModelConfig:
         rope=parse_rope(fields),
         norm_eps=require_float("config.json: rms_norm_eps", fields.get("rms_norm_eps", 1e-6), ">= 0", 0, math.inf),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        activation=activation,
         **features,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -69,11 +70,21 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 class LlamaLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's, and the local layer's number."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's, and the local layer's number.
+
+    With norms in both places, each block's output is normalised once more before it is added.
+    """
 
     def __init__(self, config: ModelConfig, layout: Layout, index: int):
         size, stages, dtype = config.hidden_size, layout.num_stages, layout.dtype
-        self.attention_norm = RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype, offset=config.norm_offset)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        both = config.norm_places == "both"
+        self.attention_post_norm = norm() if both else None
+        self.mlp_post_norm = norm() if both else None
         self.attention = Attention(
             config,
             num_stages=stages,
@@ -82,8 +93,14 @@ class LlamaLayer(nnx.Module):
             backend=layout.attention_backend,
             dtype=dtype,
         )
-        self.mlp_norm = RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
-        self.mlp = GatedMLP(size, config.ffn_size, num_stages=stages, dtype=dtype, bias=config.mlp_bias)
+        self.mlp = GatedMLP(
+            size,
+            config.ffn_size,
+            num_stages=stages,
+            dtype=dtype,
+            bias=config.mlp_bias,
+            activation=config.activation,
+        )
 
     def __call__(
         self,
@@ -94,8 +111,13 @@ class LlamaLayer(nnx.Module):
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """One layer of one stage; returns the new residual stream and the written cache."""
         attended, cache = self.attention(self.attention_norm(x), cache, batch, rotary)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        fed = self.mlp(self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            fed = self.mlp_post_norm(fed)
+        return x + fed, cache
 
 
 class Llama(nnx.Module):
@@ -115,29 +137,40 @@ class Llama(nnx.Module):
 
         def table() -> VocabularyEmbedding:
             return VocabularyEmbedding(
-                config.vocab_size, config.hidden_size, num_shards=num_devices, dtype=layout.dtype
+                config.vocab_size,
+                config.hidden_size,
+                num_shards=num_devices,
+                dtype=layout.dtype,
+                logit_softcap=config.logit_softcap,
             )
 
         self.embedding = table()
         self.layers = nnx.List([LlamaLayer(config, layout, index) for index in range(layout.layers_per_stage(config))])
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, num_stages=None, dtype=layout.dtype)
+        self.norm = RMSNorm(
+            config.hidden_size, eps=config.norm_eps, num_stages=None, dtype=layout.dtype, offset=config.norm_offset
+        )
         self.lm_head = None if config.tie_word_embeddings else table()
 
     def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Token ids to the residual stream."""
-        return self.embedding.embed(token_ids)
+        x = self.embedding.embed(token_ids)
+        # The scale is rounded to x's dtype first, as the checkpoints were trained with it.
+        return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def run_layers(
         self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
         """This stage's layers; caches are one a local layer and come back written."""
-        frequencies, attention_factor = rope.rotary_frequencies(
-            self.config.rope, self.config.head_dim, max_model_len=self.max_model_len
-        )
-        rotary = rope.rotary_tables(batch.positions, frequencies, attention_factor)
+        rules = {layer.attention.window: self.config.rope_for(layer.attention.window) for layer in self.layers}
+        tables = {
+            rule: rope.rotary_tables(
+                batch.positions, *rope.rotary_frequencies(rule, self.config.head_dim, max_model_len=self.max_model_len)
+            )
+            for rule in set(rules.values())
+        }
         written = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, cache, batch, rotary)
+            x, cache = layer(x, cache, batch, tables[rules[layer.attention.window]])
             written.append(cache)
         return x, written
 

@@ -96,6 +96,8 @@ class ModelFamily:
 
 
 _MODULES = {
+    "Gemma2ForCausalLM": "jaxinfer.models.gemma2",
+    "Gemma3ForCausalLM": "jaxinfer.models.gemma3",
     "LlamaForCausalLM": "jaxinfer.models.llama",
     "MistralForCausalLM": "jaxinfer.models.mistral",
     "Qwen2ForCausalLM": "jaxinfer.models.qwen2",

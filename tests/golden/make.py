@@ -108,6 +108,35 @@ CASES: dict[str, Case] = {
             "max_window_layers": 1,
         },
     ),
+    "gemma2": Case(
+        family="gemma2",
+        config={
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 10,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 0.3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": Case(
+        family="gemma3_text",
+        config={
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 10,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "qwen3": Case(family="qwen3", config={"head_dim": 16}),
 }
 
@@ -120,6 +149,10 @@ def make_model(case: Case, seed: int) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             values = torch.from_numpy(draw(rng, name, tuple(parameter.shape), config.tie_word_embeddings))
+            if case.family.startswith("gemma") and "norm" in name:
+                values -= 1  # Gemma adds it again
+            if case.family.startswith("gemma") and "embed" in name:
+                values *= 0.1  # Gemma multiplies embeddings by the root of the width
             parameter.copy_(values.bfloat16().float() if case.bfloat16 else values)
     return model
 

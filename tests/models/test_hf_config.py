@@ -198,6 +198,62 @@ def test_parse_model_config_family_decides_biases_and_norms(architecture, featur
     assert config.head_dim == (128 if architecture == "Qwen3ForCausalLM" else 2)
 
 
+GEMMA2, GEMMA3 = (FIELDS | {"architectures": [f"Gemma{number}ForCausalLM"]} for number in (2, 3))
+
+
+def test_parse_gemma2_defaults_are_the_family_s() -> None:
+    config = parse_model_config(GEMMA2)
+    assert config.windows == (4096, None, 4096)
+    assert (config.attention_softcap, config.logit_softcap) == (50, 30)
+    assert (config.attention_scale, config.embedding_scale) == (1 / 16, 8**0.5)
+    assert (config.activation, config.norm_places, config.norm_offset) == ("gelu_pytorch_tanh", "both", 1)
+    assert config.tie_word_embeddings and not config.qk_norm and config.local_rope is None
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_theta": 5e5, "rope_local_base_freq": 300, "rope_scaling": {"rope_type": "linear", "factor": 8}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300},
+            }
+        },
+    ],
+)
+def test_parse_gemma3_both_spellings_give_two_rotary_rules(rotary) -> None:
+    config = parse_model_config(GEMMA3 | rotary)
+    assert config.rope == RopeConfig(theta=5e5, kind="linear", factor=8.0, original_max_len=64)
+    assert config.local_rope == RopeConfig(theta=300.0, original_max_len=64)
+    assert config.rope_for(None) is config.rope and config.rope_for(7) is config.local_rope
+
+
+def test_parse_gemma3_every_sixth_layer_sees_all() -> None:
+    config = parse_model_config(GEMMA3 | {"num_hidden_layers": 7, "sliding_window": 9})
+    assert config.windows == (9, 9, 9, 9, 9, None, 9)
+    assert (config.rope.theta, config.local_rope.theta) == (1e6, 1e4)
+    assert config.qk_norm and config.attention_softcap is None and config.logit_softcap is None
+    every_third = parse_model_config(GEMMA3 | {"sliding_window": 9, "sliding_window_pattern": 3})
+    assert every_third.windows == (9, 9, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_activation": "relu"}, ValueError, "hidden_act must be 'gelu_pytorch_tanh', got 'relu'"),
+        ({"query_pre_attn_scalar": 0}, ValueError, "query_pre_attn_scalar must be > 0, got 0"),
+        ({"attn_logit_softcapping": -1.0}, ValueError, "attention_softcap must be > 0, got -1"),
+        ({"final_logit_softcapping": "30"}, TypeError, "logit_softcap must be a number > 0"),
+        ({"use_bidirectional_attention": True}, ValueError, "use_bidirectional_attention must be false"),
+        ({"sliding_window_pattern": 0}, ValueError, "sliding_window_pattern must be >= 1, got 0"),
+    ],
+)
+def test_parse_gemma3_unfit_fields_raise(change, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_model_config(GEMMA3 | change)
+
+
 @pytest.mark.parametrize(
     ("windows", "message"), [((4,), "one entry a layer, 3, got 1"), ((None, 0, None), "window must be >= 1, got 0")]
 )

@@ -67,5 +67,5 @@ def test_parse_model_config_family_names_another_architecture_raises(monkeypatch
 def test_known_architectures_lists_registered_names(registered) -> None:
     assert {NAME, "LlamaForCausalLM"} <= set(registry.known_architectures())
     assert registry.find_family(NAME) is FAMILY
-    with pytest.raises(ValueError, match=f"known: {NAME}, LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=f"known: {NAME}, .*LlamaForCausalLM"):
         registry.find_family("other")

@@ -1,0 +1,71 @@
+"""Gemma 2: Llama's layers with norms around every block, soft caps on scores and logits, and windows on every other.
+
+Owns: the family's config.json fields and checkpoint names.
+Does not know: the layers, which are Llama's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.config import ModelConfig, require_float
+from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
+from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.registry import ModelFamily
+
+GEMMA2_TENSOR_NAMES = TENSOR_NAMES | {
+    "layers.{layer}.attention_post_norm.weight": ("model.layers.{layer}.post_attention_layernorm.weight",),
+    "layers.{layer}.mlp_norm.weight": ("model.layers.{layer}.pre_feedforward_layernorm.weight",),
+    "layers.{layer}.mlp_post_norm.weight": ("model.layers.{layer}.post_feedforward_layernorm.weight",),
+}
+
+
+def parse_gemma(fields: Mapping[str, Any], *, slide: list[bool], **features: Any) -> ModelConfig:
+    """ModelConfig of what Gemma 2 and 3 share.
+
+    Args:
+      fields: config.json, its rotary settings as Llama's.
+      slide: which layers have a window, where `layer_types` does not say it.
+      features: ModelConfig's fields that the family decides.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+    """
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in slide]
+    fields = {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, **fields}
+    activation = fields.get("hidden_activation") or "gelu_pytorch_tanh"
+    scalar = require_float(
+        "config.json: query_pre_attn_scalar", fields["query_pre_attn_scalar"], "> 0", 0, float("inf"), open_low=True
+    )
+    bias = bool(fields.get("attention_bias", False))
+    return parse_decoder(
+        fields | {"hidden_act": activation},
+        activation="gelu_pytorch_tanh",
+        windows=parse_windows({"layer_types": kinds} | fields, first_layer=0),
+        attention_bias=bias,
+        attention_out_bias=bias,
+        attention_scale=scalar**-0.5,
+        attention_softcap=fields.get("attn_logit_softcapping"),
+        logit_softcap=fields.get("final_logit_softcapping"),
+        embedding_scale=require_count(fields, "hidden_size") ** 0.5,
+        norm_places="both",
+        norm_offset=1.0,
+        **features,
+    )
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a Gemma 2 config.json; without `layer_types` the first and every other layer has a window.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+
+    Source: Gemma Team 2024, "Gemma 2", section 2; transformers' Gemma2ForCausalLM.
+    """
+    slide = [layer % 2 == 0 for layer in range(require_count(fields, "num_hidden_layers"))]
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+    return parse_gemma(caps | dict(fields), slide=slide)
+
+
+FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=GEMMA2_TENSOR_NAMES)

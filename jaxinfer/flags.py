@@ -1,0 +1,145 @@
+"""Command-line flags and YAML files as views of the settings dataclasses.
+
+Owns: one flag a dataclass field, its help text from the docstring, the merge of a settings file with flags.
+Does not know: commands, what a setting does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from jaxinfer.config import EngineConfig, unknown_keyword
+from jaxinfer.request import SamplingParams
+
+SETTINGS = (SamplingParams, EngineConfig)
+"""A field of both (seed) is the first one's, as in generate()."""
+_ENTRY = re.compile(r" {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*)")
+
+
+def field_help(settings: type) -> dict[str, str]:
+    """The text of each field in the "Args:" section of a dataclass's docstring.
+
+    Example:
+      >>> field_help(EngineConfig)["page_size"]
+      'tokens in one KV page; a power of two, at least 8.'
+    """
+    section = inspect.cleandoc(settings.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        entry = _ENTRY.fullmatch(line)
+        if entry:
+            names = entry["names"].split(", ")
+        for name in names:
+            texts[name] = entry["text"] if entry else f"{texts[name]} {line.strip()}"
+    return texts
+
+
+def takes_settings(*settings: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a command take one flag for every field of some dataclasses, and a settings file.
+
+    Args:
+      settings: dataclasses; a name that two of them have is the first one's.
+
+    Returns:
+      A decorator. The decorated function has a parameter **fields and receives there what was given: the fields of the
+      file named by --config, then the flags; nothing for a flag that was not given. Its own parameters with a default
+      of None may be in the file too.
+    """
+    options = _options(settings)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        hints = typing.get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in inspect.signature(command).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        known = [*options, *(parameter.name for parameter in own if parameter.default is None)]
+
+        @functools.wraps(command)
+        def wrapper(*, config: Path | None, **arguments: Any) -> Any:
+            given = {name: _plain(name, value) for name, value in arguments.items() if value not in (None, [])}
+            return command(**(read_settings(config, known) if config is not None else {}) | given)
+
+        file = _parameter("config", Path | None, "YAML file with any of these settings by name; flags win over it.")
+        parameters = sorted([*own, file, *options.values()], key=lambda parameter: parameter.kind)
+        wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapper
+
+    return decorate
+
+
+def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Args:
+      file: a mapping of names to values.
+      known: the names there are.
+
+    Raises:
+      FileNotFoundError: no such file.
+      TypeError: a name nobody has; the message names the nearest one.
+      ValueError: not YAML, or no mapping.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such settings file: {file}")
+    try:
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"{file} must hold a mapping of settings to values, got {type(fields).__name__}")
+    for name in fields:
+        if name not in known:
+            raise unknown_keyword(name, known)
+    return dict(fields)
+
+
+def _options(settings: Sequence[type]) -> dict[str, inspect.Parameter]:
+    options: dict[str, inspect.Parameter] = {}
+    for one in settings:
+        hints, texts = typing.get_type_hints(one), field_help(one)
+        for entry in dataclasses.fields(one):
+            shown = "" if entry.default is None else f" (default: {entry.default})"
+            option = _parameter(entry.name, _flag_type(hints[entry.name]), texts[entry.name] + shown, one.__name__)
+            options.setdefault(entry.name, option)
+    return options
+
+
+def _parameter(name: str, kind: Any, text: str, panel: str | None = None) -> inspect.Parameter:
+    option = typer.Option(help=text, rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _flag_type(hint: Any) -> Any:
+    """What typer parses for a field's type; None when the flag is not given."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for part in parts:
+        if typing.get_origin(part) is Sequence:
+            return list[typing.get_args(part)[0]] | None
+        if typing.get_origin(part) is Mapping:
+            return list[str] | None
+    return parts[0] | None
+
+
+def _plain(name: str, value: Any) -> Any:
+    """The field's value; a mapping is given as repeated KEY=VALUE."""
+    if name != "logit_bias":
+        return value
+    try:
+        return {int(key): float(bias) for key, bias in (entry.split("=") for entry in value)}
+    except ValueError as error:
+        raise ValueError(f"logit_bias must be TOKEN_ID=BIAS, got {' '.join(value)}") from error

@@ -105,11 +105,12 @@ def status(field):
 
 # The measured part is load_parameters alone, after the file is mapped and XLA's threads have started.
 loading_tools.load(Path(sys.argv[2]))
-growth = {}
+growth, kept = {}, []
 original = loading_tools.load_parameters
 def measured(*args, **keywords):
     before = status("VmSize")
     state = original(*args, **keywords)
+    kept.append(state)  # freed weights would be reused by the next load, whose growth would then be too small
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     growth[dtype] = {"weights": weights, "growth": status("VmPeak") - before}
     raise StopIteration

@@ -1,6 +1,7 @@
 """jaxinfer: LLM text generation on GPU meshes in JAX and Flax."""
 
 from jaxinfer.api import LLM, generate
+from jaxinfer.async_llm import AsyncLLM
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
@@ -9,6 +10,7 @@ from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, 
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "DynamicEngine",
     "EngineClosedError",

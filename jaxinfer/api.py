@@ -23,7 +23,7 @@ from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, unknown_keyword
 from jaxinfer.controller import Prompt, TextGenerationController
-from jaxinfer.driver import Driver, Ticket
+from jaxinfer.driver import Delivery, Driver, Ticket
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.request import RequestOutput, SamplingParams
@@ -195,13 +195,35 @@ class LLM:
         Raises:
           TypeError, ValueError: at the call, as generate.
         """
+        ticket = self.start_stream(prompt, sampling_params)
+        return OutputStream(ticket, lambda: self.cancel(ticket))
+
+    def start_stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        deliver: Callable[[Delivery], None] | None = None,
+    ) -> Ticket:
+        """Starts a request whose outputs are delivered after every new token; what stream and AsyncLLM are made of.
+
+        Args:
+          prompt, sampling_params: as stream's.
+          deliver: gets the outputs on the engine's thread and must not block it; None keeps them in the ticket.
+
+        Raises:
+          TypeError, ValueError, EngineClosedError: as generate.
+        """
         prompts, is_single = _as_prompts(prompt)
         if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         params = sampling_params if sampling_params is not None else self._controller.default_params
         submission = self._controller.prepare(prompt, _checked_params(params))
-        ticket = self._driver.submit([submission], stream=True)[0]
-        return OutputStream(ticket, lambda: self._driver.cancel([ticket]))
+        return self._driver.submit([submission], stream=True, deliver=deliver)[0]
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends the request of a ticket if it still runs."""
+        self._driver.cancel([ticket])
 
     @property
     def default_params(self) -> SamplingParams:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxinfer.controller import Submission
@@ -48,20 +48,26 @@ class EngineClosedError(RuntimeError):
     """The engine was closed, or died of the exception in __cause__, while or before a request ran."""
 
 
+Delivery = RequestOutput | EngineClosedError
+"""What comes back for a submission."""
+
+
 class Ticket:
     """One submission on its way: the outputs come out in order, the finished one last.
 
     Args:
       submission: what runs.
       stream: deliver an output after every step that changed it, not only the finished one.
+      deliver: gets every output, or the error that ends them, on the driver's thread; None keeps them for next_output.
     """
 
-    def __init__(self, submission: Submission, *, stream: bool):
+    def __init__(self, submission: Submission, *, stream: bool, deliver: Callable[[Delivery], None] | None = None):
         self.submission = submission
         self.stream = stream
         self.request_id: str | None = None
         self.num_tokens = 0
-        self.outbox: queue.SimpleQueue[RequestOutput | EngineClosedError] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.deliver = self._outbox.put if deliver is None else deliver
 
     def next_output(self, timeout: float | None = None) -> RequestOutput:
         """Waits for the next output.
@@ -73,7 +79,7 @@ class Ticket:
           queue.Empty: none came in time.
           EngineClosedError: none will come.
         """
-        output = self.outbox.get(timeout=timeout)
+        output = self._outbox.get(timeout=timeout)
         if isinstance(output, EngineClosedError):
             raise output
         return output
@@ -97,13 +103,23 @@ class Driver:
         self._thread = threading.Thread(target=self._run, name="jaxinfer-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, submissions: Sequence[Submission], *, stream: bool = False) -> list[Ticket]:
+    def submit(
+        self,
+        submissions: Sequence[Submission],
+        *,
+        stream: bool = False,
+        deliver: Callable[[Delivery], None] | None = None,
+    ) -> list[Ticket]:
         """Hands in prepared submissions; all of them start before the next step.
+
+        Args:
+          submissions: from the controller's prepare.
+          stream, deliver: as Ticket's.
 
         Raises:
           EngineClosedError: the engine is closed or dead.
         """
-        tickets = [Ticket(submission, stream=stream) for submission in submissions]
+        tickets = [Ticket(submission, stream=stream, deliver=deliver) for submission in submissions]
         with self._changed:
             if self._error is not None:
                 raise EngineClosedError(str(self._error)) from self._error.__cause__
@@ -112,7 +128,7 @@ class Driver:
         return tickets
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Ends requests that are still running before the next step; their outboxes get nothing more."""
+        """Ends requests that are still running before the next step; nothing more is delivered."""
         with self._changed:
             self._cancelled.extend(tickets)
             self._changed.notify()
@@ -138,7 +154,7 @@ class Driver:
             self._error = error
             waiting = [*self._tickets.values(), *self._inbox]
         for ticket in waiting:
-            ticket.outbox.put(error)
+            ticket.deliver(error)
 
     def _take_in(self) -> bool:
         """Waits for work and starts or ends what was handed in; False when closing."""
@@ -166,7 +182,7 @@ class Driver:
         ticket.num_tokens += 1
         finished = self._controller.is_finished(request_id)
         if ticket.stream or finished:
-            ticket.outbox.put(self._controller.output(request_id))
+            ticket.deliver(self._controller.output(request_id))
         if finished:
             del self._tickets[request_id]
             self._controller.forget(request_id)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxinfer.config import require_bool, require_float, require_int, unknown_keyword
+from jaxinfer.output_html import OutputView, TokenView, render
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
@@ -348,3 +349,30 @@ class RequestOutput:
 
     def __str__(self) -> str:
         return self.text if self.text is not None else str(list(self.token_ids))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the tokens, coloured by probability where logprobs were asked for, alternatives on hover."""
+        prompt = self.prompt if self.prompt is not None else f"{list(self.prompt_token_ids)} "
+        return render(prompt, [_view(output) for output in self.outputs])
+
+
+def _view(output: CompletionOutput) -> OutputView:
+    caption = f"{len(output.token_ids)} tokens, {output.finish_reason or 'running'}, seed {output.seed}"
+    if output.logprobs is None:
+        text = output.text if output.text is not None else str(list(output.token_ids))
+        return OutputView(tokens=(TokenView(text=text),), caption=caption)
+    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    return OutputView(tokens=tuple(_token_view(token_id, found) for token_id, found in pairs), caption=caption)
+
+
+def _token_view(token_id: int, found: Mapping[int, Logprob]) -> TokenView:
+    def text(token_id: int) -> str:
+        decoded = found[token_id].decoded_token
+        return f"{token_id} " if decoded is None else decoded
+
+    others = sorted((other for other in found if other != token_id), key=lambda other: found[other].rank)
+    return TokenView(
+        text=text(token_id),
+        logprob=found[token_id].logprob,
+        alternatives=tuple((text(other), found[other].logprob) for other in others),
+    )

@@ -1,0 +1,134 @@
+"""The user's door for asyncio: AsyncLLM.
+
+Owns: the way from the driver's thread into an event loop, cancellation.
+Does not know: more of generation than LLM shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.api import DEMO, LLM
+from jaxinfer.controller import Prompt
+from jaxinfer.driver import Delivery, EngineClosedError
+from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """An LLM for asyncio: any number of tasks, in any number of event loops, generate at the same time.
+
+    Args:
+      model, tokenizer, **engine: as LLM's. Loading blocks the calling thread.
+
+    Raises:
+      As LLM.
+
+    Example:
+      async with AsyncLLM("path/to/checkpoint") as llm:
+          async for output in llm.generate("In the beginning", SamplingParams(max_tokens=32)):
+              print(output.delta, end="", flush=True)
+    """
+
+    def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
+        self._llm = LLM(model, tokenizer=tokenizer, **engine)
+
+    @classmethod
+    def from_params(
+        cls,
+        config: Mapping[str, Any],
+        params: Mapping[str, Any],
+        tokenizer: str | Path | Tokenizer | None = None,
+        **engine: Any,
+    ) -> AsyncLLM:
+        """An AsyncLLM from weights that are already in memory; arguments and errors as LLM.from_params."""
+        llm = cls.__new__(cls)
+        llm._llm = LLM.from_params(config, params, tokenizer, **engine)
+        return llm
+
+    def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncOutputStream:
+        """Generates for one prompt, an output after every new token; call it in a coroutine.
+
+        Args:
+          prompt: a string or a list of token ids.
+          sampling_params: None samples as the checkpoint says.
+
+        Returns:
+          An async iterator of RequestOutput: text grows, delta is what is new, the last one is finished. Cancelling
+          the task that waits for it, closing it or dropping it aborts the request.
+
+        Raises:
+          TypeError, ValueError: at the call, as LLM.generate.
+          EngineClosedError: the LLM is closed.
+          RuntimeError: no event loop is running.
+        """
+        loop, outputs = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
+
+        def deliver(output: Delivery) -> None:
+            with contextlib.suppress(RuntimeError):  # a closed loop: nobody listens any more
+                loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        ticket = self._llm.start_stream(prompt, sampling_params, deliver=deliver)
+        return AsyncOutputStream(outputs, lambda: self._llm.cancel(ticket))
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The checkpoint's own way of sampling, used where no SamplingParams are given."""
+        return self._llm.default_params
+
+    async def warmup(self) -> None:
+        """Compiles every program that serving can need; the event loop goes on."""
+        await asyncio.to_thread(self._llm.warmup)
+
+    def stats(self) -> EngineStats:
+        """As LLM.stats."""
+        return self._llm.stats()
+
+    def close(self) -> None:
+        """As LLM.close; waiting tasks get an EngineClosedError."""
+        self._llm.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.close)
+
+
+class AsyncOutputStream(AsyncIterator[RequestOutput]):
+    """Outputs of one request as they come; aclose(), dropping it or cancelling who waits for it aborts the request.
+
+    Args:
+      outputs: where they come from.
+      cancel: ends the request.
+    """
+
+    def __init__(self, outputs: asyncio.Queue[Delivery], cancel: Callable[[], None]):
+        self._outputs = outputs
+        self._cancel = weakref.finalize(self, cancel)
+        self._is_done = False
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_done:
+            raise StopAsyncIteration
+        try:
+            output = await self._outputs.get()
+        except BaseException:
+            await self.aclose()
+            raise
+        if isinstance(output, EngineClosedError):
+            self._is_done = True
+            raise output
+        self._is_done = output.finished
+        return output
+
+    async def aclose(self) -> None:
+        """Aborts the request if it still runs; iterating then ends."""
+        self._is_done = True
+        self._cancel()

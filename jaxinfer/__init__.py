@@ -1,5 +1,7 @@
 """jaxinfer: LLM text generation on GPU meshes in JAX and Flax."""
 
+from importlib.metadata import version
+
 from jaxinfer.api import LLM, generate
 from jaxinfer.async_llm import AsyncLLM
 from jaxinfer.config import EngineConfig, ModelConfig
@@ -7,6 +9,8 @@ from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenEvent
+
+__version__ = version("jaxinfer")
 
 __all__ = [
     "LLM",

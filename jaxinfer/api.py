@@ -346,18 +346,35 @@ def generate(
       TypeError: an unknown keyword (the message names the nearest), or sampling keywords beside sampling_params.
       As LLM and LLM.generate.
     """
-    for name in fields:
-        if name not in _SAMPLING_FIELDS | _ENGINE_FIELDS:
-            raise unknown_keyword(name, sorted(_SAMPLING_FIELDS | _ENGINE_FIELDS | {"model", "tokenizer", "use_tqdm"}))
-    sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
+    sampling, config = split_settings(fields, also_known=("model", "tokenizer", "use_tqdm"))
     if sampling_params is not None and sampling:
         raise TypeError(f"pass sampling_params or {', '.join(sorted(sampling))}, not both")
-    SamplingParams.from_keywords(sampling).require_built()  # a wrong value must not cost the loading of a model
-    config = EngineConfig.from_keywords({name: value for name, value in fields.items() if name not in sampling})
     llm = _kept.get(model, tokenizer, config)
     if sampling_params is None:
         sampling_params = dataclasses.replace(llm.default_params, **sampling)
     return llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+
+def split_settings(fields: Mapping[str, Any], *, also_known: Sequence[str] = ()) -> tuple[dict[str, Any], EngineConfig]:
+    """Sampling fields and engine settings that came together by name; `seed` is the sampling seed.
+
+    Args:
+      fields: of SamplingParams and EngineConfig.
+      also_known: further names that an error may suggest.
+
+    Returns:
+      The fields of SamplingParams, checked but not completed, and the EngineConfig.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: a field is unknown or has a wrong value.
+    """
+    known = _SAMPLING_FIELDS | _ENGINE_FIELDS
+    for name in fields:
+        if name not in known:
+            raise unknown_keyword(name, sorted({*known, *also_known}))
+    sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
+    SamplingParams.from_keywords(sampling).require_built()  # a wrong value must not cost the loading of a model
+    return sampling, EngineConfig.from_keywords({name: fields[name] for name in fields if name not in sampling})
 
 
 def _wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput]:

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -46,18 +47,21 @@ def field_help(settings: type) -> dict[str, str]:
     return texts
 
 
-def takes_settings(*settings: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes_settings(
+    *settings: type, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a command take one flag for every field of some dataclasses, and a settings file.
 
     Args:
       settings: dataclasses; a name that two of them have is the first one's.
+      defaults: values of the command's own for fields that are not given.
 
     Returns:
-      A decorator. The decorated function has a parameter **fields and receives there what was given: the fields of the
-      file named by --config, then the flags; nothing for a flag that was not given. Its own parameters with a default
+      A decorator. The decorated function has a parameter **fields and receives there what was given: its defaults,
+      the fields of the file named by --config, then the flags. Its own parameters with a default
       of None may be in the file too.
     """
-    options = _options(settings)
+    options = _options(settings, defaults)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         hints = typing.get_type_hints(command, include_extras=True)
@@ -71,7 +75,8 @@ def takes_settings(*settings: type) -> Callable[[Callable[..., Any]], Callable[.
         @functools.wraps(command)
         def wrapper(*, config: Path | None, **arguments: Any) -> Any:
             given = {name: _plain(name, value) for name, value in arguments.items() if value not in (None, [])}
-            return command(**(read_settings(config, known) if config is not None else {}) | given)
+            from_file = read_settings(config, known) if config is not None else {}
+            return command(**{**defaults, **from_file, **given})
 
         file = _parameter("config", Path | None, "YAML file with any of these settings by name; flags win over it.")
         parameters = sorted([*own, file, *options.values()], key=lambda parameter: parameter.kind)
@@ -108,12 +113,13 @@ def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
     return dict(fields)
 
 
-def _options(settings: Sequence[type]) -> dict[str, inspect.Parameter]:
+def _options(settings: Sequence[type], defaults: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
     options: dict[str, inspect.Parameter] = {}
     for one in settings:
         hints, texts = typing.get_type_hints(one), field_help(one)
         for entry in dataclasses.fields(one):
-            shown = "" if entry.default is None else f" (default: {entry.default})"
+            default = defaults.get(entry.name, entry.default)
+            shown = "" if default is None else f" (default: {default})"
             option = _parameter(entry.name, _flag_type(hints[entry.name]), texts[entry.name] + shown, one.__name__)
             options.setdefault(entry.name, option)
     return options

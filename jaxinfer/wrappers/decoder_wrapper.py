@@ -33,7 +33,7 @@ from jaxinfer.wrappers.decoder_step import (
     sample_step,
     unpack_inputs,
 )
-from jaxinfer.wrappers.memory import num_kv_pages
+from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import (
     LogprobArrays,
@@ -94,13 +94,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             head_dim=model_config.head_dim,
         )
         self._page_bytes = cache_shape(num_pages=1).page_bytes(layout.dtype.itemsize)
-        self._num_pages = config.num_kv_pages or num_kv_pages(
-            device=mesh.devices.flat[0],
-            page_bytes=self._page_bytes // mesh.size,
-            useful_pages=config.max_num_seqs * self._shapes.table_width,
-            activation_bytes=_activation_bytes(model_config, self._shapes, layout.dtype.itemsize),
-            gpu_memory_utilization=config.gpu_memory_utilization,
-        )
+        self._num_pages = config.num_kv_pages or self._fitting_pages(config, model_config, layout.dtype.itemsize)
         # Programs take and return flat lists: flattening once is cheaper than at every call.
         caches = kv_cache.allocate(cache_shape(num_pages=self._num_pages + 1), layout.dtype, mesh)
         self._caches, self._cache_tree = jax.tree.flatten(caches)
@@ -194,6 +188,17 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def compiled_forward(self, shape: StepShape) -> jax.stages.Compiled:
         """The forward program of a shape, for reading its memory plan and text."""
         return self._programs.get(*self._forward_program(shape))
+
+    def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int) -> int:
+        device = self._mesh.devices.flat[0]
+        free = free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization)
+        if device.platform != "cpu":
+            free -= _activation_bytes(model_config, self._shapes, itemsize)
+        return num_kv_pages(
+            free=free,
+            page_bytes=self._page_bytes // self._mesh.size,
+            useful_pages=config.max_num_seqs * self._shapes.table_width,
+        )
 
     def _forward(self, batch: StepBatch) -> tuple[jax.Array, jax.Array]:
         if batch.page_copies.size:

@@ -14,34 +14,35 @@ CPU_SHARE = 0.5
 """Of a CPU's available memory, at most, for the KV pool."""
 
 
-def num_kv_pages(
-    *,
-    device: jax.Device,
-    page_bytes: int,
-    useful_pages: int,
-    activation_bytes: int,
-    gpu_memory_utilization: float,
-) -> int:
+def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
+    """Bytes of a device that weights, KV pages and activations may still take.
+
+    Args:
+      device: of any platform.
+      gpu_memory_utilization: share of a GPU's memory that may be used; a CPU gives CPU_SHARE of what is available.
+
+    Raises:
+      ValueError: the device does not report its memory.
+    """
+    if device.platform == "cpu":
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ValueError(f"{device.device_kind} does not report its memory; set num_kv_pages")
+    return int(stats["bytes_limit"] * gpu_memory_utilization) - stats["bytes_in_use"]
+
+
+def num_kv_pages(*, free: int, page_bytes: int, useful_pages: int) -> int:
     """Pages of one device's pool, the dump page excluded.
 
     Args:
-      device: where the weights already are.
+      free: bytes for the pool.
       page_bytes: bytes of one page on this device, over its layers.
       useful_pages: more than all slots at full length could use is never allocated.
-      activation_bytes: to leave free for the steps themselves.
-      gpu_memory_utilization: share of a GPU's memory for weights, KV and activations.
 
     Raises:
       ValueError: not even one page fits; the message says what was free.
     """
-    if device.platform == "cpu":
-        free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
-    else:
-        stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            raise ValueError(f"{device.device_kind} does not report its memory; set num_kv_pages")
-        total = stats["bytes_limit"] * gpu_memory_utilization
-        free = int(total - stats["bytes_in_use"]) - activation_bytes
     fitting = free // page_bytes
     if fitting < 2:
         raise ValueError(

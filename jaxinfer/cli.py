@@ -1,0 +1,170 @@
+"""The command `jaxinfer`: generate, chat and info, over the Python API.
+
+Owns: commands, reading prompts, printing, one-line errors.
+Does not know: how anything is computed. Flags come from the settings dataclasses (flags.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxinfer import info as facts
+from jaxinfer.api import DEMO, LLM, split_settings
+from jaxinfer.config import EngineConfig
+from jaxinfer.driver import EngineClosedError
+from jaxinfer.flags import SETTINGS, takes_settings
+from jaxinfer.request import RequestOutput, SamplingParams
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+MAX_TOKENS = 128
+"""Of the commands, where neither flags nor a settings file say otherwise."""
+# typer carries a click of its own or uses the installed one; this is the base of usage errors in either.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError)
+
+app = typer.Typer(
+    help="LLM text generation in JAX and Flax.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Model = Annotated[str | None, typer.Option(help=f"checkpoint directory or hub id (default: {DEMO}, the bundled model)")]
+TokenizerFrom = Annotated[str | None, typer.Option(help='another tokenizer\'s directory or hub id, or "byte"')]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one line on standard error."""
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except _UsageError as error:
+        print(f"jaxinfer: {error.format_message()} (see --help)", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:  # the reader has seen enough; Python must not flush into the pipe again
+        sys.stdout = None
+        return EXIT_ERROR
+    except _USER_ERRORS as error:
+        print(f"jaxinfer: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+
+
+@app.command()
+@takes_settings(*SETTINGS, defaults={"max_tokens": MAX_TOKENS})
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; none reads one from --file or a pipe")] = None,
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    file: Annotated[Path | None, typer.Option(help="file whose whole text is the prompt")] = None,
+    lines: Annotated[bool, typer.Option(help="every line of the file or pipe is a prompt")] = False,
+    stream: Annotated[bool, typer.Option(help="print text while it is made, one prompt after the other")] = False,
+    as_json: AsJson = False,
+    echo: Annotated[bool, typer.Option(help="print the prompt in front of its text")] = True,
+    **fields: Any,
+) -> None:
+    """Continue prompts."""
+    texts = _read_prompts(prompts or [], file, lines=lines)
+    sampling, config = split_settings(fields)
+    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+        params = dataclasses.replace(llm.default_params, **sampling)
+        if stream:
+            for text in texts:
+                _print_stream(llm, text, params, as_json=as_json, echo=echo)
+            return
+        for output in llm.generate(texts, params):
+            print(_as_json(output) if as_json else _as_text(output, echo=echo), flush=True)
+
+
+@app.command()
+@takes_settings(EngineConfig)
+def info(*, model: Model = None, as_json: AsJson = False, **fields: Any) -> None:
+    """Show versions, devices, memory; with --model, a model's size and what fits."""
+    config = EngineConfig.from_keywords(fields)
+    system = facts.system_facts(config)
+    found = None if model is None else facts.model_facts(model, config, system)
+    if as_json:
+        record = dataclasses.asdict(system) | {"model": None if found is None else dataclasses.asdict(found)}
+        print(json.dumps(record))
+        return
+    print("\n".join([*_system_lines(system), *([] if found is None else _model_lines(found))]))
+
+
+def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list[str]:
+    """The prompts from arguments, a file or a pipe, of which there must be exactly one kind."""
+    if prompts and file is not None:
+        raise ValueError("pass prompts as arguments or with --file, not both")
+    if prompts:
+        return prompts
+    if file is None and sys.stdin.isatty():
+        raise ValueError("no prompt: pass one as an argument, with --file or through a pipe")
+    try:
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file or 'standard input'} is not UTF-8 text: {error}") from error
+    return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
+
+
+def _print_stream(llm: LLM, prompt: str, params: SamplingParams, *, as_json: bool, echo: bool) -> None:
+    print(prompt if echo and not as_json else "", end="", flush=True)
+    for output in llm.stream(prompt, params):
+        if as_json:
+            print(_as_json(output), flush=True)
+        else:
+            print(_shown(output.delta, output), end="", flush=True)
+    print(end="" if as_json else "\n", flush=True)
+
+
+def _as_text(output: RequestOutput, *, echo: bool) -> str:
+    prompt = (output.prompt or "") if echo else ""
+    return "\n".join(prompt + _shown(completion.text, output) for completion in output.outputs)
+
+
+def _shown(text: str | None, output: RequestOutput) -> str:
+    """The text; token ids where the model has no tokenizer."""
+    return str(list(output.token_ids)) if text is None else text
+
+
+def _as_json(output: RequestOutput) -> str:
+    return json.dumps(dataclasses.asdict(output), ensure_ascii=False)
+
+
+def _system_lines(system: facts.SystemFacts) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in system.versions.items())
+    kinds = sorted(set(system.devices))
+    devices = ", ".join(f"{system.devices.count(kind)} x {kind}" for kind in kinds)
+    return [
+        f"versions       Python {system.python}, {versions}",
+        f"devices        {devices} ({system.platform})",
+        f"memory         {_size(system.free_bytes)} for weights, KV pages and activations on the first device",
+        f"architectures  {', '.join(system.architectures)}",
+    ]
+
+
+def _model_lines(model: facts.ModelFacts) -> list[str]:
+    heads = f"{model.num_heads} heads, {model.num_kv_heads} kv heads of {model.head_dim}"
+    fits = f"{model.kv_tokens:,} tokens, {model.full_requests:,} requests of {model.max_model_len:,}"
+    return [
+        "",
+        f"model          {model.architecture}, {model.num_parameters / 1e6:,.1f} million parameters",
+        f"shape          {model.num_layers} layers of {model.hidden_size}, {heads}, {model.vocab_size} tokens",
+        f"weights        {_size(model.weight_bytes)} in {model.dtype}",
+        f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
+        f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

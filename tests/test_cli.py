@@ -1,0 +1,159 @@
+"""The command line: prompts from everywhere, output for people and programs, errors in one line."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import load_golden
+
+import jaxinfer
+from jaxinfer import LLM, SamplingParams, cli
+
+MODEL = str(load_golden("gqa").path)
+SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}
+FLAGS = [
+    "--model",
+    MODEL,
+    *(str(word) for name, value in SMALL.items() for word in (f"--{name}".replace("_", "-"), value)),
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["jaxinfer", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """What the API gives for the prompts used here: four greedy tokens."""
+    with LLM(MODEL, **SMALL) as llm:
+        outputs = llm.generate(
+            ["one", "two", "three\nfour"], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False
+        )
+    return {output.prompt: output.text for output in outputs}
+
+
+GREEDY = ["--temperature", "0", "--max-tokens", "4"]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_generate_prompts_from_arguments(run, texts, stream):
+    code, out, _ = run("generate", "one", "two", *FLAGS, *GREEDY, *stream)
+    assert (code, out) == (0, f"one{texts['one']}\ntwo{texts['two']}\n")
+
+
+def test_generate_prompt_from_a_pipe_and_from_a_file(run, texts, tmp_path):
+    (tmp_path / "prompt.txt").write_text("three\nfour\n")
+    expected = texts["three\nfour"] + "\n"
+    assert run("generate", *FLAGS, *GREEDY, "--no-echo", stdin="three\nfour\n")[1] == expected
+    assert run("generate", *FLAGS, *GREEDY, "--no-echo", "--file", tmp_path / "prompt.txt")[1] == expected
+    assert run("generate", *FLAGS, *GREEDY, "--lines", stdin="one\n\ntwo\n")[1].startswith(f"one{texts['one']}\ntwo")
+
+
+def test_generate_json_is_one_object_a_line(run, texts):
+    code, out, _ = run("generate", "one", "two", *FLAGS, *GREEDY, "--json", "--logprobs", 0)
+    first, second = map(json.loads, out.splitlines())
+    assert code == 0
+    assert first["prompt"] == "one"
+    assert first["outputs"][0]["text"] == texts["one"]
+    assert len(second["outputs"][0]["logprobs"]) == 4
+    out = run("generate", "one", *FLAGS, *GREEDY, "--json", "--stream")[1]
+    records = [json.loads(line) for line in out.splitlines()]
+    assert "".join(record["outputs"][0]["delta"] for record in records) == texts["one"]
+
+
+def test_generate_settings_file_and_flags(run, texts, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"model: {MODEL}\ntemperature: 0\nmax_tokens: 9\nmax_model_len: 64\nnum_kv_pages: 4\n")
+    assert run("generate", "one", "--config", file, "--max-tokens", 4)[1] == f"one{texts['one']}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate"], 1, "no prompt: pass one as an argument, with --file or through a pipe"),
+        (
+            ["generate", "x", "--model", "none"],
+            1,
+            "no such checkpoint directory: none (a hub id looks like owner/name)",
+        ),
+        (["generate", "x", "--model", __file__], 1, "is a file; expected a checkpoint directory or a hub id"),
+        (["generate", "x", "--file", "y"], 1, "pass prompts as arguments or with --file, not both"),
+        (["generate", "--file", "none.txt"], 1, "No such file or directory: 'none.txt'"),
+        (["generate", "--file", sys.executable], 1, "is not UTF-8 text"),
+        (["generate", "x", "--top-p", "3"], 1, "top_p must be in (0, 1], got 3.0"),
+        (["generate", "x", "--page-size", "9"], 1, "page_size must be a power of two, got 9"),
+        (["generate", "x", "--config", "none.yaml"], 1, "no such settings file: none.yaml"),
+        (["generate", "x", "--temprature", "3"], 2, "No such option: --temprature"),
+        (["generate", "x", "--top-k", "many"], 2, "--top-k"),
+        (["genrate", "x"], 2, "No such command 'genrate'"),
+        (["info", "--model", "none"], 1, "no such checkpoint directory: none"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_main_user_errors_are_one_line(run, arguments, code, message):
+    found, out, err = run(*arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert err.startswith("jaxinfer: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", bytes(range(256)), "is not a complete safetensors file"),
+        ("config.json", b"\xff\x00\xfe", "is not valid JSON"),
+        ("tokenizer.json", b"\x00\x01", "expected a tokenizer of the tokenizers library"),
+    ],
+)
+def test_main_binary_rubbish_in_a_checkpoint_is_one_line(run, tmp_path, name, content, message):
+    for file in load_golden("gqa").path.iterdir():
+        (tmp_path / file.name).write_bytes(content if file.name == name else file.read_bytes())
+    code, out, err = run("generate", "x", "--model", tmp_path)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+    assert name in err
+
+
+def test_main_interrupt_exits_quietly(run, monkeypatch):
+    def interrupt(*arguments, **fields):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "LLM", interrupt)
+    assert run("generate", "x") == (130, "", "")
+
+
+def test_info_names_versions_devices_and_what_fits(run):
+    code, out, _ = run("info", "--model", MODEL, "--max-model-len", 32)
+    assert code == 0
+    assert f"jaxinfer {jaxinfer.__version__}" in out
+    assert "LlamaForCausalLM, 0.1 million parameters" in out
+    record = json.loads(run("info", "--model", MODEL, "--json", "--max-model-len", 32)[1])
+    model = record["model"]
+    assert model["weight_bytes"] == 4 * model["num_parameters"]
+    assert model["kv_bytes_per_token"] == 2 * 4 * 2 * 2 * 12  # K and V, float32, layers, kv heads, head_dim
+    assert model["full_requests"] == model["kv_tokens"] // 32
+    assert run("info")[1].count("\n") == 4
+
+
+def test_python_m_jaxinfer_is_the_command():
+    finished = subprocess.run(
+        [sys.executable, "-m", "jaxinfer", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "Continue prompts." in finished.stdout

@@ -1,0 +1,38 @@
+"""How many pages fit, and what is said when none does."""
+
+import inspect
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
+
+
+@pytest.mark.parametrize(("free", "useful", "pages"), [(1000, 50, 9), (1000, 4, 4), (200, 50, 1), (299, 50, 1)])
+def test_num_kv_pages_leaves_one_for_the_dump_page(free, useful, pages):
+    assert num_kv_pages(free=free, page_bytes=100, useful_pages=useful) == pages
+
+
+@pytest.mark.parametrize("free", [199, 0, -5])
+def test_num_kv_pages_no_room_raises(free):
+    with pytest.raises(ValueError, match=r"0 MiB are free for KV pages of 0.0 MiB; use a smaller page_size or model"):
+        num_kv_pages(free=free, page_bytes=100, useful_pages=50)
+
+
+def free_on_gpu(**stats):
+    device = SimpleNamespace(platform="gpu", device_kind="Test GPU", memory_stats=lambda: stats)
+    return inspect.unwrap(free_bytes)(device, gpu_memory_utilization=0.9)  # without the tests' own type checker
+
+
+def test_free_bytes_gpu_is_its_share_less_what_is_in_use():
+    assert free_on_gpu(bytes_limit=1000, bytes_in_use=300) == 600
+
+
+def test_free_bytes_silent_device_raises():
+    with pytest.raises(ValueError, match="Test GPU does not report its memory; set num_kv_pages"):
+        free_on_gpu()
+
+
+def test_free_bytes_cpu_is_positive():
+    assert free_bytes(jax.devices()[0], gpu_memory_utilization=0.9) > 2**20

@@ -20,6 +20,7 @@ from typing import Any, overload
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint import directory as checkpoint_directory
+from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, unknown_keyword
 from jaxinfer.controller import Prompt, TextGenerationController
@@ -32,7 +33,6 @@ from jaxinfer.wrappers.assembly import assemble, context_length
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 
 logger = logging.getLogger("jaxinfer")
-DEMO = "demo"
 _BAR_SECONDS = 0.25
 _SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 _ENGINE_FIELDS = {field.name for field in dataclasses.fields(EngineConfig)}
@@ -42,7 +42,7 @@ class LLM:
     """A model, ready to generate; safe to use from several threads.
 
     Args:
-      model: a checkpoint directory in Hugging Face format, or a hub id "owner/name".
+      model: "demo", the bundled model; a checkpoint directory in Hugging Face format; or a hub id "owner/name".
       tokenizer: a directory with a tokenizer.json or tokenizer.model, a Tokenizer, or "byte"; None takes the
         checkpoint's own. Without any the LLM works on token ids.
       **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
@@ -61,8 +61,6 @@ class LLM:
 
     def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
         config = EngineConfig.from_keywords(engine)
-        if model == DEMO:
-            raise NotImplementedError("the bundled model 'demo' is not part of this version; pass model=...")
         path = checkpoint_directory.resolve(model)
         fields = checkpoint_directory.read_json(path / "config.json")
         model_config = parse_model_config(fields)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from jaxinfer.config import GenerationDefaults
 
+DEMO = "demo"
+"""The name of the bundled model."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,11 +31,14 @@ def resolve(model: str | Path) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded (or found in the cache) first.
 
     Args:
-      model: a directory, or "owner/name" on the Hugging Face hub. HF_HUB_OFFLINE and HF_HOME are honoured.
+      model: "demo" for the bundled model, a directory, or "owner/name" on the Hugging Face hub. HF_HUB_OFFLINE and
+        HF_HOME are honoured. A directory of your own named demo is "./demo".
 
     Raises:
       FileNotFoundError: no such directory, no such hub id, or no network; one line each.
     """
+    if model == DEMO:
+        return Path(str(files("jaxinfer"))) / "demo" / "model"
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "xla")
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-NORM_PLACES = ("before", "both")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
+NORM_PLACES = ("before", "behind", "both")
+NORM_KINDS = ("rms", "layer")
+QK_NORMS = ("none", "head", "projection")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -176,18 +178,21 @@ class RopeConfig:
 
     Args:
       theta: base of the frequencies.
-      kind: "default", or an extension: "linear", "dynamic" (NTK), "llama3", "yarn".
+      kind: "default", or an extension: "linear", "dynamic" (NTK), "llama3", "yarn", "longrope".
       factor: how many times longer than original_max_len the context became.
       original_max_len: tokens the model was pre-trained on.
       low_freq_factor, high_freq_factor: llama3's band, in rotations per original_max_len.
       beta_fast, beta_slow: yarn's band, in rotations per original_max_len.
-      attention_factor: yarn's multiplier on cos and sin; None derives it from factor and mscale.
+      attention_factor: yarn's and longrope's multiplier on cos and sin; None derives it from the other numbers.
       mscale, mscale_all_dim: yarn's optional inputs to attention_factor.
       truncate: yarn rounds its band to whole dimensions.
+      short_factors, long_factors: longrope's divisors of the frequencies, one a rotated pair, for contexts up to
+        original_max_len and beyond it.
+      rotated_share: of every head's dimensions, from its first on; the others are left as they are.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     original_max_len: int = 0
     low_freq_factor: float = 1.0
@@ -198,9 +203,13 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    rotated_share: float = 1.0
 
     def __post_init__(self) -> None:
         require_choice("rope kind", self.kind, ROPE_KINDS)
+        require_float("rope rotated_share", self.rotated_share, "in (0, 1]", 0, 1, open_low=True)
         if self.kind != "default" and self.factor < 1:
             raise ValueError(f"rope factor must be >= 1, got {self.factor}")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -208,6 +217,10 @@ class RopeConfig:
                 f"rope low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} and "
                 f"{self.high_freq_factor}"
             )
+
+    def rotated_dims(self, head_dim: int) -> int:
+        """How many of a head's dimensions are rotated; an even number."""
+        return int(head_dim * self.rotated_share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,18 +232,21 @@ class ModelConfig:
       vocab_size: tokens, padding of the mesh excluded.
       hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: D, L, N, K, H, F.
       max_position_embeddings: tokens the checkpoint declares it can handle.
-      rope: rotary embedding.
-      norm_eps: added to the mean square inside RMSNorm.
+      rope: rotary embedding; None adds a learned vector for each of the max_position_embeddings positions instead.
+      norm_eps: added to the mean square (or the variance) inside a norm.
       tie_word_embeddings: the head is the embedding.
       attention_bias, attention_out_bias, mlp_bias: linear layers with a bias.
-      qk_norm: every query and key head is normalised before it is rotated.
+      qk_norm: what is normalised before it is rotated: nothing ("none"), every query and key "head", or the whole
+        "projection" of a token.
       windows: tokens each layer's queries see, themselves included, None for all; () when every layer sees all.
       local_rope: rotary embedding of the layers with a window, where it is another one.
       attention_scale: factor on query times key; None is head_dim ** -0.5.
       attention_softcap, logit_softcap: scores become cap * tanh(score / cap); None leaves them.
       embedding_scale: factor on the embedded tokens.
-      activation: of the gate, by transformers' name.
-      norm_places: "before" attention and feed-forward, or "both" before and behind them.
+      activation: of the gate, or of the feed-forward without one, by transformers' name.
+      mlp_gate: the feed-forward has a gate.
+      norm_kind: "rms" has a weight, "layer" takes the mean off and has a bias as well.
+      norm_places: "before" attention and feed-forward, "behind" them (before they are added), or "both".
       norm_offset: added to the weights of every norm.
 
     Raises:
@@ -246,13 +262,13 @@ class ModelConfig:
     head_dim: int
     ffn_size: int
     max_position_embeddings: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = "none"
     windows: tuple[int | None, ...] = ()
     local_rope: RopeConfig | None = None
     attention_scale: float | None = None
@@ -260,12 +276,16 @@ class ModelConfig:
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     activation: str = "silu"
+    mlp_gate: bool = True
+    norm_kind: str = "rms"
     norm_places: str = "before"
     norm_offset: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, ACTIVATIONS)
         require_choice("norm_places", self.norm_places, NORM_PLACES)
+        require_choice("norm_kind", self.norm_kind, NORM_KINDS)
+        require_choice("qk_norm", self.qk_norm, QK_NORMS)
         for name in ("attention_scale", "attention_softcap", "logit_softcap"):
             if getattr(self, name) is not None:
                 require_float(name, getattr(self, name), "> 0", 0, math.inf, open_low=True)
@@ -276,29 +296,46 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.rope is not None:
+            self._check_rotation(self.rope)
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows must have one entry a layer, {self.num_layers}, got {len(self.windows)}")
         for window in self.windows:
             if window is not None:
                 require_int("window", window, 1)
 
+    def _check_rotation(self, rope: RopeConfig) -> None:
+        rotated = rope.rotated_dims(self.head_dim)
+        if rotated % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim} ({rotated} rotated)")
+        for factors in (rope.short_factors, rope.long_factors):
+            if rope.kind == "longrope" and len(factors) != rotated // 2:
+                raise ValueError(f"longrope needs {rotated // 2} factors for {rotated} dims, got {len(factors)}")
+
     def rope_for(self, window: int | None) -> RopeConfig:
-        """The rotary embedding of a layer with this window."""
+        """The rotary embedding of a layer with this window.
+
+        Raises:
+          ValueError: the model has learned positions instead.
+        """
+        if self.rope is None:
+            raise ValueError(f"{self.architecture} has learned positions, no rotary embedding")
         return self.rope if window is None or self.local_rope is None else self.local_rope
 
     @property
     def num_parameters(self) -> int:
         """Weights of the model, tied ones counted once."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q_size + 2 * kv_size)
-        norms = 4 if self.norm_places == "both" else 2
-        layer = attention + 3 * self.hidden_size * self.ffn_size + norms * self.hidden_size
+        norm = (2 if self.norm_kind == "layer" else 1) * self.hidden_size
+        inner = (2 if self.mlp_gate else 1) * self.ffn_size
+        layer = self.hidden_size * (2 * q_size + 2 * kv_size + inner + self.ffn_size)
+        layer += (4 if self.norm_places == "both" else 2) * norm
         layer += self.attention_bias * (q_size + 2 * kv_size) + self.attention_out_bias * self.hidden_size
-        layer += self.mlp_bias * (2 * self.ffn_size + self.hidden_size) + self.qk_norm * 2 * self.head_dim
-        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        return tables + self.num_layers * layer + self.hidden_size
+        layer += self.mlp_bias * (inner + self.hidden_size)
+        layer += {"none": 0, "head": 2 * self.head_dim, "projection": q_size + kv_size}[self.qk_norm]
+        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size
+        tables += self.max_position_embeddings if self.rope is None else 0
+        return tables * self.hidden_size + self.num_layers * layer + norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -119,7 +119,8 @@ def test_model_config_wrong_numbers_raise(change, error, message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "longrope"}, "rope kind must be one of default, linear, dynamic, llama3, yarn, got 'longrope'"),
+        ({"kind": "spiral"}, "rope kind must be one of default, linear, .*, longrope, got 'spiral'"),
+        ({"rotated_share": 0.0}, r"rotated_share must be in \(0, 1\], got 0.0"),
         ({"kind": "linear", "factor": 0.5}, "rope factor must be >= 1, got 0.5"),
         ({"kind": "llama3", "factor": 2.0, "low_freq_factor": 4.0}, "low_freq_factor must be below high_freq_factor"),
     ],
@@ -131,8 +132,8 @@ def test_rope_config_wrong_numbers_raise(fields, message: str) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_num_parameters_equals_sum_of_shapes(qk_norm: bool, tied: bool, bias: bool) -> None:
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
+def test_num_parameters_equals_sum_of_shapes(qk_norm: str, tied: bool, bias: bool) -> None:
     config = ModelConfig(
         **(MODEL | {"num_layers": 3, "tie_word_embeddings": tied}),
         attention_bias=bias,
@@ -144,7 +145,7 @@ def test_num_parameters_equals_sum_of_shapes(qk_norm: bool, tied: bool, bias: bo
     shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (ffn, hidden), (ffn, hidden), (hidden, ffn)]
     shapes += [(hidden,), (hidden,)]
     shapes += [(q,), (kv,), (kv,), (hidden,), (ffn,), (ffn,), (hidden,)] if bias else []
-    shapes += [(2,), (2,)] if qk_norm else []
+    shapes += [(2,), (2,)] if qk_norm == "head" else []
     shapes = 3 * shapes + [(vocab, hidden)] * (1 if tied else 2) + [(hidden,)]
     assert config.num_parameters == sum(math.prod(shape) for shape in shapes)
 

@@ -85,9 +85,10 @@ def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
     assert stats.kv_pages_used == 0
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
-def windowed(request) -> tuple[str, list[list[int]], list[tuple[int, ...]]]:
-    """A case, prompts of its vocabulary, and what each gives by itself with the plain attention."""
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "gpt2"])
+def family(request) -> tuple[str, list[list[int]], list[tuple[int, ...]]]:
+    """A case (windows on some layers, learned positions), prompts of its vocabulary, and what each gives by itself
+    with the plain attention."""
     prompts = [[token % 256 for token in prompt] for prompt in PROMPTS]
     fields = {"max_num_seqs": 1, "enable_prefix_caching": False, "attention_backend": "reference"}
     with LLM(load_golden(request.param).path, **BASE | fields) as llm:
@@ -96,8 +97,8 @@ def windowed(request) -> tuple[str, list[list[int]], list[tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("variation", ["crowd", "small chunks", "page of 64", "tight pool", "no run-ahead"])
-def test_generate_windows_on_some_layers_do_not_depend_on_the_engine(variation, windowed):
-    case, prompts, expected = windowed
+def test_generate_other_families_do_not_depend_on_the_engine(variation, family):
+    case, prompts, expected = family
     with LLM(load_golden(case).path, **BASE | VARIATIONS[variation]) as llm:
         assert outputs_of(llm, prompts=prompts) == expected
 

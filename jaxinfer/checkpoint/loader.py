@@ -1,14 +1,14 @@
 """Checkpoint tensors onto the mesh: every device's slices only, each byte read once.
 
 Owns: the checks that a checkpoint fits, and the slices each device needs.
-Does not know: families (it gets their names as data), file formats (it gets a TensorStore).
+Does not know: any family (its names are data), file formats (it gets a TensorStore).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint.fusion import fused_rows
-from jaxinfer.checkpoint.naming import NamedParameter, name_parameters
+from jaxinfer.checkpoint.naming import NamedParameter, missing_prefix, name_parameters
 from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import TENSOR
+from jaxinfer.models.registry import ModelFamily
 
 Bounds = tuple[tuple[int, int], ...]
 """(start, stop) along every axis."""
@@ -30,7 +31,7 @@ _XLA_ALIGNMENT = 64
 def load_parameters(
     model: nnx.Module,
     *,
-    tensor_names: Mapping[str, tuple[str, ...]],
+    family: ModelFamily,
     num_layers: int,
     store: TensorStore,
     mesh: Mesh,
@@ -42,7 +43,7 @@ def load_parameters(
 
     Args:
       model: abstract model (nnx.eval_shape), each variable with its PartitionSpec in `spec`.
-      tensor_names: parameter path -> checkpoint tensors; "{layer}" stands for the layer's number.
+      family: the names of its tensors, and how they are stored.
       num_layers: layers of the model; further ones are padding and stay zero, which makes them the identity.
       store: the tensors.
       mesh: where they go.
@@ -54,8 +55,9 @@ def load_parameters(
     Raises:
       ValueError: a tensor is missing, unexpected, misshapen or no float; the message names it.
     """
-    parameters = name_parameters(nnx.state(model), tensor_names, num_layers)
-    _check_names(parameters.values(), store)
+    prefix = missing_prefix(family, store.names())
+    parameters = name_parameters(nnx.state(model), family, num_layers, base_prefix=prefix)
+    _check_names(parameters.values(), store, family)
     for parameter in parameters.values():
         _check_shapes(parameter, store)
     loaded = {}
@@ -66,21 +68,23 @@ def load_parameters(
     return nnx.from_flat_state(loaded)
 
 
-def _check_names(parameters: Iterable[NamedParameter], store: TensorStore) -> None:
+def _check_names(parameters: Collection[NamedParameter], store: TensorStore, family: ModelFamily) -> None:
     found = set(store.names())
     wanted = {name for parameter in parameters for names in parameter.stages for name in names}
     missing = sorted(wanted - found)
     if missing:
         raise ValueError(f"checkpoint lacks tensor {missing[0]}" + _and_more(missing))
-    unexpected = sorted(name for name in found - wanted if not _may_ignore(name, wanted))
+    unexpected = sorted(name for name in found - wanted if not _may_ignore(name, wanted, family))
     if unexpected:
         where = store.where(unexpected[0])
         raise ValueError(f"unexpected tensor {unexpected[0]} in {where}" + _and_more(unexpected))
 
 
-def _may_ignore(name: str, wanted: set[str]) -> bool:
+def _may_ignore(name: str, wanted: set[str], family: ModelFamily) -> bool:
     # A tied model needs no head of its own; old checkpoints carry one, and old ones the rotary frequencies.
-    return bool(_IGNORED.search(name)) or (name == "lm_head.weight" and name not in wanted)
+    if _IGNORED.search(name) or (name == "lm_head.weight" and name not in wanted):
+        return True
+    return family.ignored is not None and bool(re.fullmatch(family.ignored, name.removeprefix(family.base_prefix)))
 
 
 def _and_more(names: list[str]) -> str:
@@ -106,30 +110,40 @@ def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Arra
 
 def _reader(parameter: NamedParameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
     """A function that fills one slice of the parameter, given (start, stop) for each of its axes."""
-    variable = parameter.variable
+    variable, sizes = parameter.variable, parameter.part_rows
+    shards = num_shards if len(sizes) > 1 else 1
 
-    def rows_of(names: tuple[str, ...], bounds: Bounds, out: np.ndarray) -> None:
-        sizes = [store.shape(name)[0] for name in names]
+    def read_stage(stage: int, bounds: Bounds, out: np.ndarray) -> None:
         (start, stop), *others = bounds
         rest = tuple(slice(low, high) for low, high in others)
         position = 0
-        shards = num_shards if len(names) > 1 else 1
         for rows in fused_rows(sizes, shards, start, stop):
+            name, first = parameter.part_source(stage, rows.part)
             count = rows.stop - rows.start
-            store.read(names[rows.part], (slice(rows.start, rows.stop), *rest), out[position : position + count])
+            index = (slice(first + rows.start, first + rows.stop), *rest)
+            _read_slice(store, name, index, out[position : position + count], transposed=parameter.transposed)
             position += count
 
     def read(bounds: Bounds) -> np.ndarray:
         out = _aligned_zeros([stop - start for start, stop in bounds], np.dtype(variable.dtype))
         if not parameter.staged:
-            rows_of(parameter.stages[0], bounds, out)
+            read_stage(0, bounds, out)
             return out
         for position, stage in enumerate(range(*bounds[0])):
             if parameter.stages[stage]:
-                rows_of(parameter.stages[stage], bounds[1:], out[position])
+                read_stage(stage, bounds[1:], out[position])
         return out
 
     return read
+
+
+def _read_slice(store: TensorStore, name: str, index: tuple[slice, ...], out: np.ndarray, *, transposed: bool) -> None:
+    if not transposed:
+        store.read(name, index, out)
+        return
+    stored = np.empty(out.shape[::-1], out.dtype)
+    store.read(name, index[::-1], stored)
+    out[...] = stored.T
 
 
 def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -141,9 +155,9 @@ def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_shapes(parameter: NamedParameter, store: TensorStore) -> None:
-    for names in parameter.stages:
-        for name, count in zip(names, parameter.part_rows, strict=bool(names)):
-            expected = (count, *parameter.shape[1:])
+    for stage, names in enumerate(parameter.stages):
+        for number, name in enumerate(names):
+            expected = parameter.stored_shape(stage, number)
             if store.shape(name) != expected:
                 raise ValueError(
                     f"tensor {name} in {store.where(name)} has shape {store.shape(name)}, expected {expected}"

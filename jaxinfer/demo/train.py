@@ -119,7 +119,7 @@ def token_losses(
     rows, length = batch.segments[0].kv_len.shape[0], token_ids.shape[1] - 1
     shape = (rows + 1, CONFIG["num_key_value_heads"], length, CONFIG["head_dim"])
     caches = [LayerCache(keys=jnp.zeros(shape), values=jnp.zeros(shape)) for _ in model.layers]
-    x = model.embed(batch.token_ids)
+    x = model.embed(batch.token_ids, batch.positions)
     if dropout_key is not None:
         x = jnp.where(jax.random.bernoulli(dropout_key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
     x, _ = model.run_layers(x, caches, batch)
@@ -207,9 +207,7 @@ class Trainer:
 
     def export(self, directory: Path) -> None:
         """Writes config.json, generation_config.json, tokenizer_config.json and model.safetensors (bfloat16)."""
-        tensors = export_parameters(
-            self.parameters, tensor_names=llama.TENSOR_NAMES, num_layers=CONFIG["num_hidden_layers"]
-        )
+        tensors = export_parameters(self.parameters, family=llama.FAMILY, num_layers=CONFIG["num_hidden_layers"])
         stored = {name: jnp.asarray(tensor, jnp.bfloat16) for name, tensor in tensors.items()}
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
         for name, fields in {

@@ -102,23 +102,37 @@ class Attention(nnx.Module):
             q_size, config.hidden_size, num_stages=num_stages, dtype=dtype, bias=config.attention_out_bias
         )
 
-        def head_norm() -> RMSNorm | None:
-            if not config.qk_norm:
+        self.qk_norm = config.qk_norm
+
+        def norm(num_heads: int) -> RMSNorm | None:
+            if config.qk_norm == "none":
                 return None
+            whole = config.qk_norm == "projection"
             return RMSNorm(
-                config.head_dim, eps=config.norm_eps, num_stages=num_stages, dtype=dtype, offset=config.norm_offset
+                num_heads * config.head_dim if whole else config.head_dim,
+                eps=config.norm_eps,
+                num_stages=num_stages,
+                dtype=dtype,
+                offset=config.norm_offset,
+                sharded=whole,
             )
 
-        self.query_norm, self.key_norm = head_norm(), head_norm()
+        self.query_norm, self.key_norm = norm(config.num_heads), norm(config.num_kv_heads)
 
     def __call__(
         self,
         x: Float[Array, "T D"],
         cache: LayerCache,
         batch: TokenBatch,
-        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]],
+        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]] | None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """Attends every token to its row's cache, which first receives the tokens' own keys and values.
+
+        Args:
+          x: residual stream, normalised.
+          cache: of this layer.
+          batch: the tokens.
+          rotary: cos and sin of every token; None rotates nothing.
 
         Returns:
           The block's output [T, D] (equal on all shards) and the written cache (aliases the donated one).
@@ -126,8 +140,9 @@ class Attention(nnx.Module):
         heads = self.qkv(x).reshape(x.shape[0], -1, self.head_dim)
         queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
+            queries, keys = self._normalised(queries, self.query_norm), self._normalised(keys, self.key_norm)
+        if rotary is not None:
+            queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
         cache = kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
         attended, start = [], 0
         for segment in batch.segments:
@@ -148,3 +163,8 @@ class Attention(nnx.Module):
                 ).reshape(rows.shape[0], -1)
             )
         return self.out(jnp.concatenate(attended)), cache
+
+    def _normalised(self, heads: Float[Array, "T N H"], norm: RMSNorm) -> Float[Array, "T N H"]:
+        if self.qk_norm == "head":
+            return norm(heads)
+        return norm(heads.reshape(heads.shape[0], -1)).reshape(heads.shape)

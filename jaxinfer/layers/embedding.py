@@ -1,6 +1,6 @@
-"""Token embedding and language-model head, both sharded by vocabulary over the whole mesh.
+"""Token embedding and language-model head, both sharded by vocabulary over the whole mesh; learned positions.
 
-Owns: the slice arithmetic of the vocabulary and the mask over its padding.
+Owns: the slice arithmetic of the vocabulary and the mask over its padding, the table of positions.
 Does not know: sampling.
 """
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import sum_over_vocabulary, vocabulary_shard
-from jaxinfer.communication.sharding import VOCABULARY_PARALLEL, padded_vocabulary
+from jaxinfer.communication.sharding import REPLICATED, VOCABULARY_PARALLEL, padded_vocabulary
 from jaxinfer.layers.linear import project
 
 
@@ -56,3 +56,20 @@ class VocabularyEmbedding(nnx.Module):
             logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         token_ids = vocabulary_shard() * weight.shape[0] + jnp.arange(weight.shape[0])
         return jnp.where(token_ids < self.vocab_size, logits, -jnp.inf)
+
+
+class PositionEmbedding(nnx.Module):
+    """One learned vector a position, the same table on every device.
+
+    Args:
+      num_positions: rows.
+      hidden_size: D.
+      dtype: of the weight.
+    """
+
+    def __init__(self, num_positions: int, hidden_size: int, *, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros((num_positions, hidden_size), dtype), spec=REPLICATED)
+
+    def __call__(self, positions: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Rows of the positions; those beyond the table, which only padding has, get the last one."""
+        return self.weight[...].at[positions].get(mode="clip")

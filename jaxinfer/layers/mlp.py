@@ -1,10 +1,12 @@
-"""The gated feed-forward block.
+"""The feed-forward blocks, with and without a gate.
 
-Owns: down(act(gate(x)) * up(x)), gate and up fused into one product.
+Owns: down(act(gate(x)) * up(x)), gate and up fused into one product; down(act(up(x))).
 Does not know: normalisation, residuals.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,13 @@ from jaxtyping import Array, Float
 
 from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "gelu_new": jax.nn.gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 
 
 class GatedMLP(nnx.Module):
@@ -24,7 +32,7 @@ class GatedMLP(nnx.Module):
       num_stages: pipeline stages.
       bias: both linear layers carry one.
       dtype: of the parameters.
-      activation: of the gate: "silu" or "gelu_pytorch_tanh".
+      activation: of the gate, a name in config.ACTIVATIONS.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
@@ -49,3 +57,21 @@ class GatedMLP(nnx.Module):
         """Maps [T, D] to [T, D]."""
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(_ACTIVATIONS[self.activation](gate) * up)
+
+
+class MLP(nnx.Module):
+    """Feed-forward without a gate: one column-parallel product, one row-parallel; arguments as GatedMLP's.
+
+    Source: Vaswani et al. 2017, section 3.3.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_size: int, *, num_stages: int, dtype: jnp.dtype, bias: bool, activation: str
+    ):
+        self.activation = activation
+        self.up = ColumnParallelLinear(hidden_size, (ffn_size,), num_stages=num_stages, dtype=dtype, bias=bias)
+        self.down = RowParallelLinear(ffn_size, hidden_size, num_stages=num_stages, dtype=dtype, bias=bias)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Maps [T, D] to [T, D]."""
+        return self.down(_ACTIVATIONS[self.activation](self.up(x)))

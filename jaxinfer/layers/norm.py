@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation.
+"""Normalisation: by the root mean square, and LayerNorm.
 
-Owns: the norm's arithmetic (statistics in float32).
+Owns: the norms' arithmetic (statistics in float32).
 Does not know: where in a layer it stands.
 """
 
@@ -11,7 +11,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxinfer.communication.sharding import PER_STAGE, REPLICATED
+from jaxinfer.communication.collectives import sum_over_tensor
+from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, REPLICATED
 
 
 class RMSNorm(nnx.Module):
@@ -23,23 +24,68 @@ class RMSNorm(nnx.Module):
       num_stages: pipeline stages when the norm belongs to a layer; None when every device holds the one norm.
       dtype: of the weight.
       offset: added to the weight; Gemma stores weights around 0 and adds 1.
+      sharded: the features are split over the "tensor" axis, as a column-parallel product leaves them.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; rounding order as in Llama's own code
     (cast back before the weight) without an offset, as in Gemma's (cast back behind it) with one.
     """
 
-    def __init__(self, size: int, *, eps: float, num_stages: int | None, dtype: jnp.dtype, offset: float = 0.0):
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float,
+        num_stages: int | None,
+        dtype: jnp.dtype,
+        offset: float = 0.0,
+        sharded: bool = False,
+    ):
+        self.size = size
         self.eps = eps
         self.offset = offset
         self.per_stage = num_stages is not None
         shape = (size,) if num_stages is None else (num_stages, size)
-        self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=PER_STAGE if self.per_stage else REPLICATED)
+        self.sharded = sharded
+        spec = COLUMN_PARALLEL if sharded else PER_STAGE if self.per_stage else REPLICATED
+        self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=spec)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; keeps x's dtype."""
         wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        squares = sum_over_tensor(squares) if self.sharded else squares
+        wide = wide * lax.rsqrt(squares / self.size + self.eps)
         weight = self.weight[0] if self.per_stage else self.weight[...]
         if self.offset:
             return (wide * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
         return weight * wide.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * weight + bias, statistics in float32.
+
+    Args:
+      size: features, D.
+      eps: added to the variance.
+      num_stages: pipeline stages when the norm belongs to a layer; None when every device holds the one norm.
+      dtype: of weight and bias.
+
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization".
+    """
+
+    def __init__(self, size: int, *, eps: float, num_stages: int | None, dtype: jnp.dtype):
+        self.eps = eps
+        self.per_stage = num_stages is not None
+        shape = (size,) if num_stages is None else (num_stages, size)
+        spec = PER_STAGE if self.per_stage else REPLICATED
+        self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=spec)
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), spec=spec)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalises the last axis; keeps x's dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        index = 0 if self.per_stage else ...
+        weight, bias = self.weight[index].astype(jnp.float32), self.bias[index].astype(jnp.float32)
+        return (wide * weight + bias).astype(x.dtype)

@@ -21,16 +21,19 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int, *, max_model_len: int) -
     Args:
       rope: the rule and its numbers.
       head_dim: H, even.
-      max_model_len: tokens the engine will serve; only "dynamic" depends on it.
+      max_model_len: tokens the engine will serve; only "dynamic" and "longrope" depend on it.
 
     Returns:
-      float32[H / 2] radians per position, and the attention factor (1 except for yarn).
+      float32[J] radians per position of the J rotated pairs, and the attention factor (1 except for yarn and
+      longrope).
 
-    Source: Su et al. 2021 (RoFormer); Peng et al. 2023 (YaRN); Llama 3.1's band rule; all as in Hugging Face
-    transformers' modeling_rope_utils, against whose results they are tested. Deviation: transformers recomputes the
-    dynamic base as a text grows, so that a key's rotation depends on when it was computed; here the base is the one
-    that transformers uses for a text of max_model_len tokens, whatever the schedule.
+    Source: Su et al. 2021 (RoFormer); Peng et al. 2023 (YaRN); Ding et al. 2024 (LongRoPE); Llama 3.1's band rule; all
+    as in Hugging Face transformers' modeling_rope_utils, against whose results they are tested. Deviation: transformers
+    recomputes the dynamic base, and changes from longrope's short factors to the long ones, as a text grows, so that a
+    key's rotation depends on when it was computed; here both are what transformers uses for a text of max_model_len
+    tokens, whatever the schedule. (To serve short texts with the short factors, lower max_model_len.)
     """
+    head_dim = rope.rotated_dims(head_dim)
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = rope.theta**-exponents
     if rope.kind == "linear":
@@ -41,6 +44,10 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int, *, max_model_len: int) -
         return _float32(_llama3(rope, frequencies)), 1.0
     if rope.kind == "yarn":
         return _float32(_yarn(rope, frequencies, head_dim)), _yarn_attention_factor(rope)
+    if rope.kind == "longrope":
+        is_long = max_model_len > rope.original_max_len
+        factors = np.asarray(rope.long_factors if is_long else rope.short_factors)
+        return _float32(frequencies / factors), _longrope_attention_factor(rope)
     return _float32(frequencies), 1.0
 
 
@@ -86,16 +93,23 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return magnitude(1.0)
 
 
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_len)) if rope.factor > 1 else 1.0
+
+
 def rotary_tables(
     positions: Int[Array, " T"], frequencies: np.ndarray, attention_factor: float
 ) -> tuple[Float[Array, "T J"], Float[Array, "T J"]]:
-    """cos and sin of every token's angles, float32[T, H / 2], times the attention factor."""
+    """cos and sin of every token's angles, float32[T, J], times the attention factor."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
 def rotate(x: Float[Array, "T N H"], tables: tuple[Float[Array, "T J"], Float[Array, "T J"]]) -> Float[Array, "T N H"]:
-    """Rotates the pairs (i, i + H / 2) of every head; keeps x's dtype."""
+    """Rotates the pairs (i, i + J) of every head's first 2 J dimensions; keeps x's dtype."""
     cos, sin = (table.astype(x.dtype)[:, None, :] for table in tables)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    pairs = cos.shape[-1]
+    first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

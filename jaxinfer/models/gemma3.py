@@ -46,7 +46,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     everywhere, local = _rotary_fields(fields)
     period = require_count({"sliding_window_pattern": 6, **fields}, "sliding_window_pattern")
     slide = [(layer + 1) % period != 0 for layer in range(require_count(fields, "num_hidden_layers"))]
-    return parse_gemma({"sliding_window": 4096} | everywhere, slide=slide, qk_norm=True, local_rope=parse_rope(local))
+    return parse_gemma({"sliding_window": 4096} | everywhere, slide=slide, qk_norm="head", local_rope=parse_rope(local))
 
 
 FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=GEMMA3_TENSOR_NAMES)

@@ -56,12 +56,15 @@ def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> 
         raise ValueError(f"config.json: {name} must be {supported!r}, got {activation!r}")
 
 
-def parse_decoder(fields: Mapping[str, Any], *, activation: str = "silu", **features: Any) -> ModelConfig:
+def parse_decoder(
+    fields: Mapping[str, Any], *, activation: str = "silu", rope: RopeConfig | None = None, **features: Any
+) -> ModelConfig:
     """ModelConfig of a decoder with RMSNorm, rotary positions and a gated feed-forward.
 
     Args:
       fields: config.json.
       activation: of the gate, the only one that the family has.
+      rope: its rotary settings where they are more than parse_rope's.
       features: ModelConfig's fields that the family decides.
 
     Raises:
@@ -79,7 +82,7 @@ def parse_decoder(fields: Mapping[str, Any], *, activation: str = "silu", **feat
         head_dim=fields.get("head_dim") or hidden_size // num_heads,
         ffn_size=require_count(fields, "intermediate_size"),
         max_position_embeddings=require_count(fields, "max_position_embeddings"),
-        rope=parse_rope(fields),
+        rope=parse_rope(fields) if rope is None else rope,
         norm_eps=require_float("config.json: rms_norm_eps", fields.get("rms_norm_eps", 1e-6), ">= 0", 0, math.inf),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
         activation=activation,
@@ -111,8 +114,15 @@ def parse_windows(fields: Mapping[str, Any], *, first_layer: int) -> tuple[int |
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def parse_rope(fields: Mapping[str, Any], *, default_theta: float = 10000.0) -> RopeConfig:
+def parse_rope(
+    fields: Mapping[str, Any], *, default_theta: float = 10000.0, may_be_partial: bool = False
+) -> RopeConfig:
     """Rotary settings of a config.json, in either spelling.
+
+    Args:
+      fields: config.json.
+      default_theta: base where the file names none.
+      may_be_partial: the family can rotate a part of every head.
 
     Raises:
       TypeError, ValueError: an unknown rule, or one that lacks a number or has a wrong one; the message names it.
@@ -122,26 +132,41 @@ def parse_rope(fields: Mapping[str, Any], *, default_theta: float = 10000.0) -> 
         raise ValueError(f"config.json: rotary settings must be an object, got {settings!r}")
     settings = {name: value for name, value in settings.items() if value is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its first name
     if kind not in ROPE_KINDS:
         raise ValueError(f"config.json: rope type {kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
-    if kind != "default" and "factor" not in settings:
+    if kind not in ("default", "longrope") and "factor" not in settings:
         raise ValueError(f"config.json: rope type {kind!r} needs a factor, got {settings}")
-    if settings.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1) != 1:
+    share = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1)
+    if share != 1 and not may_be_partial:
         raise ValueError("config.json: partial_rotary_factor must be 1, others are not supported")
     numbers = {
         name: require_float(f"config.json: rope {name}", settings[name], "finite", -math.inf, math.inf)
         for name in ("factor", *_OPTIONAL_NUMBERS)
         if name in settings
     }
-    if settings.get("original_max_position_embeddings"):
-        original_max_len = require_count(settings, "original_max_position_embeddings")
+    places = {"original_max_position_embeddings": fields.get("original_max_position_embeddings"), **settings}
+    if places["original_max_position_embeddings"]:
+        original_max_len = require_count(places, "original_max_position_embeddings")
     else:
         original_max_len = require_count(fields, "max_position_embeddings")
+    if kind == "longrope":
+        numbers.setdefault("factor", require_count(fields, "max_position_embeddings") / original_max_len)
     theta = settings.get("rope_theta", fields.get("rope_theta") or default_theta)
     return RopeConfig(
         theta=require_float("config.json: rope_theta", theta, "> 0", 0, math.inf, open_low=True),
         kind=kind,
         original_max_len=original_max_len,
         truncate=settings.get("truncate", True),
+        short_factors=_factors(settings, "short_factor") if kind == "longrope" else (),
+        long_factors=_factors(settings, "long_factor") if kind == "longrope" else (),
+        rotated_share=require_float("config.json: partial_rotary_factor", share, "in (0, 1]", 0, 1, open_low=True),
         **numbers,
     )
+
+
+def _factors(settings: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = settings.get(name)
+    if not isinstance(values, list):
+        raise ValueError(f"config.json: rope type 'longrope' needs a list {name}, got {values!r}")
+    return tuple(require_float(f"config.json: {name}", value, "> 0", 0, math.inf, open_low=True) for value in values)

@@ -72,19 +72,20 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 class LlamaLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's, and the local layer's number.
 
-    With norms in both places, each block's output is normalised once more before it is added.
+    With norms in both places, each block's output is normalised once more before it is added; with norms behind, only
+    then.
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, index: int):
         size, stages, dtype = config.hidden_size, layout.num_stages, layout.dtype
 
-        def norm() -> RMSNorm:
+        def norm(place: str) -> RMSNorm | None:
+            if config.norm_places not in (place, "both"):
+                return None
             return RMSNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype, offset=config.norm_offset)
 
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        both = config.norm_places == "both"
-        self.attention_post_norm = norm() if both else None
-        self.mlp_post_norm = norm() if both else None
+        self.attention_norm, self.mlp_norm = norm("before"), norm("before")
+        self.attention_post_norm, self.mlp_post_norm = norm("behind"), norm("behind")
         self.attention = Attention(
             config,
             num_stages=stages,
@@ -107,17 +108,17 @@ class LlamaLayer(nnx.Module):
         x: Float[Array, "T D"],
         cache: LayerCache,
         batch: TokenBatch,
-        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]],
+        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]] | None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """One layer of one stage; returns the new residual stream and the written cache."""
-        attended, cache = self.attention(self.attention_norm(x), cache, batch, rotary)
-        if self.attention_post_norm is not None:
-            attended = self.attention_post_norm(attended)
-        x = x + attended
-        fed = self.mlp(self.mlp_norm(x))
-        if self.mlp_post_norm is not None:
-            fed = self.mlp_post_norm(fed)
-        return x + fed, cache
+        attended, cache = self.attention(_normalised(x, self.attention_norm), cache, batch, rotary)
+        x = x + _normalised(attended, self.attention_post_norm)
+        fed = self.mlp(_normalised(x, self.mlp_norm))
+        return x + _normalised(fed, self.mlp_post_norm), cache
+
+
+def _normalised(x: Float[Array, "T D"], norm: RMSNorm | None) -> Float[Array, "T D"]:
+    return x if norm is None else norm(x)
 
 
 class Llama(nnx.Module):
@@ -151,8 +152,8 @@ class Llama(nnx.Module):
         )
         self.lm_head = None if config.tie_word_embeddings else table()
 
-    def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token ids to the residual stream."""
+    def embed(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token ids to the residual stream; positions come in by rotation, layer by layer."""
         x = self.embedding.embed(token_ids)
         # The scale is rounded to x's dtype first, as the checkpoints were trained with it.
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)

@@ -32,7 +32,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     bias = bool(fields.get("attention_bias", False))
     windows = parse_upper_windows(fields)
     return parse_decoder(
-        {"head_dim": 128, **fields}, attention_bias=bias, attention_out_bias=bias, qk_norm=True, windows=windows
+        {"head_dim": 128, **fields}, attention_bias=bias, attention_out_bias=bias, qk_norm="head", windows=windows
     )
 
 

@@ -59,8 +59,8 @@ class Layout:
 class Decoder(Protocol):
     """The per-shard forward pass of a decoder-only model (a Flax nnx module)."""
 
-    def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token ids to the residual stream."""
+    def embed(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token ids, and where they stand in their texts, to the residual stream."""
         ...
 
     def run_layers(
@@ -86,20 +86,29 @@ class ModelFamily:
     Args:
       parse_config: config.json's fields -> ModelConfig.
       build: (config, layout) -> nnx module with the Decoder protocol.
-      tensor_names: parameter path -> the checkpoint tensors stacked in it along the output features;
-        "{layer}" stands for the layer's number.
+      tensor_names: parameter path -> the checkpoint tensors stacked in it along the output features, one a part or a
+        single one that holds all parts; "{layer}" stands for the layer's number.
+      transposed: paths of parameters that checkpoints store [in, out].
+      base_prefix: what the names of a checkpoint without a head lack at the beginning.
+      ignored: regular expression of tensors (without base_prefix) that are no parameters.
     """
 
     parse_config: Callable[[Mapping[str, Any]], ModelConfig]
     build: Callable[[ModelConfig, Layout], Any]
     tensor_names: Mapping[str, tuple[str, ...]]
+    transposed: frozenset[str] = frozenset()
+    base_prefix: str = ""
+    ignored: str | None = None
 
 
 _MODULES = {
+    "GPT2LMHeadModel": "jaxinfer.models.gpt2",
     "Gemma2ForCausalLM": "jaxinfer.models.gemma2",
     "Gemma3ForCausalLM": "jaxinfer.models.gemma3",
     "LlamaForCausalLM": "jaxinfer.models.llama",
     "MistralForCausalLM": "jaxinfer.models.mistral",
+    "Olmo2ForCausalLM": "jaxinfer.models.olmo2",
+    "Phi3ForCausalLM": "jaxinfer.models.phi3",
     "Qwen2ForCausalLM": "jaxinfer.models.qwen2",
     "Qwen3ForCausalLM": "jaxinfer.models.qwen3",
 }

@@ -28,10 +28,11 @@ def context_length(config: EngineConfig, model: ModelConfig) -> int:
     """Tokens of prompt and output together: max_model_len, or the model's own limit.
 
     Raises:
-      ValueError: max_model_len exceeds what the model's rotary rule covers.
+      ValueError: max_model_len exceeds what the model's positions cover.
     """
-    stretch = model.rope.factor if model.rope.kind != "default" else 1.0
-    covered = max(model.max_position_embeddings, int(model.rope.original_max_len * stretch))
+    covered = model.max_position_embeddings
+    if model.rope is not None and model.rope.kind != "default":
+        covered = max(covered, int(model.rope.original_max_len * model.rope.factor))
     if config.max_model_len is None:
         return model.max_position_embeddings
     if config.max_model_len > covered:
@@ -69,7 +70,7 @@ def assemble(
     model = nnx.eval_shape(lambda: family.build(model_config, layout))
     parameters = load_parameters(
         model,
-        tensor_names=family.tensor_names,
+        family=family,
         num_layers=model_config.num_layers,
         store=store,
         mesh=mesh,

@@ -136,7 +136,8 @@ class DecoderStep(nnx.Module):
         """
         state = _with_changes(state, inputs)
         batch = self._tokens(state, inputs)
-        x, caches = self.model.run_layers(self.model.embed(batch.token_ids), caches, batch)
+        x = self.model.embed(batch.token_ids, batch.positions)
+        x, caches = self.model.run_layers(x, caches, batch)
         x = share_from_last_stage(x[inputs.logit_index])
         state = _advanced(state, inputs)
         return state, caches, self.model.final_norm(x), batch.positions[inputs.logit_index] + 1

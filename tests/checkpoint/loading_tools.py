@@ -41,7 +41,7 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
     store = SafetensorsStore(weight_files(path))
     parameters = load_parameters(
         nnx.eval_shape(lambda: family.build(config, layout)),
-        tensor_names=family.tensor_names,
+        family=family,
         num_layers=config.num_layers,
         store=store,
         mesh=make_mesh(pipeline_parallel_size=num_stages, tensor_parallel_size=num_shards),
@@ -51,24 +51,31 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
     for path_, variable in nnx.to_flat_state(parameters):
         dotted = ".".join(map(str, path_))
         layer = re.search(r"\.(\d+)\.", dotted)
-        names = family.tensor_names[re.sub(r"\.\d+\.", ".{layer}.", dotted, count=1)]
+        key = re.sub(r"\.\d+\.", ".{layer}.", dotted, count=1)
+        names = family.tensor_names[key]
+        transposed = key in family.transposed
         values = np.asarray(variable[...])
         if layer is None:
-            tensors |= _parts(names, values, variable, 1)
+            tensors |= _parts(names, values, variable, 1, transposed)
             continue
         for stage in range(num_stages):
             number = stage * layout.layers_per_stage(config) + int(layer.group(1))
             if number < config.num_layers:
-                tensors |= _parts([name.format(layer=number) for name in names], values[stage], variable, num_shards)
+                stage_names = [name.format(layer=number) for name in names]
+                tensors |= _parts(stage_names, values[stage], variable, num_shards, transposed)
             else:
                 assert not values[stage].any(), f"{dotted}: the padding layer {number} is not zero"
     return Loaded(parameters, tensors, store)
 
 
-def _parts(names, values: np.ndarray, variable: nnx.Variable, num_shards: int) -> dict[str, np.ndarray]:
+def _parts(
+    names, values: np.ndarray, variable: nnx.Variable, num_shards: int, transposed: bool
+) -> dict[str, np.ndarray]:
     sizes = variable.get_metadata().get("rows", (values.shape[0],))
     assert not values[sum(sizes) :].any(), f"{names}: the padding rows are not zero"
-    return dict(zip(names, unfuse(values[: sum(sizes)], sizes, num_shards if len(names) > 1 else 1), strict=True))
+    parts = unfuse(values[: sum(sizes)], sizes, num_shards if len(sizes) > 1 else 1)
+    parts = parts if len(names) == len(parts) else [np.concatenate(parts)]
+    return dict(zip(names, (part.T if transposed else part for part in parts), strict=True))
 
 
 def checkpoint_tensors(path: Path) -> dict[str, np.ndarray]:

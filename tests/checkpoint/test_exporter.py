@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -16,10 +17,11 @@ from jaxinfer.checkpoint.exporter import export_parameters
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
+from jaxinfer.models import llama
 from jaxinfer.models.registry import Layout, find_family, parse_model_config
 
 
-@pytest.mark.parametrize("case", ["gqa", "biases", "tied", "qwen3"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "tied", "qwen3", "phi3", "gpt2"])
 def test_export_parameters_returns_what_was_loaded(case: str) -> None:
     path = GOLDEN / case
     config = parse_model_config(json.loads((path / "config.json").read_text()))
@@ -29,13 +31,13 @@ def test_export_parameters_returns_what_was_loaded(case: str) -> None:
     )
     state = load_parameters(
         nnx.eval_shape(lambda: family.build(config, layout)),
-        tensor_names=family.tensor_names,
+        family=family,
         num_layers=config.num_layers,
         store=SafetensorsStore([path / "model.safetensors"]),
         mesh=make_mesh(),
         progress=False,
     )
-    exported = export_parameters(state, tensor_names=family.tensor_names, num_layers=config.num_layers)
+    exported = export_parameters(state, family=family, num_layers=config.num_layers)
     stored = load_file(path / "model.safetensors")
     assert exported.keys() == stored.keys()
     for name, tensor in stored.items():
@@ -68,7 +70,8 @@ def test_export_parameters_fused_and_stacked_come_apart(num_stages: int, num_sha
             self.layers = nnx.List([Block(index) for index in range(local_layers)])
             self.table = Part(np.arange(6)[:, None], (5,))
 
-    exported = export_parameters(nnx.state(Whole()), tensor_names=names, num_layers=3, num_shards=num_shards)
+    family = dataclasses.replace(llama.FAMILY, tensor_names=names)
+    exported = export_parameters(nnx.state(Whole()), family=family, num_layers=3, num_shards=num_shards)
     assert sorted(exported) == ["0.k", "0.q", "1.k", "1.q", "2.k", "2.q", "table"]
     assert exported["table"].ravel().tolist() == [0, 1, 2, 3, 4]
     for layer in range(3):

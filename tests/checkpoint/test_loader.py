@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoint.loading_tools import assert_same_tensors, checkpoint_tensors, load, num_bytes
+from conftest import GOLDEN
+from processes import run_python
 from safetensors.numpy import save_file
 
 from jaxinfer.models import llama
 from jaxinfer.models.registry import find_family, parse_model_config
-
-TESTS = Path(__file__).parents[1]
-GOLDEN = TESTS / "golden"
-
-
-def run_python(script: str, *arguments: object, **environment: str) -> str:
-    """Standard output of a script that runs in an interpreter of its own, on the CPU."""
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
 
 
 def write_checkpoint(directory: Path, tensors: dict[str, np.ndarray], source: str = "gqa", **config: object) -> Path:
@@ -87,7 +69,9 @@ for word in sys.argv[2:]:
 
 def test_load_any_mesh_unfuses_to_checkpoint() -> None:
     # tied has 3 layers (uneven over 2 stages, a whole stage of padding over 4), 256 tokens are uneven over 3 devices.
+    # phi3's products are fused in the file, gpt2's besides transposed.
     words = ["tied,2,2", "tied,4,2", "tied,3,1", "tied,2,4", "mha,2,4", "mha,1,8", "biases,1,2", "sharded,2,1"]
+    words += ["phi3,1,2", "olmo2,2,2", "gpt2,2,2", "gpt2,1,4"]
     flags = "--xla_force_host_platform_device_count=8"
     assert run_python(MESHES, GOLDEN, *words, XLA_FLAGS=flags).split() == words
 
@@ -233,3 +217,23 @@ def test_tensor_names_every_parameter_is_named_once() -> None:
     assert find_family(config.architecture) is llama.FAMILY
     names = [name for names in llama.FAMILY.tensor_names.values() for name in names]
     assert len(names) == len(set(names))
+
+
+def test_load_gpt2_without_prefix_and_with_its_masks(tmp_path: Path) -> None:
+    """As the first checkpoints of GPT-2 are stored."""
+    expected = checkpoint_tensors(GOLDEN / "gpt2")
+    tensors = {name.removeprefix("transformer."): values for name, values in expected.items()}
+    masks = {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "h.1.attn.masked_bias": np.zeros(1, np.float32)}
+    loaded = load(write_checkpoint(tmp_path, tensors | masks, source="gpt2"))
+    assert_same_tensors(loaded.tensors, expected)
+    path = write_checkpoint(tmp_path, tensors | {"h.0.attn.other": masks["h.0.attn.bias"]}, source="gpt2")
+    with pytest.raises(ValueError, match=r"unexpected tensor h\.0\.attn\.other"):
+        load(path)
+
+
+def test_load_gpt2_untransposed_weight_names_both_shapes(tmp_path: Path) -> None:
+    tensors = checkpoint_tensors(GOLDEN / "gpt2")
+    name = "transformer.h.1.attn.c_attn.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+    with pytest.raises(ValueError, match=rf"{name} in .* has shape \(144, 48\), expected \(48, 144\)"):
+        load(write_checkpoint(tmp_path, tensors, source="gpt2"))

@@ -22,6 +22,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Case:
 
     config: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
+    base: Mapping[str, Any] = field(default_factory=lambda: BASE)
     bfloat16: bool = False
     max_shard_size: str = "10MB"
     long_prompt_len: int = 0
@@ -72,6 +74,14 @@ BASE: dict[str, Any] = {
 def rope(kind: str, **fields: float) -> dict[str, Any]:
     """A rope_parameters field with a base low enough that every frequency turns within a prompt."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **fields}}
+
+
+def longrope(original: int, **fields: float) -> dict[str, Any]:
+    """Phi-3's rotary settings for heads of which 12 dimensions are rotated: six factors."""
+    short, long = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
+    settings = rope("longrope", short_factor=short, long_factor=long, **fields)
+    settings["rope_parameters"]["original_max_position_embeddings"] = original
+    return settings | {"original_max_position_embeddings": original, "pad_token_id": None, **fields}
 
 
 CASES: dict[str, Case] = {
@@ -138,12 +148,32 @@ CASES: dict[str, Case] = {
         },
     ),
     "qwen3": Case(family="qwen3", config={"head_dim": 16}),
+    "phi3": Case(family="phi3", config=longrope(original=256) | {"sliding_window": 12}),
+    "phi3_long": Case(
+        family="phi3",
+        config=longrope(original=4, partial_rotary_factor=0.75) | {"hidden_size": 64, "tie_word_embeddings": True},
+    ),
+    "olmo2": Case(family="olmo2"),
+    "gpt2": Case(
+        family="gpt2",
+        base={},
+        config={
+            "vocab_size": 256,
+            "n_embd": 48,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "n_inner": 64,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
 }
 
 
 def make_model(case: Case, seed: int) -> PreTrainedModel:
     """A float32 model with weights drawn in name order; rounded to bfloat16 values where the case is stored so."""
-    config = AutoConfig.for_model(case.family, **(BASE | case.config))
+    config = AutoConfig.for_model(case.family, **(case.base | case.config))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     rng = np.random.default_rng(seed)
     with torch.no_grad():
@@ -160,13 +190,18 @@ def make_model(case: Case, seed: int) -> PreTrainedModel:
 def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], tied: bool) -> np.ndarray:
     """One weight: large enough that the greedy output wanders, norms around one, biases not zero."""
     normal = rng.standard_normal(shape).astype(np.float32)
-    if "norm" in name:
-        return 1 + 0.2 * normal
     if name.endswith("bias"):
         return 0.3 * normal
-    if "embed_tokens" in name:  # a tied head would repeat its input if the embedding outweighed the layers
+    if "norm" in name or "ln_" in name:
+        return 1 + 0.2 * normal
+    if "wpe" in name:
+        return 0.3 * normal
+    if (
+        "embed_tokens" in name or "wte" in name
+    ):  # a tied head would repeat its input if the embedding outweighed the layers
         return (0.3 if tied else 1.0) * normal
-    return 1.5 / np.sqrt(np.float32(shape[1])) * normal
+    num_inputs = shape[0] if "c_" in name else shape[1]  # GPT-2 stores [in, out]
+    return 1.5 / np.sqrt(np.float32(num_inputs)) * normal
 
 
 def forward(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:

@@ -114,3 +114,26 @@ def test_rotate_pairs_equals_complex_product() -> None:
 def test_rotate_bfloat16_keeps_dtype() -> None:
     tables = rotary_tables(jnp.arange(3), np.ones(2, np.float32), 1.0)
     assert rotate(jnp.ones((3, 1, 4), jnp.bfloat16), tables).dtype == jnp.bfloat16
+
+
+LONGROPE = RopeConfig(
+    kind="longrope", factor=32.0, original_max_len=4096, short_factors=(1.0, 1.5), long_factors=(2.0, 8.0)
+)
+
+
+@pytest.mark.parametrize(("max_model_len", "factors"), [(4096, (1.0, 1.5)), (4097, (2.0, 8.0))])
+def test_rotary_frequencies_longrope_is_chosen_once_by_the_context(max_model_len, factors) -> None:
+    frequencies, attention_factor = rotary_frequencies(LONGROPE, 4, max_model_len=max_model_len)
+    np.testing.assert_allclose(frequencies, [1 / factors[0], 0.01 / factors[1]], rtol=1e-6)
+    assert attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+def test_rotate_leaves_the_unrotated_share_alone() -> None:
+    rule = RopeConfig(theta=100.0, rotated_share=0.5)
+    frequencies, factor = rotary_frequencies(rule, 8, max_model_len=16)
+    x = np.random.default_rng(0).standard_normal((3, 2, 8)).astype(np.float32)
+    tables = rotary_tables(jnp.arange(3), frequencies, factor)
+    rotated = np.asarray(rotate(jnp.asarray(x), tables))
+    np.testing.assert_array_equal(rotated[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(rotated[..., :4], rotate(jnp.asarray(x[..., :4]), tables), rtol=1e-6)
+    assert np.abs(rotated[1:, :, :4] - x[1:, :, :4]).max() > 0.1

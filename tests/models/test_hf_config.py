@@ -60,7 +60,9 @@ def test_parse_rope_nothing_given_is_default() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"rope_type": "longrope"}, ValueError, "rope type 'longrope' is not supported; known: default, linear"),
+        ({"rope_type": "spiral"}, ValueError, "rope type 'spiral' is not supported; known: default, linear"),
+        ({"rope_type": "longrope"}, ValueError, "rope type 'longrope' needs a list short_factor, got None"),
+        ({"type": "su", "short_factor": [1, 0]}, ValueError, "short_factor must be > 0, got 0"),
         ({"rope_type": ["yarn"]}, ValueError, "rope type .'yarn'. is not supported"),
         ({"rope_type": "yarn"}, ValueError, "rope type 'yarn' needs a factor"),
         ({"rope_type": "linear", "factor": None}, ValueError, "rope type 'linear' needs a factor"),
@@ -187,9 +189,11 @@ def test_parse_qwen2_lacks_max_window_layers_raises() -> None:
 @pytest.mark.parametrize(
     ("architecture", "features"),
     [
-        ("MistralForCausalLM", (False, False, False)),
-        ("Qwen2ForCausalLM", (True, False, False)),
-        ("Qwen3ForCausalLM", (False, False, True)),
+        ("MistralForCausalLM", (False, False, "none")),
+        ("Olmo2ForCausalLM", (False, False, "projection")),
+        ("Phi3ForCausalLM", (False, False, "none")),
+        ("Qwen2ForCausalLM", (True, False, "none")),
+        ("Qwen3ForCausalLM", (False, False, "head")),
     ],
 )
 def test_parse_model_config_family_decides_biases_and_norms(architecture, features) -> None:
@@ -207,7 +211,7 @@ def test_parse_gemma2_defaults_are_the_family_s() -> None:
     assert (config.attention_softcap, config.logit_softcap) == (50, 30)
     assert (config.attention_scale, config.embedding_scale) == (1 / 16, 8**0.5)
     assert (config.activation, config.norm_places, config.norm_offset) == ("gelu_pytorch_tanh", "both", 1)
-    assert config.tie_word_embeddings and not config.qk_norm and config.local_rope is None
+    assert config.tie_word_embeddings and config.qk_norm == "none" and config.local_rope is None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +237,7 @@ def test_parse_gemma3_every_sixth_layer_sees_all() -> None:
     config = parse_model_config(GEMMA3 | {"num_hidden_layers": 7, "sliding_window": 9})
     assert config.windows == (9, 9, 9, 9, 9, None, 9)
     assert (config.rope.theta, config.local_rope.theta) == (1e6, 1e4)
-    assert config.qk_norm and config.attention_softcap is None and config.logit_softcap is None
+    assert config.qk_norm == "head" and config.attention_softcap is None and config.logit_softcap is None
     every_third = parse_model_config(GEMMA3 | {"sliding_window": 9, "sliding_window_pattern": 3})
     assert every_third.windows == (9, 9, None)
 
@@ -260,3 +264,66 @@ def test_parse_gemma3_unfit_fields_raise(change, error: type[Exception], message
 def test_model_config_unfit_windows_raise(windows, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(parse_config(FIELDS), windows=windows)
+
+
+PHI3 = FIELDS | {"architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 256}
+FACTORS = {"short_factor": [1.0], "long_factor": [4.0]}
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_scaling": {"type": "su", **FACTORS}, "original_max_position_embeddings": 64},
+        {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 64, **FACTORS}},
+    ],
+)
+def test_parse_phi3_every_spelling_of_longrope(rotary) -> None:
+    config = parse_model_config(PHI3 | rotary)
+    expected = RopeConfig(kind="longrope", factor=4.0, original_max_len=64, short_factors=(1.0,), long_factors=(4.0,))
+    assert config.rope == expected
+
+
+@pytest.mark.parametrize("where", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
+def test_parse_phi3_part_of_a_head_is_rotated(where) -> None:
+    config = parse_model_config(PHI3 | {"head_dim": 8} | where)
+    assert config.rope.rotated_dims(config.head_dim) == 4
+
+
+def test_parse_phi3_wrong_number_of_factors_raises() -> None:
+    rotary = {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0]}}
+    with pytest.raises(ValueError, match="longrope needs 1 factors for 2 dims, got 2"):
+        parse_model_config(PHI3 | rotary)
+
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 32,
+    "n_embd": 8,
+    "n_head": 4,
+    "n_layer": 3,
+    "n_positions": 64,
+}
+
+
+def test_parse_gpt2_defaults_are_the_family_s() -> None:
+    config = parse_model_config(GPT2 | {"n_inner": None})
+    assert (config.ffn_size, config.head_dim, config.num_kv_heads) == (32, 2, 4)
+    assert (config.rope, config.norm_kind, config.activation, config.norm_eps) == (None, "layer", "gelu_new", 1e-5)
+    assert config.tie_word_embeddings and config.attention_bias and config.mlp_bias and not config.mlp_gate
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale_attn_weights": False}, "scale_attn_weights must be True, got False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False, got True"),
+        ({"add_cross_attention": True}, "add_cross_attention must be False"),
+        ({"activation_function": "swish"}, "activation_function must be one of silu, .*, got 'swish'"),
+        ({"n_head": 3}, "n_embd must be a multiple of n_head, got 8 and 3"),
+        ({"n_positions": None}, "no 'n_positions'"),
+    ],
+)
+def test_parse_gpt2_unfit_fields_raise(change, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_model_config(GPT2 | change)

@@ -18,8 +18,8 @@ NAME = "BackwardsForCausalLM"
 class Backwards(llama.Llama):
     """Llama that finds token v where Llama has token V - 1 - v."""
 
-    def embed(self, token_ids):
-        return super().embed(self.config.vocab_size - 1 - token_ids)
+    def embed(self, token_ids, positions):
+        return super().embed(self.config.vocab_size - 1 - token_ids, positions)
 
 
 FAMILY = ModelFamily(parse_config=llama.parse_config, build=Backwards, tensor_names=llama.TENSOR_NAMES)

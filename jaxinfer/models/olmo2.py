@@ -1,0 +1,42 @@
+"""OLMo 2: Llama with norms behind every block and over the whole queries and keys of a token.
+
+Owns: the family's config.json fields and checkpoint names.
+Does not know: the layers, which are Llama's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.models.hf_config import parse_decoder
+from jaxinfer.models.llama import Llama
+from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES
+from jaxinfer.models.registry import ModelFamily
+
+OLMO2_TENSOR_NAMES = QWEN3_TENSOR_NAMES | {
+    "layers.{layer}.attention_post_norm.weight": ("model.layers.{layer}.post_attention_layernorm.weight",),
+    "layers.{layer}.mlp_post_norm.weight": ("model.layers.{layer}.post_feedforward_layernorm.weight",),
+}
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of an OLMo 2 config.json.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+
+    Source: Team OLMo 2025, "2 OLMo 2 Furious", section 3; transformers' Olmo2ForCausalLM.
+    """
+    bias = bool(fields.get("attention_bias", False))
+    return parse_decoder(
+        {"rms_norm_eps": 1e-5, **fields},
+        attention_bias=bias,
+        attention_out_bias=bias,
+        qk_norm="projection",
+        norm_places="behind",
+    )
+
+
+FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=OLMO2_TENSOR_NAMES)

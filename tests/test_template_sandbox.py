@@ -14,7 +14,7 @@ import pytest
 import jaxinfer.template_sandbox
 from jaxinfer.template_sandbox import SandboxLimits, TemplateSandbox
 
-TIGHT = SandboxLimits(source_chars=2000, rendered_chars=1000, seconds=0.3, memory_bytes=2**27)
+TIGHT = SandboxLimits(source_chars=2000, rendered_chars=1000, seconds=0.5, memory_bytes=2**27)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def test_render_writes_the_date_of_the_call(sandbox) -> None:
         ("{{ " + "(" * 900 + "1" + ")" * 900 + " }}", "here: RecursionError: "),
     ],
 )
-def test_error_is_one_line_that_names_the_origin(source, message, tight) -> None:
+def test_error_is_one_line_that_names_the_origin(source, message, sandbox) -> None:
     with pytest.raises(ValueError) as raised:
-        render(tight, source)
+        render(sandbox, source)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
@@ -116,7 +116,7 @@ BOMBS = {
 @pytest.mark.parametrize("source", LOOPS.values(), ids=LOOPS)
 def test_endless_template_ends_in_time(source, tight) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"here: the template takes more than 0\.3 s"):
+    with pytest.raises(ValueError, match=r"here: the template takes more than 0\.5 s"):
         render(tight, source)
     assert time.monotonic() - started < 5  # the limit, a process start and a busy machine
     assert render(tight, "{{ a }}", a=1) == "1"
@@ -125,7 +125,7 @@ def test_endless_template_ends_in_time(source, tight) -> None:
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
 def test_memory_bomb_is_refused(source, tight) -> None:
     with pytest.raises(
-        ValueError, match=r"here: the template (needs more than 128 MiB of memory|takes more than 0\.3 s)"
+        ValueError, match=r"here: the template (needs more than 128 MiB of memory|takes more than 0\.5 s)"
     ):
         render(tight, source)
     assert render(tight, "{{ a }}", a=1) == "1"
@@ -139,9 +139,9 @@ def test_sizes_are_limited(tight) -> None:
         render(tight, "x" * 2001)
 
 
-def test_error_message_is_cut(tight) -> None:
+def test_error_message_is_cut(sandbox) -> None:
     with pytest.raises(ValueError) as raised:
-        render(tight, "{{ raise_exception('x' * 10 ** 6) }}")
+        render(sandbox, "{{ raise_exception('x' * 10 ** 6) }}")
     assert len(str(raised.value)) < 2100
 
 

@@ -7,6 +7,7 @@ Does not know: how anything is computed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import queue
 import sys
@@ -19,15 +20,17 @@ from typing import Any, overload
 
 from tqdm.auto import tqdm
 
+from jaxinfer.chat_template import ChatRenderer, as_conversations, read_chat_templates
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, unknown_keyword
-from jaxinfer.controller import Prompt, TextGenerationController
+from jaxinfer.controller import Prompt, Submission, TextGenerationController
 from jaxinfer.driver import Delivery, Driver, Ticket
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxinfer.wrappers.assembly import assemble, context_length
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
@@ -70,6 +73,7 @@ class LLM:
             load_tokenizer(path) if tokenizer is None else _find_tokenizer(tokenizer),
             checkpoint_directory.generation_defaults(path, fields),
             config,
+            template_sources=(tokenizer, path),
         )
 
     @classmethod
@@ -98,6 +102,7 @@ class LLM:
             None if tokenizer is None else _find_tokenizer(tokenizer),
             GenerationDefaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)),
             EngineConfig.from_keywords(engine),
+            template_sources=(tokenizer,),
         )
         return llm
 
@@ -108,6 +113,8 @@ class LLM:
         tokenizer: Tokenizer | None,
         defaults: GenerationDefaults,
         config: EngineConfig,
+        *,
+        template_sources: Sequence[str | Path | Tokenizer | None],
     ) -> None:
         _show_log_lines()
         max_model_len = context_length(config, model_config)
@@ -125,8 +132,10 @@ class LLM:
             seed=config.seed,
         )
         self._driver = Driver(self._controller)
+        self._template_sources = template_sources
+        self._template_sandbox = TemplateSandbox()
         # At garbage collection and at exit: the driver's thread must not outlive its LLM.
-        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._wrapper)
+        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._wrapper, self._template_sandbox)
 
     @overload
     def generate(
@@ -172,12 +181,73 @@ class LLM:
         submissions = [
             self._controller.prepare(prompt, entry) for prompt, entry in zip(prompt_list, params, strict=True)
         ]
-        tickets = self._driver.submit(submissions)
-        try:
-            outputs = _wait_for(tickets, show_bar=use_tqdm and not is_single)
-        except BaseException:  # Ctrl-C ends these requests and leaves the engine to the others
-            self._driver.cancel(tickets)
-            raise
+        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        return outputs[0] if is_single else outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Generates the next message of one conversation or many, in flight together.
+
+        The checkpoint's chat template makes the prompt, special tokens included; none is added when the text is
+        encoded. A special token's name within a message is encoded as that token, as transformers does: take it out of
+        text you do not trust. The template works on a copy of the messages, in a process of its own, within limits of
+        size, time and memory (template_sandbox.SandboxLimits).
+
+        Args:
+          messages: a conversation, which is a list of {"role", "content"}, or a list of conversations. What else a
+            message holds (tool_calls, name, ...) is the template's; a content that is a list of parts like {"type":
+            "text", "text": ...} reaches it as it is, entries that are None do not.
+          sampling_params: for all conversations, or one each; None samples as the checkpoint says.
+          use_tqdm: show a progress bar for several conversations.
+          add_generation_prompt: end the prompt with the beginning of an assistant's message.
+          continue_final_message: end the prompt within the last message, which the output then continues; takes
+            add_generation_prompt=False.
+          tools: JSON schemas of functions that the model may call, for templates that know of tools.
+          chat_template: a template in Jinja, or the name of one of the checkpoint's; None takes the checkpoint's (of
+            several, "tool_use" if there are tools, else "default").
+          chat_template_kwargs: more variables of the template, by name, such as documents or enable_thinking.
+
+        Returns:
+          One RequestOutput for one conversation, a list in the same order for a list; prompt is the rendered text.
+
+        Raises:
+          TypeError, ValueError: messages or parameters are wrong, there is no template, or it is broken, refuses the
+            messages or exceeds a limit; nothing was started.
+          EngineClosedError: the LLM is closed.
+
+        Source: transformers 5, apply_chat_template, whose text it reproduces.
+
+        Example:
+          llm.chat([{"role": "user", "content": "What is a river?"}], SamplingParams(max_tokens=64)).text
+        """
+        conversations, is_single = as_conversations(messages)
+        params = self._params_for(conversations, sampling_params)
+        prompts = [
+            self._chat_renderer.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        submissions = [
+            self._controller.prepare(prompt, entry, add_special_tokens=False)
+            for prompt, entry in zip(prompts, params, strict=True)
+        ]
+        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> OutputStream:
@@ -246,8 +316,22 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @functools.cached_property
+    def _chat_renderer(self) -> ChatRenderer:
+        sources = [source for source in self._template_sources if isinstance(source, (str, Path)) and source != "byte"]
+        directories = [checkpoint_directory.resolve(source) for source in sources]
+        return ChatRenderer(read_chat_templates(directories), self._template_sandbox)
+
+    def _run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
+        tickets = self._driver.submit(submissions)
+        try:
+            return _wait_for(tickets, show_bar=show_bar)
+        except BaseException:  # Ctrl-C ends these requests and leaves the engine to the others
+            self._driver.cancel(tickets)
+            raise
+
     def _params_for(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
         if params is None:
             return [self._controller.default_params] * len(prompts)
@@ -434,9 +518,10 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shut_down(driver: Driver, wrapper: DecoderWrapper) -> None:
+def _shut_down(driver: Driver, wrapper: DecoderWrapper, sandbox: TemplateSandbox) -> None:
     driver.close()
     wrapper.close()
+    sandbox.close()
 
 
 def _show_log_lines() -> None:

@@ -148,12 +148,14 @@ class TextGenerationController:
             temperature=self._defaults.temperature, top_k=self._defaults.top_k, top_p=self._defaults.top_p
         )
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Submission:
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Submission:
         """Tokenises and validates a prompt, changing nothing.
 
         Args:
           prompt: text, or token ids.
           params: how to sample.
+          add_special_tokens: put around a text what the tokenizer puts around prompts (BOS and such); a chat template
+            has written that itself.
 
         Raises:
           TypeError: the prompt is neither text nor ids.
@@ -164,7 +166,7 @@ class TextGenerationController:
         params.require_built()
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
-        token_ids = self._encode(prompt)
+        token_ids = self._encode(prompt, add_special_tokens=add_special_tokens)
         if params.truncate_prompt_tokens is not None:
             token_ids = token_ids[-params.truncate_prompt_tokens :]
         number = next(self._numbers)
@@ -277,11 +279,12 @@ class TextGenerationController:
         self.abort(request_id)
         del self._generations[request_id]
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def _encode(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer, this LLM has none; pass token ids or tokenizer=...")
-            token_ids = tuple(self._tokenizer.encode(prompt))
+            encode = self._tokenizer.encode if add_special_tokens else self._tokenizer.encode_plain
+            token_ids = tuple(encode(prompt))
         else:
             token_ids = _as_token_ids(prompt)
         if not token_ids:

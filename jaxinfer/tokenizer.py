@@ -8,6 +8,7 @@ Does not know: models, requests, stop strings, chat templates, jax.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -68,7 +69,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone, with no special token put around it."""
+        """Ids of the text alone, with no special token put around it; special tokens named in it become tokens."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -103,11 +104,11 @@ class FileTokenizer:
         directory = Path(directory)
         self._tokenizer = _read_tokenizer(directory / "tokenizer.json")
         config_file = directory / "tokenizer_config.json"
-        config = _read_json_object(config_file) if config_file.exists() else {}
-        names = [_token_name(config.get(field), config_file) for field in SPECIAL_TOKEN_FIELDS]
+        config = read_json_object(config_file) if config_file.exists() else {}
+        names = [token_name(config.get(field), config_file) for field in SPECIAL_TOKEN_FIELDS]
         lists = [config.get(field) or [] for field in SPECIAL_TOKEN_LISTS]
         entries = [entry for group in lists for entry in (group.values() if isinstance(group, dict) else group)]
-        names += [_token_name(entry, config_file) for entry in entries]
+        names += [token_name(entry, config_file) for entry in entries]
         known = [name for name in names if name is not None and self._tokenizer.token_to_id(name) is not None]
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content for token in added.values() if token.special}
@@ -161,7 +162,8 @@ class SentencePieceTokenizer:
     """The tokenizer of a checkpoint directory that has a sentencepiece tokenizer.model and no tokenizer.json.
 
     BOS is put in front of a prompt unless tokenizer_config.json says `add_bos_token: false`; EOS behind it only where
-    `add_eos_token` is true. Special are the control pieces and the unknown piece.
+    `add_eos_token` is true. Special are the control pieces and the unknown piece. sentencepiece itself reads "<s>" as
+    three letters; here, as in a tokenizer.json, the name of a special token in a text is the token.
 
     Args:
       directory: the checkpoint's folder.
@@ -171,7 +173,8 @@ class SentencePieceTokenizer:
       ValueError: a file cannot be read, or the checkpoint adds tokens to the sentencepiece model, which only a
         tokenizer.json can describe; the message names the file.
 
-    Source: transformers' LlamaTokenizer, for what is put around a prompt; ids and text are sentencepiece's own.
+    Source: transformers' LlamaTokenizer (legacy), for what is put around a prompt and the names of special tokens; ids
+    and text between them are sentencepiece's own.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -179,7 +182,7 @@ class SentencePieceTokenizer:
         self._model = _read_sentencepiece(directory / "tokenizer.model")
         self.vocab_size = self._model.vocab_size()
         config_file = directory / "tokenizer_config.json"
-        config = _read_json_object(config_file) if config_file.exists() else {}
+        config = read_json_object(config_file) if config_file.exists() else {}
         _refuse_added_tokens(directory, config, self.vocab_size)
         self.bos_token_id = _id_or_none(self._model.bos_id())
         eos = _id_or_none(self._model.eos_id())
@@ -188,14 +191,24 @@ class SentencePieceTokenizer:
         self._suffix = list(self.eos_token_ids) if config.get("add_eos_token") is True else []
         is_special = (i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i))
         self.special_token_ids = frozenset(is_special)
+        self._special_ids = {self._model.id_to_piece(token_id): token_id for token_id in self.special_token_ids}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, between the BOS and EOS that tokenizer_config.json asks for."""
         return self._prefix + self.encode_plain(text) + self._suffix
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone; a model with a dummy prefix still puts its space in front."""
-        return self._model.encode(text)
+        """Ids of the text alone; a special token's name in it becomes that token.
+
+        A model with a dummy prefix puts its space in front of the text and of what follows a special token.
+        """
+        ids: list[int] = []
+        for part in self._special_names.split(text):  # the names, too, for they are a group
+            special_id = self._special_ids.get(part)
+            ids += self._model.encode(part) if special_id is None else [special_id]
+        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids, as sentencepiece decodes the runs between special tokens."""
@@ -423,7 +436,12 @@ def _end_alike(old: list[str], new: list[str]) -> bool:
     return alike and len(old[0]) - len(old[-1]) == len(new[0]) - len(new[-1])
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in one of a tokenizer's JSON files.
+
+    Raises:
+      ValueError: it is no JSON object; the message names the file.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -456,7 +474,7 @@ def _read_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
 
 def _refuse_added_tokens(directory: Path, config: dict[str, Any], vocab_size: int) -> None:
     file = directory / "added_tokens.json"
-    added = list(_read_json_object(file).values()) if file.exists() else []
+    added = list(read_json_object(file).values()) if file.exists() else []
     added += [int(i) for i in config.get("added_tokens_decoder") or {} if str(i).isdigit()]
     beyond = [i for i in added if i >= vocab_size]
     if beyond:
@@ -470,8 +488,12 @@ def _id_or_none(token_id: int) -> int | None:
     return None if token_id < 0 else token_id
 
 
-def _token_name(entry: object, file: Path) -> str | None:
-    """A special token's text: a string, or an object with "content"."""
+def token_name(entry: object, file: Path) -> str | None:
+    """The text of a special token as tokenizer_config.json names it: a string, or an object with "content"; or None.
+
+    Raises:
+      ValueError: anything else; the message names the file.
+    """
     if isinstance(entry, dict):
         entry = entry.get("content")
     if entry is None or isinstance(entry, str):

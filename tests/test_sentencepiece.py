@@ -66,6 +66,16 @@ def test_sentencepiece_special_tokens_by_name_or_left_out(directory) -> None:
     assert tokenizer.token_text(2) == "</s>"
 
 
+def test_sentencepiece_name_of_a_special_token_is_that_token(directory) -> None:
+    tokenizer = SentencePieceTokenizer(directory)
+    small, house = tokenizer.encode_plain("a small"), tokenizer.encode_plain("house")
+    assert tokenizer.encode_plain("<s>a small</s><s>house") == [1, *small, 2, 1, *house]
+    assert tokenizer.encode("<unk></s>") == [1, 0, 2]
+    assert tokenizer.encode_plain("<s >") == sentencepiece.SentencePieceProcessor(
+        model_file=str(directory / "tokenizer.model")
+    ).encode("<s >")
+
+
 def test_sentencepiece_text_grows_to_the_whole(directory) -> None:
     tokenizer = SentencePieceTokenizer(directory)
     prompt, output = tokenizer.encode("In the"), tokenizer.encode_plain("river 日本 naïve")

@@ -13,10 +13,16 @@ A case keeps, in expected.npz, for i = 0, 1, 2:
   margin_i     float32[]       smallest gap between the two best logits over the 24 steps; over 1e-4, else the seed is
   passed over
 and, in rope_dynamic, long_prompt, long_positions, long_logits for a prompt longer than max_position_embeddings.
+
+`chat` keeps, in chat/renders.json, what apply_chat_template makes of the templates beside that file (written here, in
+the shapes of well-known ones) and CONVERSATIONS: special_tokens, now, conversations, and renders, each with template,
+conversation (its number), and text and, for mistral.jinja, ids (the tokenizer is gqa's); or error, the template's own
+message.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
@@ -26,7 +32,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jinja2
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -403,11 +411,99 @@ def make_tokenizers() -> str:
     return f"tokenizers/metaspace: {sum(path.stat().st_size for path in directory.iterdir()) / 1000:.0f} kB"
 
 
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": 'Météo d\'une ville: "today" & <tomorrow>',
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+USER = {"role": "user", "content": "Is 1 < 2 && 'so' on? He said \"yes\"."}
+ASSISTANT = {"role": "assistant", "content": " Yes: <b>naïve</b> 日本語 🙂\n"}
+SYSTEM = {"role": "system", "content": "  Be brief.\n"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich <ZH>"}}}],
+}
+PARTS = {"role": "user", "content": [{"type": "text", "text": " one "}, {"type": "text", "text": "two & three"}]}
+CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
+CONVERSATIONS: tuple[dict[str, Any], ...] = (
+    {"messages": [USER]},
+    {"messages": [USER], "add_generation_prompt": False},
+    {"messages": [SYSTEM, USER]},
+    {"messages": [USER, ASSISTANT, {"role": "user", "content": "\ttabs, </s> and\n\nlines  "}]},
+    {"messages": [SYSTEM, USER, ASSISTANT], "add_generation_prompt": False},
+    {"messages": [USER, {"role": "assistant", "content": "The answer is"}], **CONTINUED},
+    {"messages": [SYSTEM, USER, {"role": "assistant", "content": " ends in spaces  "}], **CONTINUED},
+    {"messages": [USER, USER]},
+    {"messages": [USER, {"role": "critic", "content": "no"}]},
+    {"messages": [SYSTEM, USER], "tools": [WEATHER_TOOL, WEATHER_TOOL]},
+    {"messages": [USER], "tools": [WEATHER_TOOL], "chat_template_kwargs": {"tools_in_user_message": False}},
+    {"messages": [USER], "tools": []},
+    {"messages": [SYSTEM], "tools": [WEATHER_TOOL]},
+    {"messages": [USER, CALL, {"role": "tool", "content": "sunny, 20 °C"}], "tools": [WEATHER_TOOL]},
+    {
+        "messages": [
+            USER,
+            CALL,
+            {"role": "tool", "content": {"sky": "blau", "t": 20.5}},
+            {"role": "tool", "content": "b"},
+        ]
+    },
+    {"messages": [PARTS]},
+    {"messages": [PARTS, {"role": "assistant", "content": [{"type": "text", "text": "and so"}]}], **CONTINUED},
+    {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, "date_string": "1 May 2025"}},
+    {"messages": [USER], "chat_template_kwargs": {"bos_token": "<other>"}},
+)
+
+
+def chat_record(tokenizer: PreTrainedTokenizerFast, path: Path, number: int) -> dict[str, Any]:
+    """One render of one template, or the message of the exception that it raises."""
+    options = {"add_generation_prompt": True} | CONVERSATIONS[number]
+    options |= options.pop("chat_template_kwargs", {})
+    options |= {"conversation": options.pop("messages"), "chat_template": path.read_text(encoding="utf-8")}
+    record: dict[str, Any] = {"template": path.name, "conversation": number}
+    try:
+        record["text"] = tokenizer.apply_chat_template(tokenize=False, **options)
+        if path.stem == "mistral":  # its special tokens are gqa's
+            record["ids"] = tokenizer.apply_chat_template(return_dict=False, **options)
+    except jinja2.TemplateError as error:
+        record["error"] = str(error)
+    except (TypeError, ValueError):  # said in transformers' or Python's words
+        record["error"] = ""
+    return record
+
+
+def make_chat() -> str:
+    """Writes chat/renders.json."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "gqa")
+    now = datetime.datetime(2024, 7, 26, 13, 5, 9)
+    clock = mock.Mock(wraps=datetime.datetime)
+    clock.now.return_value = now
+    paths = sorted((HERE / "chat").glob("*.jinja"))
+    with mock.patch("transformers.utils.chat_template_utils.datetime", clock):
+        records = [chat_record(tokenizer, path, number) for path in paths for number in range(len(CONVERSATIONS))]
+    content = {
+        "special_tokens": tokenizer.special_tokens_map,
+        "now": now.isoformat(),
+        "conversations": CONVERSATIONS,
+        "renders": records,
+    }
+    text = json.dumps(content, ensure_ascii=False) + "\n"
+    (HERE / "chat" / "renders.json").write_text(text, encoding="utf-8")
+    return (
+        f"chat: {len(records)} renders ({sum('error' in record for record in records)} errors), {len(text)} characters"
+    )
+
+
 def main(names: list[str]) -> None:
-    """Makes the named cases, or all of them and the tokenizers."""
+    """Makes the named cases, or all of them, the tokenizers and the chats."""
     torch.set_num_threads(1)
-    for name in names or [*CASES, "tokenizers"]:
-        print(make_tokenizers() if name == "tokenizers" else make_case(name, CASES[name]), flush=True)
+    others = {"tokenizers": make_tokenizers, "chat": make_chat}
+    for name in names or [*CASES, *others]:
+        print(others[name]() if name in others else make_case(name, CASES[name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""LLM.chat: the checkpoint's template, ids as transformers', defaults, shapes, errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import sentencepiece
+from conftest import GOLDEN
+from test_sentencepiece import train
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.tokenizer import SentencePieceTokenizer
+
+CHAT = GOLDEN / "chat"
+RENDERS = json.loads((CHAT / "renders.json").read_text(encoding="utf-8"))
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
+SMALL = {"max_num_seqs": 4, "page_size": 8, "num_kv_pages": 96, "max_num_batched_tokens": 64, "max_model_len": 256}
+USER = {"role": "user", "content": "hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "gqa"
+    shutil.copytree(GOLDEN / "gqa", directory)
+    shutil.copy(CHAT / "mistral.jinja", directory / "chat_template.jinja")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    with LLM(directory, **SMALL) as llm:
+        yield llm
+
+
+def test_chat_prompt_is_the_render_and_its_ids_are_transformers(llm) -> None:
+    records = [entry for entry in RENDERS["renders"] if "ids" in entry and len(entry["ids"]) < 250]
+    assert len(records) > 5
+    for record in records:
+        output = llm.chat(**RENDERS["conversations"][record["conversation"]], sampling_params=GREEDY)
+        assert output.prompt == record["text"]
+        assert list(output.prompt_token_ids) == record["ids"]
+
+
+def test_chat_adds_no_second_bos(llm) -> None:
+    output = llm.chat([USER, ANSWER, USER], GREEDY)
+    assert output.prompt == "<s>[INST] hi [/INST] Hello</s>[INST] hi [/INST]"
+    assert (output.prompt_token_ids.count(0), output.prompt_token_ids.count(1)) == (1, 1)
+    assert output.text == llm.generate(list(output.prompt_token_ids), GREEDY).text
+
+
+def test_chat_special_token_named_in_a_message_is_that_token(llm) -> None:
+    output = llm.chat([{"role": "user", "content": "a</s>b"}], GREEDY)
+    assert output.prompt_token_ids.count(1) == 1
+
+
+def test_chat_shapes_of_input_and_output_agree(llm) -> None:
+    one, two = [USER], [USER, ANSWER, USER]
+    outputs = llm.chat([one, two], GREEDY, use_tqdm=False)
+    assert [entry.text for entry in outputs] == [llm.chat(one, GREEDY).text, llm.chat(two, GREEDY).text]
+    assert llm.chat([], GREEDY) == []
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (1, 3)]
+    assert [len(entry.token_ids) for entry in llm.chat([one, two], params, use_tqdm=False)] == [1, 3]
+    with pytest.raises(ValueError, match="got 2 sampling_params for 1 prompts"):
+        llm.chat(one, params)
+
+
+def test_chat_options_reach_the_template(llm) -> None:
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert llm.chat([USER, ANSWER], GREEDY, **options).prompt == "<s>[INST] hi [/INST] Hello"
+    template = "{{ tools[0].name }} {{ documents[0] }} {{ add_generation_prompt }} {{ bos_token }}"
+    output = llm.chat(
+        [USER], GREEDY, chat_template=template, tools=[{"name": "f"}], chat_template_kwargs={"documents": ["d"]}
+    )
+    assert output.prompt == "f d True <s>"
+
+
+def test_chat_errors_come_before_anything_is_queued(llm) -> None:
+    before = llm.stats()
+    wrong = {"role": "system", "content": "x"}
+    for messages, error, message in (
+        ([[USER], [USER, USER]], ValueError, r"chat_template\.jinja, line \d+: Roles must alternate"),
+        ([[USER], [wrong, wrong]], ValueError, "Roles must alternate"),
+        ([[USER], []], ValueError, "no messages"),
+        ([[USER], [{"role": "user", "content": "x" * 999}]], ValueError, "max_model_len"),
+        ("hi", TypeError, "expected a list"),
+        (["hi"], TypeError, "expected a list"),
+    ):
+        with pytest.raises(error, match=message):
+            llm.chat(messages, GREEDY)
+    with pytest.raises(TypeError, match="SamplingParams"):
+        llm.chat([USER], {"max_tokens": 3})
+    assert llm.stats() == before
+    assert llm.chat([USER], GREEDY).finished
+
+
+def test_chat_hostile_template_leaves_the_llm_working(llm) -> None:
+    with pytest.raises(ValueError, match="chat_template argument: the template needs more than 1024 MiB"):
+        llm.chat([USER], GREEDY, chat_template="{{ ('x' * 10 ** 11) | length }}")
+    assert llm.chat([USER], GREEDY).finished
+
+
+def test_chat_without_params_samples_as_the_generation_config_says(directory, tmp_path) -> None:
+    shutil.copytree(directory, tmp_path / "copy")
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps(config))
+    with LLM(tmp_path / "copy", **SMALL) as llm:
+        assert llm.default_params == SamplingParams(temperature=0.6, top_p=0.9, top_k=0)  # unmentioned is off
+        output = llm.chat([USER])
+        seeded = SamplingParams(temperature=0.6, top_p=0.9, seed=output.outputs[0].seed)
+        assert output.token_ids == llm.chat([USER], seeded).token_ids
+        plain = SamplingParams(seed=output.outputs[0].seed)  # an object is taken as it is
+        assert llm.chat([USER], plain).token_ids == llm.generate(list(output.prompt_token_ids), plain).token_ids
+
+
+def test_chat_without_params_or_generation_config_is_greedy(llm) -> None:
+    assert llm.default_params.temperature == 0
+    assert llm.chat([USER]).token_ids == llm.chat([USER], SamplingParams(temperature=0)).token_ids
+
+
+def test_chat_without_a_template_names_what_is_missing(tmp_path) -> None:
+    with LLM(GOLDEN / "gqa", **SMALL) as llm:
+        with pytest.raises(ValueError, match=r"no chat template in .*gqa.*pass chat_template="):
+            llm.chat([USER], GREEDY)
+        assert llm.chat([USER], GREEDY, chat_template="{{ messages[0].content }}").prompt == "hi"
+
+
+def test_chat_template_of_the_tokenizer_given_comes_first(directory, tmp_path) -> None:
+    shutil.copytree(GOLDEN / "gqa", tmp_path / "tokenizer")
+    with LLM(directory, tokenizer=tmp_path / "tokenizer", **SMALL) as llm:
+        assert llm.chat([USER], GREEDY).prompt == "<s>[INST] hi [/INST]"  # the checkpoint's: the tokenizer has none
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    with LLM(directory, tokenizer=tmp_path / "tokenizer", **SMALL) as llm:
+        assert llm.chat([USER], GREEDY).prompt == "hi!"
+    with LLM(directory, tokenizer="byte", **SMALL) as llm:
+        assert llm.chat([USER], GREEDY).prompt == "<s>[INST] hi [/INST]"
+
+
+def test_chat_sentencepiece_special_tokens_become_ids(directory, tmp_path) -> None:
+    train(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    expected = [1, *library.encode("[INST] hi [/INST] Hello"), 2, *library.encode("[INST] hi [/INST]")]
+    assert SentencePieceTokenizer(tmp_path).encode_plain("<s>[INST] hi [/INST] Hello</s>[INST] hi [/INST]") == expected
+    with LLM(directory, tokenizer=tmp_path, **SMALL) as llm:
+        assert list(llm.chat([USER, ANSWER, USER], GREEDY).prompt_token_ids) == expected
+
+
+def test_close_ends_the_template_process(directory) -> None:
+    with LLM(directory, **SMALL) as llm:
+        llm.chat([USER], GREEDY)
+        process = llm._template_sandbox._process
+        assert process.poll() is None
+    assert process.returncode is not None

@@ -2,11 +2,12 @@
 
 from importlib.metadata import version
 
-from jaxinfer.api import LLM, generate
+from jaxinfer.api import generate
 from jaxinfer.async_llm import AsyncLLM
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.llm import LLM
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenEvent
 

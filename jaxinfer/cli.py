@@ -15,10 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from jaxinfer import info as facts
-from jaxinfer.api import DEMO, LLM, split_settings
+from jaxinfer.api import split_settings
+from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config import EngineConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.flags import SETTINGS, takes_settings
+from jaxinfer.llm import LLM
 from jaxinfer.request import RequestOutput, SamplingParams
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,0 +1,484 @@
+"""The user's door: LLM.
+
+Owns: a model's life from loading to closing; turning arguments into submissions and outputs; progress bars.
+Does not know: how anything is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from tqdm.auto import tqdm
+
+from jaxinfer.chat_template import ChatRenderer, as_conversations, read_chat_templates
+from jaxinfer.checkpoint import directory as checkpoint_directory
+from jaxinfer.checkpoint.directory import DEMO
+from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
+from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig
+from jaxinfer.controller import Prompt, Submission, TextGenerationController
+from jaxinfer.driver import Delivery, Driver, Ticket
+from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.models.registry import parse_model_config
+from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.template_sandbox import TemplateSandbox
+from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from jaxinfer.wrappers.assembly import assemble, context_length
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+
+logger = logging.getLogger("jaxinfer")
+_BAR_SECONDS = 0.25
+
+
+class LLM:
+    """A model, ready to generate; safe to use from several threads.
+
+    Args:
+      model: "demo", the bundled model; a checkpoint directory in Hugging Face format; or a hub id "owner/name".
+      tokenizer: a directory with a tokenizer.json or tokenizer.model, a Tokenizer, or "byte"; None takes the
+        checkpoint's own. Without any the LLM works on token ids.
+      **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
+        num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
+        attention_backend, seed and the parallel sizes.
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+      TypeError: an unknown keyword; the message names the nearest one.
+      ValueError: a setting outside its range, or a checkpoint that is broken, incomplete or of an unknown family.
+
+    Example:
+      with LLM("path/to/checkpoint", max_num_seqs=16) as llm:
+          print(llm.generate("In the beginning", SamplingParams(max_tokens=32)))
+    """
+
+    def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
+        config = EngineConfig.from_keywords(engine)
+        path = checkpoint_directory.resolve(model)
+        fields = checkpoint_directory.read_json(path / "config.json")
+        model_config = parse_model_config(fields)
+        self._start(
+            model_config,
+            SafetensorsStore(checkpoint_directory.weight_files(path)),
+            load_tokenizer(path) if tokenizer is None else _find_tokenizer(tokenizer),
+            checkpoint_directory.generation_defaults(path, fields),
+            config,
+            template_sources=(tokenizer, path),
+        )
+
+    @classmethod
+    def from_params(
+        cls,
+        config: Mapping[str, Any],
+        params: Mapping[str, Any],
+        tokenizer: str | Path | Tokenizer | None = None,
+        **engine: Any,
+    ) -> LLM:
+        """An LLM from weights that are already in memory.
+
+        Args:
+          config: the fields of a Hugging Face config.json.
+          params: checkpoint tensor name -> array, or the same nested by the parts of the names.
+          tokenizer, **engine: as LLM's.
+
+        Raises:
+          As LLM.
+        """
+        llm = cls.__new__(cls)
+        eos = config.get("eos_token_id")
+        llm._start(
+            parse_model_config(config),
+            MemoryStore(_flat(params)),
+            None if tokenizer is None else _find_tokenizer(tokenizer),
+            GenerationDefaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)),
+            EngineConfig.from_keywords(engine),
+            template_sources=(tokenizer,),
+        )
+        return llm
+
+    def _start(
+        self,
+        model_config: ModelConfig,
+        store: TensorStore,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationDefaults,
+        config: EngineConfig,
+        *,
+        template_sources: Sequence[str | Path | Tokenizer | None],
+    ) -> None:
+        _show_log_lines()
+        max_model_len = context_length(config, model_config)
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self._wrapper = assemble(model_config, store, config)
+        self._engine = DynamicEngine(self._wrapper, config, max_model_len=max_model_len)
+        self._controller = TextGenerationController(
+            self._engine,
+            tokenizer,
+            defaults=defaults,
+            vocab_size=model_config.vocab_size,
+            max_model_len=max_model_len,
+            seed=config.seed,
+        )
+        self._driver = Driver(self._controller)
+        self._template_sources = template_sources
+        self._template_sandbox = TemplateSandbox()
+        # At garbage collection and at exit: the driver's thread must not outlive its LLM.
+        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._wrapper, self._template_sandbox)
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generates for one prompt or many, in flight together.
+
+        Args:
+          prompts: a string, a list of token ids, or a list of either.
+          sampling_params: for all prompts, or one each; None samples as the checkpoint says.
+          use_tqdm: show a progress bar for several prompts.
+
+        Returns:
+          One RequestOutput for one prompt, a list in the same order for a list.
+
+        Raises:
+          TypeError, ValueError: a prompt or its parameters are wrong; nothing was started.
+          EngineClosedError: the LLM is closed.
+        """
+        prompt_list, is_single = _as_prompts(prompts)
+        params = self._params_for(prompt_list, sampling_params)
+        submissions = [
+            self._controller.prepare(prompt, entry) for prompt, entry in zip(prompt_list, params, strict=True)
+        ]
+        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        return outputs[0] if is_single else outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Generates the next message of one conversation or many, in flight together.
+
+        The checkpoint's chat template makes the prompt, special tokens included; none is added when the text is
+        encoded. A special token's name within a message is encoded as that token, as transformers does: take it out of
+        text you do not trust. The template works on a copy of the messages, in a process of its own, within limits of
+        size, time and memory (template_sandbox.SandboxLimits).
+
+        Args:
+          messages: a conversation, which is a list of {"role", "content"}, or a list of conversations. What else a
+            message holds (tool_calls, name, ...) is the template's; a content that is a list of parts like {"type":
+            "text", "text": ...} reaches it as it is, entries that are None do not.
+          sampling_params: for all conversations, or one each; None samples as the checkpoint says.
+          use_tqdm: show a progress bar for several conversations.
+          add_generation_prompt: end the prompt with the beginning of an assistant's message.
+          continue_final_message: end the prompt within the last message, which the output then continues; takes
+            add_generation_prompt=False.
+          tools: JSON schemas of functions that the model may call, for templates that know of tools.
+          chat_template: a template in Jinja, or the name of one of the checkpoint's; None takes the checkpoint's (of
+            several, "tool_use" if there are tools, else "default").
+          chat_template_kwargs: more variables of the template, by name, such as documents or enable_thinking.
+
+        Returns:
+          One RequestOutput for one conversation, a list in the same order for a list; prompt is the rendered text.
+
+        Raises:
+          TypeError, ValueError: messages or parameters are wrong, there is no template, or it is broken, refuses the
+            messages or exceeds a limit; nothing was started.
+          EngineClosedError: the LLM is closed.
+
+        Source: transformers 5, apply_chat_template, whose text it reproduces.
+
+        Example:
+          llm.chat([{"role": "user", "content": "What is a river?"}], SamplingParams(max_tokens=64)).text
+        """
+        conversations, is_single = as_conversations(messages)
+        params = self._params_for(conversations, sampling_params)
+        prompts = [
+            self._chat_renderer.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        submissions = [
+            self._controller.prepare(prompt, entry, add_special_tokens=False)
+            for prompt, entry in zip(prompts, params, strict=True)
+        ]
+        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        return outputs[0] if is_single else outputs
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> OutputStream:
+        """Generates for one prompt, an output after every new token.
+
+        Args:
+          prompt: a string or a list of token ids.
+          sampling_params: None samples as the checkpoint says.
+
+        Returns:
+          An iterator of RequestOutput: text grows, delta is what is new. Closing it aborts the request.
+
+        Raises:
+          TypeError, ValueError: at the call, as generate.
+        """
+        return self._stream(self.prepare(prompt, sampling_params))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        **template: Any,
+    ) -> OutputStream:
+        """Generates the next message of one conversation, an output after every new token.
+
+        Args:
+          messages, sampling_params: as chat's, for one conversation.
+          **template: chat's add_generation_prompt, continue_final_message, tools, chat_template, chat_template_kwargs.
+
+        Returns:
+          As stream.
+
+        Raises:
+          TypeError, ValueError: at the call, as chat.
+        """
+        return self._stream(self.prepare_chat(messages, sampling_params, **template))
+
+    def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
+        """A validated request for one prompt, for start; arguments and errors as stream's."""
+        prompts, is_single = _as_prompts(prompt)
+        if prompts and not is_single:
+            raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
+        return self._controller.prepare(prompt, self._params_or_default(sampling_params))
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        **template: Any,
+    ) -> Submission:
+        """A validated request for one conversation, for start; arguments and errors as stream_chat's."""
+        conversations, is_single = as_conversations(messages)
+        if not is_single:
+            raise TypeError(f"stream_chat takes one conversation, got a list of {len(conversations)}")
+        prompt = self._chat_renderer.render(conversations[0], **template)
+        return self._controller.prepare(prompt, self._params_or_default(sampling_params), add_special_tokens=False)
+
+    def start(self, submission: Submission, *, deliver: Callable[[Delivery], None] | None = None) -> Ticket:
+        """Starts a prepared request whose outputs are delivered after every new token.
+
+        Args:
+          submission: from prepare or prepare_chat.
+          deliver: gets the outputs on the engine's thread and must not block it; None keeps them in the ticket.
+
+        Raises:
+          EngineClosedError: the LLM is closed.
+        """
+        return self._driver.submit([submission], stream=True, deliver=deliver)[0]
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends the request of a ticket if it still runs."""
+        self._driver.cancel([ticket])
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The checkpoint's own way of sampling, used where no SamplingParams are given."""
+        return self._controller.default_params
+
+    def warmup(self) -> None:
+        """Compiles every program that serving can need, so that no request waits for the compiler."""
+        self._wrapper.warmup()
+
+    def stats(self) -> EngineStats:
+        """Queue, pages, cache hits, preemptions, tokens, steps and compilations so far."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Ends running requests and frees device memory; a closed LLM can only be closed again."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def _chat_renderer(self) -> ChatRenderer:
+        sources = [source for source in self._template_sources if isinstance(source, (str, Path)) and source != "byte"]
+        directories = [checkpoint_directory.resolve(source) for source in sources]
+        return ChatRenderer(read_chat_templates(directories), self._template_sandbox)
+
+    def _stream(self, submission: Submission) -> OutputStream:
+        ticket = self.start(submission)
+        return OutputStream(ticket, lambda: self.cancel(ticket))
+
+    def _params_or_default(self, params: SamplingParams | None) -> SamplingParams:
+        return self.default_params if params is None else _checked_params(params)
+
+    def _run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
+        tickets = self._driver.submit(submissions)
+        try:
+            return _wait_for(tickets, show_bar=show_bar)
+        except BaseException:  # Ctrl-C ends these requests and leaves the engine to the others
+            self._driver.cancel(tickets)
+            raise
+
+    def _params_for(
+        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            return [self._controller.default_params] * len(prompts)
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        params = [_checked_params(entry) for entry in _as_sequence(params)]
+        if len(params) != len(prompts):
+            raise ValueError(f"got {len(params)} sampling_params for {len(prompts)} prompts; pass one, or one each")
+        return params
+
+
+class OutputStream(Iterator[RequestOutput]):
+    """Outputs of one request as they come; close() (or leaving a with block, or dropping it) aborts the request.
+
+    Args:
+      ticket: where they come from.
+      cancel: ends the request.
+    """
+
+    def __init__(self, ticket: Ticket, cancel: Callable[[], None]):
+        self._ticket = ticket
+        self._cancel = weakref.finalize(self, cancel)
+        self._is_done = False
+
+    def __next__(self) -> RequestOutput:
+        if self._is_done:
+            raise StopIteration
+        try:
+            output = self._ticket.next_output()
+        except BaseException:
+            self.close()
+            raise
+        self._is_done = output.finished
+        return output
+
+    def close(self) -> None:
+        """Aborts the request if it still runs; iterating then ends."""
+        self._is_done = True
+        self._cancel()
+
+    def __enter__(self) -> OutputStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput]:
+    started = time.monotonic()
+    outputs: list[RequestOutput] = []
+    with tqdm(
+        total=len(tickets), desc="generating", unit="prompt", disable=None if show_bar else True, leave=False
+    ) as bar:
+        while len(outputs) < len(tickets):
+            try:
+                outputs.append(tickets[len(outputs)].next_output(_BAR_SECONDS if show_bar else None))
+                bar.update()
+            except queue.Empty:
+                num_tokens = sum(ticket.num_tokens for ticket in tickets)
+                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s")
+    return outputs
+
+
+def _as_prompts(prompts: object) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether there was only one, not in a list."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    entries = _as_sequence(prompts)
+    if entries and not isinstance(entries[0], str) and not hasattr(entries[0], "__iter__"):
+        return [entries], True
+    return entries, False
+
+
+def _as_sequence(values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"expected a string, token ids, or a list of either, got {type(values).__name__}")
+    return list(values)
+
+
+def _checked_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+    return params
+
+
+def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
+    if tokenizer == "byte":
+        return ByteTokenizer()
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    found = load_tokenizer(checkpoint_directory.resolve(tokenizer))
+    if found is None:
+        raise FileNotFoundError(f"{tokenizer} has neither tokenizer.json nor tokenizer.model")
+    return found
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _shut_down(driver: Driver, wrapper: DecoderWrapper, sandbox: TemplateSandbox) -> None:
+    driver.close()
+    wrapper.close()
+    sandbox.close()
+
+
+def _show_log_lines() -> None:
+    """Shows jaxinfer's own start-up lines unless the user has set up logging."""
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("jaxinfer: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

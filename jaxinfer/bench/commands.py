@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ def latency(
 ) -> None:
     """Prefill and decode times of fixed batches: medians, warm-up outside, end token ignored."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
-    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len, spare=1) as session:
+    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
         result = latency_bench.measure(
             session, sizes, prompt_len=prompt_len, output_len=output_len, repeats=repeats, seed=target.seed
         )
@@ -142,7 +143,7 @@ def startup(
     target.fields()  # a wrong path must not cost a process
     EngineConfig.from_keywords(fields)
     result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
-    settings = {**dataclasses.asdict(target), "engine": fields, "prompt_len": prompt_len}
+    settings = {**target.record(), "engine": fields, "prompt_len": prompt_len}
     _emit(startup_bench, result, settings, json_file)
 
 
@@ -166,7 +167,7 @@ def roofline(
     """Decode step and prefill against the floor that the device's measured bandwidth and matmul rate set."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     is_cpu = jax.default_backend() == "cpu"
-    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=context + num_steps, spare=1) as session:
+    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=context + num_steps) as session:
         result = roofline_bench.measure(
             session,
             sizes,
@@ -249,7 +250,7 @@ def gpu(
     with _one_line_errors():
         plan = gpu_bench.tiny_plan(golden_directory) if tiny else gpu_bench.full_plan(golden_directory, configs)
         outcomes = gpu_bench.run(plan, budget_seconds, typer.echo)
-        report.write_json(gpu_bench.to_json(outcomes), json_file)
+        report.write_json(json.dumps([dataclasses.asdict(entry) for entry in outcomes], indent=1), json_file)
         typer.echo("\n" + gpu_bench.render(outcomes))
 
 
@@ -266,18 +267,18 @@ def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def _session(
-    target: Target, fields: dict[str, Any], plot: Path | None, *, num_seqs: int, num_tokens: int, spare: int = 0
+    target: Target, fields: dict[str, Any], plot: Path | None, *, num_seqs: int, num_tokens: int
 ) -> Iterator[Session]:
     if plot is not None:
         report.require_matplotlib()  # before minutes of measuring
     model_config = parse_model_config(target.fields())
-    config = engine_config(fields, model_config, num_seqs=num_seqs, num_tokens=num_tokens, pages_to_spare=spare)
+    config = engine_config(fields, model_config, num_seqs=num_seqs, num_tokens=num_tokens)
     with Session(model_config, target.store(model_config), config) as session:
         yield session
 
 
 def _settings(target: Target, config: EngineConfig) -> dict[str, Any]:
-    return {**dataclasses.asdict(target), "engine": dataclasses.asdict(config)}
+    return {**target.record(), "engine": dataclasses.asdict(config)}
 
 
 def _emit(bench: Any, result: Any, settings: dict[str, Any], json_file: str, plot: Path | None = None) -> None:

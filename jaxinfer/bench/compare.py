@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from jaxinfer.bench.peers import Peer
-from jaxinfer.bench.report import format_table
+from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session
 
 Generator = Session | Peer
@@ -123,10 +123,9 @@ def render(result: CompareResult) -> str:
 
 def draw(result: CompareResult, axes: Any) -> None:
     """Tokens per second of both against the batch size."""
+    series = {
+        name: [row.batch_size * row.output_len / getattr(row, seconds) for row in result.rows]
+        for name, seconds in (("jaxinfer", "ours_s"), (result.peer, "peer_s"))
+    }
     sizes = [row.batch_size for row in result.rows]
-    for label, name, marker in ((result.peer, "peer_s", "s-"), ("jaxinfer", "ours_s", "o-")):
-        rates = [row.batch_size * row.output_len / getattr(row, name) for row in result.rows]
-        axes.loglog(sizes, rates, marker, label=label)
-    axes.set_xticks(sizes, map(str, sizes), minor=False)
-    axes.set(xlabel="batch size (requests)", ylabel="output tokens per second", title=f"Greedy, {result.dtype}")
-    axes.legend()
+    draw_by_batch(axes, sizes, series, value="output tokens per second", title=f"Greedy, {result.dtype}")

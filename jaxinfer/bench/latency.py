@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from jaxinfer.bench.report import format_table
+from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session, StepTimes
 
 
@@ -111,9 +111,8 @@ def render(result: LatencyResult) -> str:
 
 def draw(result: LatencyResult, axes: Any) -> None:
     """Decode step and prefill against the batch size."""
-    sizes = [row.batch_size for row in result.rows]
-    axes.loglog(sizes, [row.decode_ms for row in result.rows], "o-", label="decode step")
-    axes.loglog(sizes, [row.prefill_ms for row in result.rows], "s-", label="prefill")
-    axes.set_xticks(sizes, map(str, sizes), minor=False)
-    axes.set(xlabel="batch size (requests)", ylabel="ms", title="Latency by batch size")
-    axes.legend()
+    series = {
+        "prefill": [row.prefill_ms for row in result.rows],
+        "decode step": [row.decode_ms for row in result.rows],
+    }
+    draw_by_batch(axes, [row.batch_size for row in result.rows], series, value="ms", title="Latency by batch size")

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -147,3 +147,30 @@ def save_plot(draw: Callable[[Any], None], file: Path) -> None:
     draw(axes)
     axes.grid(alpha=0.3)
     figure.savefig(file, format="png", dpi=120)
+
+
+def draw_by_batch(
+    axes: Any, sizes: Sequence[int], series: Mapping[str, Sequence[float]], *, value: str, title: str
+) -> None:
+    """Draws lines over the batch size, both axes logarithmic with plain numbers.
+
+    Args:
+      axes: matplotlib's.
+      sizes: requests at once.
+      series: one value a size, by the line's label; a label that ends in "floor" is dashed.
+      value: what is drawn, with its unit.
+      title: above.
+    """
+    for label, values in series.items():
+        axes.plot(sizes, values, "--" if label.endswith("floor") else "o-", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="batch size (requests)", ylabel=value, title=title)
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.set_xticks([], minor=True)
+    plain_numbers(axes)
+    axes.legend()
+
+
+def plain_numbers(axes: Any) -> None:
+    """Labels a logarithmic vertical axis with plain numbers."""
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")

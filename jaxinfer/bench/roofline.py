@@ -20,7 +20,7 @@ from jax import lax
 from tqdm.auto import tqdm
 
 from jaxinfer.bench.latency import timed_runs
-from jaxinfer.bench.report import format_table
+from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session
 from jaxinfer.config import ModelConfig
 from jaxinfer.wrappers.assembly import choose_dtype
@@ -59,9 +59,10 @@ class StepCost:
         """Seconds that no implementation beats at these rates."""
         return max(self.num_bytes / rates.bytes_per_s, self.num_ops / rates.ops_per_s)
 
-    def is_memory_bound(self, rates: DeviceRates) -> bool:
-        """Whether the bytes take longer than the operations."""
-        return self.num_bytes / rates.bytes_per_s > self.num_ops / rates.ops_per_s
+    def bound(self, rates: DeviceRates) -> str:
+        """ "memory" or "compute", whichever takes longer."""
+        is_memory = self.num_bytes / rates.bytes_per_s > self.num_ops / rates.ops_per_s
+        return "memory" if is_memory else "compute"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,8 +256,8 @@ def measure(
                 prefill_ms=1e3 * statistics.median(entry.prefill_s for entry in times),
                 decode_floor_ms=1e3 * decode.floor_s(rates),
                 prefill_floor_ms=1e3 * prefill.floor_s(rates),
-                decode_bound="memory" if decode.is_memory_bound(rates) else "compute",
-                prefill_bound="memory" if prefill.is_memory_bound(rates) else "compute",
+                decode_bound=decode.bound(rates),
+                prefill_bound=prefill.bound(rates),
             )
         )
     return RooflineResult(rates=rates, rows=tuple(rows), dtype=dtype.name, repeats=repeats)
@@ -287,9 +288,9 @@ def _cells(row: RooflineRow, kind: str, length: float) -> list[Any]:
 
 def draw(result: RooflineResult, axes: Any) -> None:
     """The measured decode step and its floor against the batch size."""
-    sizes = [row.batch_size for row in result.rows]
-    axes.loglog(sizes, [row.decode_ms for row in result.rows], "o-", label="decode step, measured")
-    axes.loglog(sizes, [row.decode_floor_ms for row in result.rows], "--", color="gray", label="floor")
-    axes.set_xticks(sizes, map(str, sizes), minor=False)
-    axes.set(xlabel="batch size (rows)", ylabel="ms per step", title="Decode step and the device's floor")
-    axes.legend()
+    series = {
+        "decode step, measured": [row.decode_ms for row in result.rows],
+        "the device's floor": [row.decode_floor_ms for row in result.rows],
+    }
+    title = f"Decode step, {result.dtype}, {result.rates.bytes_per_s / 1e9:.0f} GB/s"
+    draw_by_batch(axes, [row.batch_size for row in result.rows], series, value="ms per step", title=title)

@@ -20,9 +20,15 @@ from jaxinfer.bench.workload import random_prompts
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import Request
 from jaxinfer.wrappers.assembly import assemble, context_length
+from jaxinfer.wrappers.step_batch import pages_for
+
+_BATCH_BROKE = (
+    "not all {} rows decode together for as long as they are timed; raise max_model_len or num_kv_pages, or lower "
+    "batch_size, prompt_len or output_len"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +44,11 @@ class Target:
     model: str = DEMO
     random_weights: Path | None = None
     seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """What was measured, for the result's settings."""
+        model = None if self.random_weights else self.model
+        return {"model": model, "random_weights": self.random_weights, "seed": self.seed}
 
     def fields(self) -> dict[str, Any]:
         """The fields of config.json.
@@ -72,9 +83,7 @@ class Target:
         return SafetensorsStore(directory.weight_files(self.path()))
 
 
-def engine_config(
-    fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: int, num_tokens: int, pages_to_spare: int = 0
-) -> EngineConfig:
+def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: int, num_tokens: int) -> EngineConfig:
     """Settings for a measurement: what was given, else slots and context that just hold it.
 
     Args:
@@ -82,10 +91,11 @@ def engine_config(
       model: bounds the context.
       num_seqs: requests at once.
       num_tokens: prompt and output of the longest.
-      pages_to_spare: added to the context.
     """
     page_size = EngineConfig.from_keywords(fields).page_size
-    needed = (-(-num_tokens // page_size) + pages_to_spare) * page_size
+    # One page more than the tokens fill: the scheduler admits a request only while every running one has a page to
+    # grow into, and a batch would wait for itself.
+    needed = (pages_for(num_tokens, page_size) + 1) * page_size
     fitting = {"max_num_seqs": num_seqs, "max_model_len": max(2, min(needed, model.max_position_embeddings))}
     fitting["max_num_batched_tokens"] = max(num_seqs, EngineConfig().max_num_batched_tokens)
     return EngineConfig.from_keywords(fitting | dict(fields))
@@ -153,36 +163,36 @@ class Session:
           num_steps: decode steps in the window.
 
         Raises:
-          ValueError: rows end or are preempted inside the window; the message names the knobs.
+          ValueError: rows end, wait or are preempted inside the window; the message names the knobs.
         """
-        before = self.engine.stats()
         started = time.perf_counter()
         self.generate(prompts, 1)
         prefill_s = time.perf_counter() - started
         lengths = dict(zip(self._add(prompts, self._room(prompts)), map(len, prompts), strict=True))
-        begun: set[str] = set()
-        while len(begun) < len(prompts):
+        try:
+            self._begin(lengths)
+            mean_context = sum(lengths.values()) / len(lengths) + (num_steps - 1) / 2
+            started = time.perf_counter()
+            for _ in range(num_steps):
+                if len(self.engine.step()) < len(lengths):
+                    raise ValueError(_BATCH_BROKE.format(len(lengths)))
+            decode_s = (time.perf_counter() - started) / num_steps
+        finally:
+            self._abort(lengths)
+        return StepTimes(prefill_s=prefill_s, decode_s=decode_s, mean_context=mean_context)
+
+    def _begin(self, lengths: dict[str, int]) -> None:
+        """Steps until every request has a token; counts the tokens into lengths."""
+        waiting = set(lengths)
+        while waiting:
             if not self.engine.has_unfinished():
-                raise ValueError(f"rows of the batch of {len(prompts)} ended before all began; {self._advice(before)}")
+                raise ValueError(_BATCH_BROKE.format(len(lengths)))
             for event in self.engine.step():
-                begun.add(event.request_id)
+                waiting.discard(event.request_id)
                 lengths[event.request_id] += 1
-        first_context = sum(lengths.values()) / len(lengths)
-        started = time.perf_counter()
-        for _ in range(num_steps):
-            if len(self.engine.step()) < len(prompts):
-                raise ValueError(f"rows left the batch of {len(prompts)} while it was timed; {self._advice(before)}")
-        decode_s = (time.perf_counter() - started) / num_steps
-        self._abort(lengths)
-        return StepTimes(prefill_s=prefill_s, decode_s=decode_s, mean_context=first_context + (num_steps - 1) / 2)
 
     def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
         return max(1, context_length(self.config, self.model_config) - max(map(len, prompts)))
-
-    def _advice(self, before: EngineStats) -> str:
-        if self.engine.stats().num_preemptions > before.num_preemptions:
-            return "pages ran out: raise num_kv_pages or lower batch_size or prompt_len"
-        return "raise max_model_len or lower output_len"
 
     def _add(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
         ids = [f"bench-{next(self._ids)}" for _ in prompts]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from jaxinfer.bench.report import Summary, format_table
+from jaxinfer.bench.report import Summary, format_table, plain_numbers
 from jaxinfer.bench.session import Session
 from jaxinfer.bench.workload import TraceEntry, random_prompts
 from jaxinfer.engine.dynamic_engine import DynamicEngine
@@ -138,14 +138,18 @@ def _rates(trace: Sequence[TraceEntry], served: Sequence[_Served]) -> dict[str, 
     }
 
 
-def render(result: ThroughputResult) -> str:
-    """Rates, waiting times and the engine's counts."""
+def _waits(result: ThroughputResult) -> dict[str, Summary]:
     waits = {
         "time to first token": result.ttft_ms,
         "between tokens": result.inter_token_ms,
         "end to end": result.end_to_end_ms,
     }
-    rows = [[name, wait.mean, wait.p50, wait.p90, wait.p99] for name, wait in waits.items() if wait is not None]
+    return {name: wait for name, wait in waits.items() if wait is not None}
+
+
+def render(result: ThroughputResult) -> str:
+    """Rates, waiting times and the engine's counts."""
+    rows = [[name, wait.mean, wait.p50, wait.p90, wait.p99] for name, wait in _waits(result).items()]
     return "\n".join(
         [
             f"{result.num_requests} requests, {result.prompt_tokens} prompt and {result.output_tokens} output tokens "
@@ -162,13 +166,11 @@ def render(result: ThroughputResult) -> str:
 
 
 def draw(result: ThroughputResult, axes: Any) -> None:
-    """The waiting times' percentiles as bars."""
-    waits = {"first token": result.ttft_ms, "between tokens": result.inter_token_ms, "end to end": result.end_to_end_ms}
-    shown = {name: wait for name, wait in waits.items() if wait is not None}
-    for number, name in enumerate(("p50", "p90", "p99")):
-        places = [place + 0.25 * (number - 1) for place in range(len(shown))]
-        axes.bar(places, [getattr(wait, name) for wait in shown.values()], width=0.23, label=name)
-    axes.set_xticks(range(len(shown)), list(shown))
+    """The waiting times' percentiles."""
+    waits = _waits(result)
+    for name, marker in (("p50", "o"), ("p90", "s"), ("p99", "^")):
+        axes.plot(list(waits), [getattr(wait, name) for wait in waits.values()], marker, label=name)
     title = f"{result.num_requests} requests, {result.output_tokens_per_s:.0f} output tokens/s"
     axes.set(yscale="log", ylabel="ms", title=title)
+    plain_numbers(axes)
     axes.legend()

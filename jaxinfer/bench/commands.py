@@ -142,6 +142,7 @@ def startup(
     target = _target(model, random_weights, fields)
     target.fields()  # a wrong path must not cost a process
     EngineConfig.from_keywords(fields)
+    report.warn_if_busy()
     result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
     settings = {**target.record(), "engine": fields, "prompt_len": prompt_len}
     _emit(startup_bench, result, settings, json_file)
@@ -271,6 +272,7 @@ def _session(
 ) -> Iterator[Session]:
     if plot is not None:
         report.require_matplotlib()  # before minutes of measuring
+    report.warn_if_busy()
     model_config = parse_model_config(target.fields())
     config = engine_config(fields, model_config, num_seqs=num_seqs, num_tokens=num_tokens)
     with Session(model_config, target.store(model_config), config) as session:

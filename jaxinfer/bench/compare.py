@@ -25,6 +25,7 @@ class CompareRow:
       batch_size, prompt_len, output_len: requests, and tokens of each.
       peer_s, ours_s: seconds from prompts to all tokens.
       ratio: peer_s / ours_s, above 1 where jaxinfer is faster.
+      peer_threads: CPU threads at which the peer was fastest.
       equal_rows: share of rows with the very same greedy tokens, over all repeats.
     """
 
@@ -34,6 +35,7 @@ class CompareRow:
     peer_s: float
     ours_s: float
     ratio: float
+    peer_threads: int
     equal_rows: float
 
 
@@ -78,6 +80,7 @@ def measure(
 def _measure_batch(
     session: Session, peer: Peer, batch_size: int, *, prompt_len: int, output_len: int, repeats: int, seed: int
 ) -> CompareRow:
+    peer_threads = peer.tune(session.prompts(batch_size, prompt_len, seed, batch_size))
     peer_times, our_times, equal = [], [], []
     for number in range(repeats + 1):
         prompts = session.prompts(batch_size, prompt_len, seed, batch_size, number)
@@ -95,6 +98,7 @@ def _measure_batch(
         peer_s=peer_s,
         ours_s=ours_s,
         ratio=peer_s / ours_s,
+        peer_threads=peer_threads,
         equal_rows=sum(equal) / len(equal),
     )
 
@@ -107,17 +111,29 @@ def _timed(generator: Generator, prompts: Sequence[tuple[int, ...]], output_len:
 
 def render(result: CompareResult) -> str:
     """A table, one row a batch size, and whether both said the same."""
-    header = ["batch", "prompt", "output", "peer s", "ours s", "peer tok/s", "ours tok/s", "ratio", "rows equal"]
+    header = [
+        "batch",
+        "prompt",
+        "output",
+        "peer s",
+        "ours s",
+        "peer tok/s",
+        "ours tok/s",
+        "ratio",
+        "peer threads",
+        "rows equal",
+    ]
     rows = [
         [row.batch_size, row.prompt_len, row.output_len, row.peer_s, row.ours_s]
         + [row.batch_size * row.output_len / seconds for seconds in (row.peer_s, row.ours_s)]
-        + [f"{row.ratio:.2f}", f"{100 * row.equal_rows:.0f}%"]
+        + [f"{row.ratio:.2f}", row.peer_threads, f"{100 * row.equal_rows:.0f}%"]
         for row in result.rows
     ]
     return (
         f"peer: {result.peer}, {result.dtype}; greedy, end token ignored, prefill included\n"
         + format_table(header, rows)
-        + f"\nmedians of {result.repeats} turns each after a warm-up; ratio above 1: jaxinfer is faster"
+        + f"\nmedians of {result.repeats} turns each after a warm-up; ratio above 1: jaxinfer is faster\n"
+        + "threads: of the peer, at its fastest"
     )
 
 

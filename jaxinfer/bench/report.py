@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 _PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+_QUIET_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +73,7 @@ def _cell(value: Any) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and command line of this process; starts JAX's backend."""
+    """Versions, device, load over the last minute and command line of this process; starts JAX's backend."""
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit")
     return {
@@ -82,6 +84,7 @@ def environment() -> dict[str, Any]:
             "count": jax.device_count(),
             "memory_bytes": memory,
         },
+        "load_average": os.getloadavg()[0],
         "command_line": sys.argv,
     }
 
@@ -113,6 +116,13 @@ def write_json(text: str, file: str) -> None:
         print(text)
     else:
         Path(file).write_text(text + "\n", encoding="utf-8")
+
+
+def warn_if_busy() -> None:
+    """Says on standard error when other processes are at work, which no median corrects; call before measuring."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _QUIET_SHARE * cores:
+        print(f"warning: load {load:.1f} on {cores} cores before measuring; do not quote the figures", file=sys.stderr)
 
 
 def require_matplotlib() -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN, load_golden
 from typer.testing import CliRunner
 
-from jaxinfer.bench import commands
+from jaxinfer.bench import commands, report
 from jaxinfer.bench.golden import GoldenCase, GoldenResult
 from jaxinfer.bench.latency import timed_runs
 from jaxinfer.bench.report import Summary
@@ -61,7 +61,7 @@ def test_latency_json_has_versions_device_settings_and_rows(run, tmp_path):
     shown = run("latency", "--random-weights", GQA, *LENGTHS, *SMALL, "--json", file, "--plot", plot, "--page-size", 16)
     assert "decode ms/step" in shown.stdout
     record = json.loads(file.read_text())
-    assert set(record) == {"command", "versions", "device", "command_line", "settings", "result"}
+    assert set(record) == {"command", "versions", "device", "load_average", "command_line", "settings", "result"}
     assert record["command"] == "latency" and record["versions"]["jax"] == jax.__version__
     assert record["device"]["platform"] == "cpu" and record["settings"]["random_weights"] == GQA
     assert record["settings"]["engine"]["page_size"] == 16 and record["settings"]["engine"]["max_num_seqs"] == 2
@@ -114,10 +114,14 @@ def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_
             assert (checkpoint / "model.safetensors").exists()
             self.generate = session.generate
 
+        def tune(self, prompts):
+            return 3
+
     monkeypatch.setattr(commands.peers, "TransformersPeer", EqualPeer)
     arguments = ("--random-weights", GQA, *SMALL, *LENGTHS, "--json", "-", "--plot", tmp_path / "plot.png")
     result = json.loads(run("compare", *arguments).stdout)["result"]
     assert result["peer"] == "equal" and result["dtype"] == "float32"
+    assert result["rows"][0]["peer_threads"] == 3
     assert [row["equal_rows"] for row in result["rows"]] == [1.0]
     assert result["rows"][0]["ratio"] == result["rows"][0]["peer_s"] / result["rows"][0]["ours_s"]
     assert is_png(tmp_path / "plot.png")
@@ -186,6 +190,14 @@ def test_time_steps_batch_that_ends_or_waits_names_the_knobs(session):
     with pytest.raises(ValueError, match=r"not all 2 rows decode together .* raise max_model_len or num_kv_pages"):
         session.time_steps(session.prompts(2, 12, 0), 300)
     assert not session.engine.has_unfinished()
+
+
+@pytest.mark.parametrize(("load", "warned"), [(0.0, False), (99.0, True)])
+def test_warn_if_busy_says_so(monkeypatch, capsys, load, warned):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    report.warn_if_busy()
+    assert ("load 99.0 on 2 cores" in capsys.readouterr().err) == warned
 
 
 def test_summary_percentiles_interpolate():

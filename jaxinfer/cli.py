@@ -1,4 +1,4 @@
-"""The command `jaxinfer`: generate, chat and info, over the Python API.
+"""The command `jaxinfer`: generate, chat, info and bench, over the Python API.
 
 Owns: commands, reading prompts, printing, one-line errors.
 Does not know: how anything is computed. Flags come from the settings dataclasses (flags.py).
@@ -16,6 +16,7 @@ import typer
 
 from jaxinfer import info as facts
 from jaxinfer.api import split_settings
+from jaxinfer.bench.commands import app as bench
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config import EngineConfig
 from jaxinfer.driver import EngineClosedError
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench, name="bench")
 Model = Annotated[str | None, typer.Option(help=f"checkpoint directory or hub id (default: {DEMO}, the bundled model)")]
 TokenizerFrom = Annotated[str | None, typer.Option(help='another tokenizer\'s directory or hub id, or "byte"')]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]

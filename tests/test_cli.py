@@ -102,6 +102,8 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         (["generate", "x", "--temprature", "3"], 2, "No such option: --temprature"),
         (["generate", "x", "--top-k", "many"], 2, "--top-k"),
         (["genrate", "x"], 2, "No such command 'genrate'"),
+        (["bench", "latency", "--model", "none"], 1, "no such checkpoint directory: none"),
+        (["bench", "latency", "--model", MODEL, "--output-len", "1"], 1, "output_len must be >= 2"),
         (["info", "--model", "none"], 1, "no such checkpoint directory: none"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,

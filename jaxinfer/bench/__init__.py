@@ -1,0 +1,1 @@
+"""`jaxinfer bench`: what the engine measures about itself, each figure from this machine and this run."""

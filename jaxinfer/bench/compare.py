@@ -1,0 +1,147 @@
+"""`bench compare`: the same prompts through a peer and through jaxinfer, turn by turn in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from jaxinfer.bench.peers import Peer
+from jaxinfer.bench.report import draw_by_batch, format_table
+from jaxinfer.bench.session import Session
+
+Generator = Session | Peer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareRow:
+    """One batch size; medians over the repeats.
+
+    Args:
+      batch_size, prompt_len, output_len: requests, and tokens of each.
+      peer_s, ours_s: seconds from prompts to all tokens.
+      ratio: peer_s / ours_s, above 1 where jaxinfer is faster.
+      peer_threads: CPU threads at which the peer was fastest.
+      equal_rows: share of rows with the very same greedy tokens, over all repeats.
+    """
+
+    batch_size: int
+    prompt_len: int
+    output_len: int
+    peer_s: float
+    ours_s: float
+    ratio: float
+    peer_threads: int
+    equal_rows: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareResult:
+    """One row a batch size against `peer`, in `dtype`; medians of `repeats` turns each."""
+
+    peer: str
+    dtype: str
+    rows: tuple[CompareRow, ...]
+    repeats: int
+
+
+def measure(
+    session: Session,
+    peer: Peer,
+    batch_sizes: Sequence[int],
+    *,
+    dtype: str,
+    prompt_len: int,
+    output_len: int,
+    repeats: int,
+    seed: int = 0,
+) -> CompareResult:
+    """Greedy generation of random prompts, peer and jaxinfer in turns, end token ignored.
+
+    Args:
+      session: with slots and context for the largest batch.
+      peer: with the same weights.
+      batch_sizes: requests at once.
+      dtype: of both, for the record.
+      prompt_len, output_len: tokens of each request.
+      repeats: timed turns of each, after one that is not.
+      seed: of the prompts, which are new at every turn.
+    """
+    shape = {"prompt_len": prompt_len, "output_len": output_len, "repeats": repeats, "seed": seed}
+    bar = tqdm(batch_sizes, desc="compare", unit="batch", disable=None, leave=False)
+    rows = tuple(_measure_batch(session, peer, batch_size, **shape) for batch_size in bar)
+    return CompareResult(peer=peer.name, dtype=dtype, rows=rows, repeats=repeats)
+
+
+def _measure_batch(
+    session: Session, peer: Peer, batch_size: int, *, prompt_len: int, output_len: int, repeats: int, seed: int
+) -> CompareRow:
+    peer_threads = peer.tune(session.prompts(batch_size, prompt_len, seed, batch_size))
+    peer_times, our_times, equal = [], [], []
+    for number in range(repeats + 1):
+        prompts = session.prompts(batch_size, prompt_len, seed, batch_size, number)
+        peer_s, peer_tokens = _timed(peer, prompts, output_len)
+        ours_s, our_tokens = _timed(session, prompts, output_len)
+        equal += [theirs == ours for theirs, ours in zip(peer_tokens, our_tokens, strict=True)]
+        if number:  # the first turn of each is its warm-up
+            peer_times.append(peer_s)
+            our_times.append(ours_s)
+    peer_s, ours_s = statistics.median(peer_times), statistics.median(our_times)
+    return CompareRow(
+        batch_size=batch_size,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        peer_s=peer_s,
+        ours_s=ours_s,
+        ratio=peer_s / ours_s,
+        peer_threads=peer_threads,
+        equal_rows=sum(equal) / len(equal),
+    )
+
+
+def _timed(generator: Generator, prompts: Sequence[tuple[int, ...]], output_len: int) -> tuple[float, list[list[int]]]:
+    started = time.perf_counter()
+    tokens = generator.generate(prompts, output_len)
+    return time.perf_counter() - started, tokens
+
+
+def render(result: CompareResult) -> str:
+    """A table, one row a batch size, and whether both said the same."""
+    header = [
+        "batch",
+        "prompt",
+        "output",
+        "peer s",
+        "ours s",
+        "peer tok/s",
+        "ours tok/s",
+        "ratio",
+        "peer threads",
+        "rows equal",
+    ]
+    rows = [
+        [row.batch_size, row.prompt_len, row.output_len, row.peer_s, row.ours_s]
+        + [row.batch_size * row.output_len / seconds for seconds in (row.peer_s, row.ours_s)]
+        + [f"{row.ratio:.2f}", row.peer_threads, f"{100 * row.equal_rows:.0f}%"]
+        for row in result.rows
+    ]
+    return (
+        f"peer: {result.peer}, {result.dtype}; greedy, end token ignored, prefill included\n"
+        + format_table(header, rows)
+        + f"\nmedians of {result.repeats} turns each after a warm-up; ratio above 1: jaxinfer is faster\n"
+        + "threads: of the peer, at its fastest"
+    )
+
+
+def draw(result: CompareResult, axes: Any) -> None:
+    """Tokens per second of both against the batch size."""
+    series = {
+        name: [row.batch_size * row.output_len / getattr(row, seconds) for row in result.rows]
+        for name, seconds in (("jaxinfer", "ours_s"), (result.peer, "peer_s"))
+    }
+    sizes = [row.batch_size for row in result.rows]
+    draw_by_batch(axes, sizes, series, value="output tokens per second", title=f"Greedy, {result.dtype}")

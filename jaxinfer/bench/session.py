@@ -1,0 +1,199 @@
+"""A model and an engine to be timed, driven by hand through DynamicEngine.
+
+Owns: opening the model (checkpoint, hub id or random weights), settings that fit a measurement, the timing of steps.
+Does not know: what is made of the times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.bench.random_weights import RandomStore
+from jaxinfer.bench.workload import random_prompts
+from jaxinfer.checkpoint import directory
+from jaxinfer.checkpoint.directory import DEMO
+from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.request import Request
+from jaxinfer.wrappers.assembly import assemble, context_length
+from jaxinfer.wrappers.step_batch import pages_for
+
+_BATCH_BROKE = (
+    "not all {} rows decode together for as long as they are timed; raise max_model_len or num_kv_pages, or lower "
+    "batch_size, prompt_len or output_len"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What is measured.
+
+    Args:
+      model: a checkpoint directory, a hub id, or "demo".
+      random_weights: a config.json or a directory with one, to measure a shape instead; None takes `model`.
+      seed: of random weights.
+    """
+
+    model: str = DEMO
+    random_weights: Path | None = None
+    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """What was measured, for the result's settings."""
+        model = None if self.random_weights else self.model
+        return {"model": model, "random_weights": self.random_weights, "seed": self.seed}
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of config.json.
+
+        Raises:
+          FileNotFoundError, ValueError: no such model, or a broken file.
+        """
+        if self.random_weights is not None:
+            path = self.random_weights
+            return directory.read_json(path / "config.json" if path.is_dir() else path)
+        return directory.read_json(self.path() / "config.json")
+
+    def path(self) -> Path:
+        """The checkpoint's directory.
+
+        Raises:
+          FileNotFoundError: no such checkpoint.
+        """
+        return directory.resolve(self.model)
+
+    def store(self, config: ModelConfig) -> TensorStore:
+        """The tensors."""
+        if self.random_weights is not None:
+            return RandomStore(config, self.seed)
+        return SafetensorsStore(directory.weight_files(self.path()))
+
+
+def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: int, num_tokens: int) -> EngineConfig:
+    """Settings for a measurement: what was given, else slots and context that just hold it.
+
+    Args:
+      fields: of EngineConfig, as given.
+      model: bounds the context.
+      num_seqs: requests at once.
+      num_tokens: prompt and output of the longest.
+    """
+    page_size = EngineConfig.from_keywords(fields).page_size
+    # One page more than the tokens fill: the scheduler admits a request only while every running one has a page to
+    # grow into, and a batch would wait for itself.
+    needed = (pages_for(num_tokens, page_size) + 1) * page_size
+    fitting = {"max_num_seqs": num_seqs, "max_model_len": max(2, min(needed, model.max_position_embeddings))}
+    fitting["max_num_batched_tokens"] = max(num_seqs, EngineConfig().max_num_batched_tokens)
+    return EngineConfig.from_keywords(fitting | dict(fields))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """Times of one batch.
+
+    Args:
+      prefill_s: seconds from the first launch to the last prompt's first token, nothing decoding beside it.
+      decode_s: seconds per decode step with every row decoding.
+      mean_context: KV positions that a row's decode step reads, over those steps.
+    """
+
+    prefill_s: float
+    decode_s: float
+    mean_context: float
+
+
+class Session:
+    """An engine with a model, ready to be timed; a context manager that frees the device.
+
+    Args:
+      model_config: the model's numbers.
+      store: its tensors.
+      config: the engine's settings.
+    """
+
+    def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
+        self.model_config = model_config
+        self.config = config
+        self.wrapper = assemble(model_config, store, config)
+        self.engine = DynamicEngine(self.wrapper, config, max_model_len=context_length(config, model_config))
+        self._ids = itertools.count()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wrapper.close()
+
+    def prompts(self, count: int, length: int, *seed: int) -> list[tuple[int, ...]]:
+        """Random prompts of one length."""
+        return random_prompts([length] * count, vocab_size=self.model_config.vocab_size, seed=seed)
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> list[list[int]]:
+        """Greedy tokens of all prompts together, end token ignored."""
+        ids = self._add(prompts, output_len)
+        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+        while self.engine.has_unfinished():
+            for event in self.engine.step():
+                tokens[event.request_id].append(event.token_id)
+        return list(tokens.values())
+
+    def time_steps(self, prompts: Sequence[tuple[int, ...]], num_steps: int) -> StepTimes:
+        """Times the prompts' prefill alone, then decode steps in which all of them take part.
+
+        The prompts are submitted twice: once for their first token only, then again to decode. Decoding is timed from
+        the moment every row has begun, so that prefill never shares the window; with the prefix cache the second
+        prefill is short.
+
+        Args:
+          prompts: of one batch; new ones each time, or the prefix cache spares their prefill.
+          num_steps: decode steps in the window.
+
+        Raises:
+          ValueError: rows end, wait or are preempted inside the window; the message names the knobs.
+        """
+        started = time.perf_counter()
+        self.generate(prompts, 1)
+        prefill_s = time.perf_counter() - started
+        lengths = dict(zip(self._add(prompts, self._room(prompts)), map(len, prompts), strict=True))
+        try:
+            self._begin(lengths)
+            mean_context = sum(lengths.values()) / len(lengths) + (num_steps - 1) / 2
+            started = time.perf_counter()
+            for _ in range(num_steps):
+                if len(self.engine.step()) < len(lengths):
+                    raise ValueError(_BATCH_BROKE.format(len(lengths)))
+            decode_s = (time.perf_counter() - started) / num_steps
+        finally:
+            self._abort(lengths)
+        return StepTimes(prefill_s=prefill_s, decode_s=decode_s, mean_context=mean_context)
+
+    def _begin(self, lengths: dict[str, int]) -> None:
+        """Steps until every request has a token; counts the tokens into lengths."""
+        waiting = set(lengths)
+        while waiting:
+            if not self.engine.has_unfinished():
+                raise ValueError(_BATCH_BROKE.format(len(lengths)))
+            for event in self.engine.step():
+                waiting.discard(event.request_id)
+                lengths[event.request_id] += 1
+
+    def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
+        return max(1, context_length(self.config, self.model_config) - max(map(len, prompts)))
+
+    def _add(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
+        ids = [f"bench-{next(self._ids)}" for _ in prompts]
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self.engine.add_request(Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens))
+        return ids
+
+    def _abort(self, ids: Mapping[str, int]) -> None:
+        for request_id in ids:
+            self.engine.abort(request_id)
+        for _ in range(self.wrapper.max_in_flight):  # steps launched ahead are read and dropped
+            self.engine.step()

@@ -1,0 +1,71 @@
+"""Random weights: the same values for any slicing, the names a checkpoint has, activations of a sane size."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import CASES, load_golden
+
+from jaxinfer.bench import random_weights
+from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
+from jaxinfer.checkpoint.directory import read_json, weight_files
+from jaxinfer.checkpoint.store import SafetensorsStore
+from jaxinfer.models.registry import parse_model_config
+
+
+def config_of(case):
+    return parse_model_config(read_json(load_golden(case).path / "config.json"))
+
+
+def read(store, name, *index):
+    index = tuple(slice(*axis) for axis in index) or tuple(slice(0, size) for size in store.shape(name))
+    out = np.empty([axis.stop - axis.start for axis in index], np.float32)
+    store.read(name, index, out)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_random_store_names_and_shapes_are_the_checkpoints(case):
+    found, real = RandomStore(config_of(case)), SafetensorsStore(weight_files(load_golden(case).path))
+    assert {name: found.shape(name) for name in found.names()} == {name: real.shape(name) for name in real.names()}
+
+
+@pytest.mark.parametrize("block", [2**18, 100, 7])
+def test_random_store_slices_equal_the_whole(monkeypatch, block):
+    monkeypatch.setattr(random_weights, "_BLOCK_VALUES", block)
+    store, name = RandomStore(config_of("gqa"), seed=5), "model.layers.1.mlp.down_proj.weight"
+    whole = read(store, name)
+    assert whole.shape == (48, 40)
+    for rows in ((0, 1), (3, 48), (17, 18)):
+        for columns in ((0, 40), (13, 29)):
+            np.testing.assert_array_equal(read(store, name, rows, columns), whole[slice(*rows), slice(*columns)])
+    np.testing.assert_array_equal(read(RandomStore(config_of("gqa"), seed=5), name), whole)
+
+
+def test_random_store_tensors_differ_by_name_and_seed():
+    store = RandomStore(config_of("gqa"))
+    first, second = (read(store, f"model.layers.{layer}.mlp.up_proj.weight") for layer in (0, 1))
+    assert (first != second).all()
+    assert (first != read(RandomStore(config_of("gqa"), seed=1), "model.layers.0.mlp.up_proj.weight")).all()
+
+
+def test_random_store_scale_keeps_variance():
+    store = RandomStore(config_of("gqa"))
+    values = read(store, "model.embed_tokens.weight")
+    # 320 x 48 values: the standard error of the variance of a uniform is 0.9 / sqrt(15360) of it.
+    assert values.var() * 48 == pytest.approx(1, abs=0.04)
+    assert abs(values.mean()) < 0.01
+    np.testing.assert_array_equal(read(store, "model.norm.weight"), 1)
+    np.testing.assert_array_equal(read(RandomStore(config_of("gemma2")), "model.norm.weight"), 0)
+    np.testing.assert_array_equal(read(RandomStore(config_of("biases")), "model.layers.0.self_attn.q_proj.bias"), 0)
+
+
+def test_write_checkpoint_reads_back(tmp_path):
+    fields = read_json(load_golden("tied").path / "config.json")
+    store = RandomStore(parse_model_config(fields), seed=2)
+    write_checkpoint(store, fields, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == fields
+    written = SafetensorsStore(weight_files(tmp_path))
+    assert set(written.names()) == set(store.names())
+    for name in store.names():
+        np.testing.assert_array_equal(read(written, name), read(store, name))

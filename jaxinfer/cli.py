@@ -21,12 +21,13 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config import EngineConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.flags import SETTINGS, takes_settings
-from jaxinfer.llm import LLM
+from jaxinfer.llm import LLM, OutputStream
 from jaxinfer.request import RequestOutput, SamplingParams
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 MAX_TOKENS = 128
-"""Of the commands, where neither flags nor a settings file say otherwise."""
+MAX_REPLY_TOKENS = 1024
+"""Of generate and of chat, where neither flags nor a settings file say otherwise."""
 # typer carries a click of its own or uses the installed one; this is the base of usage errors in either.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError)
@@ -93,6 +94,33 @@ def generate(
 
 
 @app.command()
+@takes_settings(*SETTINGS, defaults={"max_tokens": MAX_REPLY_TOKENS})
+def chat(
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    template: Annotated[Path | None, typer.Option(help="Jinja file to use instead of the model's own template")] = None,
+    **fields: Any,
+) -> None:
+    """Talk to a model: one message a line; /reset forgets the conversation, /quit or the end of input leaves, Ctrl-C
+    ends a reply."""
+    sampling, config = split_settings(fields)
+    source = None if template is None else template.read_text(encoding="utf-8")
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+        params = dataclasses.replace(llm.default_params, **sampling)
+        messages = list(beginning)
+        while (line := _read_message()) is not None:
+            if line == "/reset":
+                messages = list(beginning)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                reply = _print_reply(llm.stream_chat(messages, params, chat_template=source))
+                messages.append({"role": "assistant", "content": reply})
+
+
+@app.command()
 @takes_settings(EngineConfig)
 def info(*, model: Model = None, as_json: AsJson = False, **fields: Any) -> None:
     """Show versions, devices, memory; with --model, a model's size and what fits."""
@@ -129,6 +157,29 @@ def _print_stream(llm: LLM, prompt: str, params: SamplingParams, *, as_json: boo
         else:
             print(_shown(output.delta, output), end="", flush=True)
     print(end="" if as_json else "\n", flush=True)
+
+
+def _read_message() -> str | None:
+    """The next line of a conversation; None at its end."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" else line
+
+
+def _print_reply(stream: OutputStream) -> str:
+    """Prints a reply as it comes and returns it, cut where Ctrl-C ended it."""
+    text = ""
+    try:
+        for output in stream:
+            delta = _shown(output.delta, output)
+            text += delta
+            print(delta, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    print(flush=True)
+    return text
 
 
 def _as_text(output: RequestOutput, *, echo: bool) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import load_golden
@@ -103,7 +104,6 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         (["generate", "x", "--top-k", "many"], 2, "--top-k"),
         (["genrate", "x"], 2, "No such command 'genrate'"),
         (["bench", "latency", "--model", "none"], 1, "no such checkpoint directory: none"),
-        (["bench", "latency", "--model", MODEL, "--output-len", "1"], 1, "output_len must be >= 2"),
         (["info", "--model", "none"], 1, "no such checkpoint directory: none"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
@@ -159,3 +159,43 @@ def test_python_m_jaxinfer_is_the_command():
         [sys.executable, "-m", "jaxinfer", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "Continue prompts." in finished.stdout
+
+
+TEMPLATE = "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}[a]"
+
+
+def test_chat_keeps_the_conversation_until_reset(run, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(TEMPLATE)
+    words = "one\n\ntwo\n/reset\none\n/quit\nnever\n"
+    code, out, _ = run("chat", *FLAGS, *GREEDY, "--template", file, "--system", "s", stdin=words)
+    with LLM(MODEL, **SMALL) as llm:
+        params = SamplingParams(temperature=0, max_tokens=4)
+        messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "one"}]
+        first = llm.chat(messages, params, chat_template=TEMPLATE).text
+        messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "two"}]
+        second = llm.chat(messages, params, chat_template=TEMPLATE).text
+    assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
+
+
+def test_chat_without_a_template_says_so(run):
+    code, out, err = run("chat", *FLAGS, stdin="hello\n")
+    assert (code, out) == (1, "")
+    assert "chat template" in err.splitlines()[-1]
+
+
+def test_print_reply_interrupt_ends_the_reply_and_not_the_chat(capsys):
+    class Stream:
+        closed = False
+
+        def __iter__(self):
+            yield SimpleNamespace(delta="so far", token_ids=())
+            raise KeyboardInterrupt
+
+        def close(self):
+            self.closed = True
+
+    stream = Stream()
+    assert cli._print_reply(stream) == "so far"
+    assert stream.closed
+    assert capsys.readouterr().out == "so far\n"

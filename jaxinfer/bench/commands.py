@@ -254,9 +254,9 @@ def _session(
 ) -> Iterator[Session]:
     if plot is not None:
         report.require_matplotlib()  # before minutes of measuring
-    report.warn_if_busy()
     model_config = parse_model_config(target.fields())
     config = engine_config(fields, model_config, num_seqs=num_seqs, num_tokens=num_tokens)
+    report.warn_if_busy()
     with Session(model_config, target.store(model_config), config) as session:
         yield session
 

@@ -146,7 +146,7 @@ def _run_section(section: Section, limit_s: float, show: Callable[[str], None]) 
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxinfer-bench-") as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "jaxinfer.bench", *arguments, "--json", str(file)]
+        command = [sys.executable, "-m", "jaxinfer", "bench", *arguments, "--json", str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
         except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import sentencepiece
 from conftest import GOLDEN
 from test_sentencepiece import train
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, AsyncLLM, SamplingParams
 from jaxinfer.tokenizer import SentencePieceTokenizer
 
 CHAT = GOLDEN / "chat"
@@ -154,3 +155,19 @@ def test_close_ends_the_template_process(directory) -> None:
         process = llm._template_sandbox._process
         assert process.poll() is None
     assert process.returncode is not None
+
+
+def test_stream_chat_and_async_chat_equal_chat(llm, directory) -> None:
+    messages = [USER, ANSWER, USER]
+    expected = llm.chat(messages, GREEDY)
+    outputs = list(llm.stream_chat(messages, GREEDY))
+    assert outputs[-1].prompt == expected.prompt
+    assert "".join(output.delta for output in outputs) == expected.text
+    with pytest.raises(TypeError, match="takes one conversation, got a list of 2"):
+        llm.stream_chat([messages, messages], GREEDY)
+
+    async def main():
+        async with AsyncLLM(directory, **SMALL) as async_llm:
+            return "".join([output.delta async for output in async_llm.chat(messages, GREEDY)])
+
+    assert asyncio.run(main()) == expected.text

@@ -1,0 +1,49 @@
+"""README's Python runs as written, with the bundled model for "path/or/hub-id"; its commands and files exist."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxinfer import cli
+from jaxinfer.api import split_settings
+from jaxinfer.flags import SETTINGS, read_settings
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line.split("#")[0] for line in TEXT.splitlines() if re.match(r"(cat prompts.txt \| )?jaxinfer ", line)]
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_readme_python_runs(number, capsys):
+    exec(PYTHON[number].replace("path/or/hub-id", "demo"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str.strip)
+def test_readme_commands_have_the_flags_they_show(command):
+    words = shlex.split(command)
+    words = words[words.index("jaxinfer") + 1 :]
+    result = CliRunner().invoke(
+        cli.app, [words[0], *words[1:2] * (words[0] == "bench"), "--help"], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    flags = [word for word in words if word.startswith("--")]
+    assert all(f"{flag} " in result.output for flag in flags)
+    for file in (word for word in words if word.startswith("configs/")):
+        assert (ROOT / file).exists()
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_are_settings(file):
+    known = [field.name for settings in SETTINGS for field in dataclasses.fields(settings)]
+    split_settings(read_settings(file, known))

@@ -210,6 +210,7 @@ class Trainer:
         tensors = export_parameters(self.parameters, family=llama.FAMILY, num_layers=CONFIG["num_hidden_layers"])
         stored = {name: jnp.asarray(tensor, jnp.bfloat16) for name, tensor in tensors.items()}
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
         for name, fields in {
             "config.json": CONFIG,
             "generation_config.json": GENERATION_CONFIG,

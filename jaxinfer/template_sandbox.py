@@ -12,14 +12,12 @@ starts in about a tenth of a second.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
 import json
 import os
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import Mapping
@@ -38,7 +36,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-_EXIT_TIMEOUT = 1  # faulthandler's own
 _EXIT_MEMORY = 3
 _COMPILED_NAME = "<template>"  # what jinja calls the file of a template made from a string
 _MAX_MESSAGE_CHARS = 2000
@@ -124,7 +121,15 @@ class TemplateSandbox:
     def _ask(self, request: bytes) -> dict[str, str]:
         process = self._running()
         requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-        started = time.monotonic()
+        late = threading.Event()
+
+        def end_late_process() -> None:  # from here, which also ends one endless C call
+            late.set()
+            process.kill()
+
+        deadline = threading.Timer(self._limits.seconds, end_late_process)
+        deadline.daemon = True
+        deadline.start()
         try:
             requests.write(request)
             requests.flush()
@@ -134,11 +139,15 @@ class TemplateSandbox:
         except BaseException:  # Ctrl-C: an answer that nobody waits for must not meet the next question
             self.close()
             raise
-        if answer.endswith(b"\n"):
-            return json.loads(answer)
-        exit_code = process.wait()
-        self.close()
-        return {"error": f": {self._why_ended(exit_code, time.monotonic() - started)}"}
+        finally:
+            deadline.cancel()
+        if not answer.endswith(b"\n"):
+            exit_code = process.wait()
+            self.close()
+            return {"error": f": {self._why_ended(exit_code, is_late=late.is_set())}"}
+        if late.is_set():  # just in time, but the process is gone
+            self.close()
+        return json.loads(answer)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
@@ -155,13 +164,14 @@ class TemplateSandbox:
         )
         self._process = process
         self._end_process = weakref.finalize(self, _end, process)
+        cast(IO[bytes], process.stdout).readline()  # it is ready; starting it does not count as a template's time
         return process
 
-    def _why_ended(self, exit_code: int, elapsed: float) -> str:
+    def _why_ended(self, exit_code: int, *, is_late: bool) -> str:
         limits = self._limits
         if exit_code == _EXIT_MEMORY:
             return f"the template needs more than {limits.memory_bytes >> 20} MiB of memory"
-        if exit_code == _EXIT_TIMEOUT and elapsed >= limits.seconds:
+        if is_late:
             return f"the template takes more than {limits.seconds:g} s"
         return f"the process that renders the template ended with exit code {exit_code}"
 
@@ -222,17 +232,17 @@ def make_environment() -> jinja2.Environment:
 def _serve(limits: SandboxLimits) -> None:
     """Answers requests, one a line, until there are no more; leaves the interpreter where a limit is exceeded."""
     compiled = functools.lru_cache(_NUM_KEPT_TEMPLATES)(make_environment().from_string)
-    with open(os.devnull, "w") as silence:
-        try:
-            for line in sys.stdin.buffer:
-                # A thread without need of the interpreter's lock, so that it also ends one endless C call.
-                faulthandler.dump_traceback_later(limits.seconds, exit=True, file=silence)
-                answer = _answer(json.loads(line), compiled, limits)
-                sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
-                faulthandler.cancel_dump_traceback_later()
-                sys.stdout.buffer.flush()
-        except MemoryError:
-            os._exit(_EXIT_MEMORY)
+    _send(b"")
+    try:
+        for line in sys.stdin.buffer:
+            _send(json.dumps(_answer(json.loads(line), compiled, limits)).encode())
+    except MemoryError:
+        os._exit(_EXIT_MEMORY)
+
+
+def _send(line: bytes) -> None:
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _answer(request: dict[str, Any], compiled: Any, limits: SandboxLimits) -> dict[str, str]:

@@ -6,13 +6,20 @@ Does not know: queues, devices. Never imports jax.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jaxinfer.engine.scheduler import Schedule
+from jaxinfer.engine.scheduler import PrefillChunk, Schedule
 from jaxinfer.request import Request
-from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepBatch, StepShapes, pack_sampling
+from jaxinfer.wrappers.step_batch import (
+    PREFILL_BLOCK,
+    SAMPLING_FIELDS,
+    SamplerVariant,
+    StepBatch,
+    StepShapes,
+    pack_sampling,
+)
 
 
 def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
@@ -20,14 +27,9 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
 
     Logit rows are the decode rows, then the last chunks, as Schedule.sampling_rows lists them.
     """
-    longest = max((len(chunk.token_ids) for chunk in schedule.prefills), default=0)
+    blocks = [block for chunk in schedule.prefills for block in _blocks(chunk)]
     sampling = list(schedule.sampling_rows())
-    shape = shapes.shape(
-        num_decode=len(schedule.decodes),
-        num_prefill=len(schedule.prefills),
-        longest_chunk=longest,
-        num_logits=len(sampling),
-    )
+    shape = shapes.shape(num_decode=len(schedule.decodes), num_prefill=len(blocks), num_logits=len(sampling))
     dump_slot, width = shapes.num_slots, shapes.table_width
     decode_slots = np.full(shape.num_decode, dump_slot, np.int32)
     page_index = np.full(shape.num_decode, width, np.int32)
@@ -37,25 +39,28 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         if decode.new_page is not None:
             page_index[row], page_id[row] = decode.new_page
 
-    chunks = shape.num_prefill
-    slots = np.full(chunks, dump_slot, np.int32)
-    start, length = np.zeros(chunks, np.int32), np.zeros(chunks, np.int32)
-    tokens = np.zeros((chunks, shape.chunk_len), np.int32)
-    pages = np.zeros((chunks, width), np.int32)
-    numbers = np.zeros((chunks, SAMPLING_FIELDS), np.int32)
-    for row, chunk in enumerate(schedule.prefills):
-        slots[row], start[row], length[row] = chunk.slot, chunk.start, len(chunk.token_ids)
-        tokens[row, : length[row]] = chunk.token_ids
+    rows = shape.num_prefill
+    slots = np.full(rows, dump_slot, np.int32)
+    start, length = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    tokens = np.zeros((rows, PREFILL_BLOCK), np.int32)
+    pages = np.zeros((rows, width), np.int32)
+    numbers = np.zeros((rows, SAMPLING_FIELDS), np.int32)
+    ends = []
+    for row, (chunk, first) in enumerate(blocks):
+        token_ids = chunk.token_ids[first : first + PREFILL_BLOCK]
+        slots[row], start[row], length[row] = chunk.slot, chunk.start + first, len(token_ids)
+        tokens[row, : length[row]] = token_ids
         pages[row, : len(chunk.pages)] = chunk.pages
         numbers[row] = _numbers(chunk.sequence.request)
+        if chunk.is_last and first + PREFILL_BLOCK >= len(chunk.token_ids):
+            ends.append(row)
 
     index = np.zeros(shape.num_logits, np.int32)
     logit_slots = np.full(shape.num_logits, dump_slot, np.int32)
     feeds = np.zeros(shape.num_logits, bool)
-    ends = [row for row, chunk in enumerate(schedule.prefills) if chunk.is_last]
     count = len(sampling)
     index[: len(schedule.decodes)] = np.arange(len(schedule.decodes))
-    index[len(schedule.decodes) : count] = [shape.num_decode + row * shape.chunk_len + length[row] - 1 for row in ends]
+    index[len(schedule.decodes) : count] = [shapes.max_decode + row * PREFILL_BLOCK + length[row] - 1 for row in ends]
     logit_slots[:count] = [*decode_slots[: len(schedule.decodes)], *slots[ends]]
     feeds[:count] = True
     return StepBatch(
@@ -76,6 +81,11 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         variant=needed_variant(sequence.request for sequence in sampling),
         logprobs=any(sequence.request.logprobs is not None for sequence in sampling),
     )
+
+
+def _blocks(chunk: PrefillChunk) -> Iterator[tuple[PrefillChunk, int]]:
+    """The rows of a chunk: the chunk, and the index in it of the row's first token."""
+    yield from ((chunk, first) for first in range(0, len(chunk.token_ids), PREFILL_BLOCK))
 
 
 def needed_variant(requests: Iterable[Request]) -> SamplerVariant:

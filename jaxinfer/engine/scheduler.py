@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.wrappers.step_batch import StepShapes, pages_for
+from jaxinfer.wrappers.step_batch import MAX_CHUNKS, PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
 MAX_SKIPS = 16
 """How often younger requests may overtake the oldest waiting one that does not fit yet."""
@@ -325,15 +325,11 @@ class Scheduler:
         return self.pages.find(sequence.page_hashes[: (len(sequence.token_ids) - 1) // page_size])
 
     def _chunk_len(self, chunks: list[PrefillChunk], remaining: int, budget: int) -> int:
-        """Tokens of a further chunk beside the ones chosen; 0 if none fits.
-
-        Chunks share one rectangle, so the longest of them and their number decide together what a step costs.
-        """
-        longest = max((len(chunk.token_ids) for chunk in chunks), default=0)
-        limit = self._shapes.longest_chunk(len(chunks) + 1)
-        if limit < longest:
+        """Tokens of a further chunk beside the ones chosen; 0 if none fits."""
+        if len(chunks) == MAX_CHUNKS:
             return 0
-        length = min(remaining, budget, limit)
+        rows = self._shapes.max_prefill - sum(num_blocks(len(chunk.token_ids)) for chunk in chunks)
+        length = min(remaining, budget, rows * PREFILL_BLOCK)
         return length if length == remaining or self._config.enable_chunked_prefill else 0
 
     def _add_chunk(self, chunks: list[PrefillChunk], sequence: SequenceState, budget: int) -> int:

@@ -27,7 +27,7 @@ from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
 from jaxinfer.models.registry import Decoder
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling import SamplingNumbers
-from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepBatch, StepShape
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SAMPLING_FIELDS, SamplerVariant, StepBatch, StepShape
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +85,7 @@ def _input_shapes(shape: StepShape, table_width: int) -> dict[str, tuple[int, ..
         "prefill_slots": chunks,
         "prefill_start": chunks,
         "prefill_len": chunks,
-        "prefill_tokens": (*chunks, shape.chunk_len),
+        "prefill_tokens": (*chunks, PREFILL_BLOCK),
         "prefill_pages": (*chunks, table_width),
         "prefill_sampling": (*chunks, SAMPLING_FIELDS),
         "logit_index": (shape.num_logits,),
@@ -138,9 +138,12 @@ class DecoderStep(nnx.Module):
         batch = self._tokens(state, inputs)
         x = self.model.embed(batch.token_ids, batch.positions)
         x, caches = self.model.run_layers(x, caches, batch)
-        x = share_from_last_stage(x[inputs.logit_index])
+        num_decode, max_decode = inputs.decode_slots.shape[0], state.length.shape[0] - 1
+        index = inputs.logit_index
+        index = jnp.where(index < max_decode, index, index - max_decode + num_decode)
+        x = share_from_last_stage(x[index])
         state = _advanced(state, inputs)
-        return state, caches, self.model.final_norm(x), batch.positions[inputs.logit_index] + 1
+        return state, caches, self.model.final_norm(x), batch.positions[index] + 1
 
     def _tokens(self, state: DecodeState, inputs: StepInputs) -> TokenBatch:
         """Lays the tokens of both segments out flat, with positions and cache slots."""
@@ -155,13 +158,12 @@ class DecoderStep(nnx.Module):
             pages.append(self._pages(table, start[:, None], decode_live))
             segments.append(Segment(table, start + decode_live, decode_live, num_queries=1))
         if inputs.prefill_slots.shape[0]:
-            chunk_len = inputs.prefill_tokens.shape[1]
-            where = inputs.prefill_start[:, None] + jnp.arange(chunk_len, dtype=jnp.int32)
+            where = inputs.prefill_start[:, None] + jnp.arange(PREFILL_BLOCK, dtype=jnp.int32)
             token_ids.append(inputs.prefill_tokens.ravel())
             positions.append(where.ravel())
             pages.append(self._pages(inputs.prefill_pages, where, inputs.prefill_len))
             kv_len = inputs.prefill_start + inputs.prefill_len
-            segments.append(Segment(inputs.prefill_pages, kv_len, inputs.prefill_len, num_queries=chunk_len))
+            segments.append(Segment(inputs.prefill_pages, kv_len, inputs.prefill_len, num_queries=PREFILL_BLOCK))
         all_positions = jnp.concatenate(positions)
         return TokenBatch(
             token_ids=jnp.concatenate(token_ids),
@@ -198,7 +200,9 @@ def _advanced(state: DecodeState, inputs: StepInputs) -> DecodeState:
     dump_slot = state.length.shape[0] - 1
     grown = state.length[inputs.decode_slots] + (inputs.decode_slots != dump_slot)
     length = state.length.at[inputs.decode_slots].set(grown)
-    length = length.at[inputs.prefill_slots].set(inputs.prefill_start + inputs.prefill_len)
+    # A chunk's rows name one slot; its length is the last one's end, whatever the slot held before.
+    length = length.at[inputs.prefill_slots].set(0)
+    length = length.at[inputs.prefill_slots].max(inputs.prefill_start + inputs.prefill_len)
     return DecodeState(last_token=state.last_token, length=length, page_table=state.page_table, sampling=state.sampling)
 
 

@@ -17,6 +17,12 @@ from jaxinfer.config import EngineConfig
 
 SAMPLING_FIELDS = 6
 """int32 words of a slot's sampling numbers: temperature, top_p, min_p (float32 bits), top_k, seed low, seed high."""
+PREFILL_BLOCK = 16
+"""Q, tokens of a prefill row. A chunk of a prompt takes as many rows as it needs: its keys are written before any row
+attends, so that every row can see those in front of it. With rows of one length a step's cost follows its tokens, not
+the longest chunk of its company, and shapes are few."""
+MAX_CHUNKS = 16
+"""Prompts of one step, so that the head sees few rows beside the decode rows."""
 
 
 class SamplerVariant(enum.Enum):
@@ -33,19 +39,18 @@ class StepShape:
 
     Args:
       num_decode: R, rows of the decode segment, one token each.
-      num_prefill, chunk_len: P rows of Q tokens in the prefill segment.
+      num_prefill: P, rows of the prefill segment, PREFILL_BLOCK tokens each.
       num_logits: M, token positions whose hidden states go to the head.
     """
 
     num_decode: int
     num_prefill: int = 0
-    chunk_len: int = 0
     num_logits: int
 
     @property
     def num_tokens(self) -> int:
         """T, the padded tokens of both segments."""
-        return self.num_decode + self.num_prefill * self.chunk_len
+        return self.num_decode + self.num_prefill * PREFILL_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +64,12 @@ class StepBatch:
       shape: of everything below.
       decode_slots: int32[R].
       decode_page_index, decode_page_id: int32[R], page table entry to set before the step; index W sets none.
-      prefill_slots: int32[P].
-      prefill_start, prefill_len: int32[P], position of the chunk's first token and its live tokens.
+      prefill_slots: int32[P]; rows of one chunk follow each other.
+      prefill_start, prefill_len: int32[P], position of the row's first token and its live tokens.
       prefill_tokens: int32[P, Q].
       prefill_pages: int32[P, W], the slot's whole page table.
       prefill_sampling: int32[P, SAMPLING_FIELDS].
-      logit_index: int32[M], flat token positions (decode rows first, then chunks row by row).
+      logit_index: int32[M], which tokens: r is decode row r, max_decode + p * Q + q is token q of prefill row p.
       logit_slots: int32[M], whose sampling numbers and seed apply; the dump slot for padding.
       logit_feeds: bool[M], the sampled token becomes its slot's last token.
       page_copies: int32[n, 2], source and destination pages, copied before anything is written.
@@ -120,12 +125,17 @@ def pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
+def num_blocks(num_tokens: int) -> int:
+    """Prefill rows that a chunk takes."""
+    return -(-num_tokens // PREFILL_BLOCK)
+
+
 class StepShapes:
     """The short list of shapes that steps are padded to.
 
-    Decode-only steps have a power of two rows. Steps with prefill combine a power of four decode rows with 1, 4, 16 ..
-    chunks of 16, 64, 256 .. tokens, padded prefill never above max_num_batched_tokens. The head sees a power of two
-    rows, so that the samplers' shapes are few.
+    Decode-only steps have a power of two rows. Steps with prefill combine a power of four decode rows with a power of
+    two prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that the
+    samplers' shapes are few.
 
     Args:
       config: the engine's settings.
@@ -135,61 +145,40 @@ class StepShapes:
     def __init__(self, config: EngineConfig, *, max_model_len: int):
         self.num_slots = config.max_num_seqs
         self.table_width = pages_for(max_model_len, config.page_size)
-        self._max_prefill_tokens = config.max_num_batched_tokens
-        self._chunk_lens = _powers(16, 4, min(config.max_num_batched_tokens, max_model_len))
-        self._chunk_counts = _powers(1, 4, config.max_num_seqs)
-        self._decode_rows = _powers(1, 2, config.max_num_seqs)
-        self._mixed_rows = [0, *_powers(4, 4, config.max_num_seqs)]
+        self.max_decode = config.max_num_seqs
+        self.max_prefill = num_blocks(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
+        self._decode_rows = _powers(1, 2, self.max_decode)
+        self._mixed_rows = [0, *_powers(4, 4, self.max_decode)]
+        self._prefill_rows = _powers(1, 2, self.max_prefill)
 
-    def longest_chunk(self, count: int) -> int:
-        """Tokens of the longest chunk that one step can take beside others, `count` in all; 0 if not even that many."""
-        return max((length for length in self._chunk_lens if self.holds_chunks(count, length)), default=0)
-
-    def holds_chunks(self, count: int, longest: int) -> bool:
-        """Whether one step can take `count` chunks of up to `longest` tokens, padding included."""
-        if count > self._chunk_counts[-1] or longest > self._chunk_lens[-1]:
-            return False
-        rows, length = _at_least(self._chunk_counts, count), _at_least(self._chunk_lens, longest)
-        return rows * length <= self._max_prefill_tokens
-
-    def shape(self, *, num_decode: int, num_prefill: int, longest_chunk: int, num_logits: int) -> StepShape:
+    def shape(self, *, num_decode: int, num_prefill: int, num_logits: int) -> StepShape:
         """The smallest shape that holds a step.
 
         Args:
-          num_decode: live decode rows.
-          num_prefill, longest_chunk: live chunks and the tokens of the longest one.
+          num_decode, num_prefill: live rows.
           num_logits: positions for the head.
 
         Raises:
-          ValueError: no shape holds the chunks.
+          ValueError: no shape has so many rows.
         """
-        if not num_prefill:
-            rows = _at_least(self._decode_rows, num_decode)
-            return StepShape(num_decode=rows, num_logits=_power_of_two(max(num_logits, rows)))
-        if not self.holds_chunks(num_prefill, longest_chunk):
-            raise ValueError(f"no step shape holds {num_prefill} chunks of up to {longest_chunk} tokens")
-        rows, count = _at_least(self._mixed_rows, num_decode), _at_least(self._chunk_counts, num_prefill)
+        if num_decode > self.max_decode or num_prefill > self.max_prefill:
+            raise ValueError(
+                f"a step has up to {self.max_decode} decode and {self.max_prefill} prefill rows, "
+                f"got {num_decode} and {num_prefill}"
+            )
+        prefill = _at_least(self._prefill_rows, num_prefill) if num_prefill else 0
+        decode = _at_least(self._mixed_rows if prefill else self._decode_rows, num_decode)
         return StepShape(
-            num_decode=rows,
-            num_prefill=count,
-            chunk_len=_at_least(self._chunk_lens, longest_chunk),
-            num_logits=_power_of_two(max(num_logits, rows + count)),
+            num_decode=decode,
+            num_prefill=prefill,
+            num_logits=_power_of_two(max(num_logits, decode + min(prefill, MAX_CHUNKS))),
         )
 
     def all_shapes(self) -> list[StepShape]:
-        """Every shape an ordinary step can have (one logit a row at most), smallest first."""
-        decode = [(rows, 0, 0) for rows in self._decode_rows]
-        mixed = [
-            (rows, count, length)
-            for rows in self._mixed_rows
-            for count in self._chunk_counts
-            for length in self._chunk_lens
-            if self.holds_chunks(count, length)
-        ]
-        shapes = [
-            self.shape(num_decode=rows, num_prefill=count, longest_chunk=length, num_logits=0)
-            for rows, count, length in decode + mixed
-        ]
+        """Every shape an ordinary step can have (one logit a sequence at most), smallest first."""
+        rows = [(decode, 0) for decode in self._decode_rows]
+        rows += [(decode, prefill) for decode in self._mixed_rows for prefill in self._prefill_rows]
+        shapes = [self.shape(num_decode=decode, num_prefill=prefill, num_logits=0) for decode, prefill in rows]
         return sorted(shapes, key=lambda shape: shape.num_tokens)
 
 

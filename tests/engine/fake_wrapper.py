@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.step_batch import StepBatch, StepResult, StepShapes
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepBatch, StepResult, StepShapes
 
 VOCAB_SIZE = 97
 
@@ -73,7 +73,7 @@ class FakeWrapper(AbstractModelInferenceWrapper):
             for offset in range(length):
                 self._write(self.table[slot], start + offset, batch.prefill_tokens[row, offset])
             self.length[slot] = start + length
-            texts[batch.shape.num_decode + row * batch.shape.chunk_len + length - 1] = slot
+            texts[self._shapes.max_decode + row * PREFILL_BLOCK + length - 1] = slot
         tokens = np.zeros(batch.shape.num_logits, np.int32)
         for row, slot in enumerate(batch.logit_slots):
             if slot != dump:

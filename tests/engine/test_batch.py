@@ -21,26 +21,28 @@ def test_make_batch_lays_out_decodes_then_last_chunks():
     schedule = Schedule(
         decodes=(DecodeRow(sequence(), 3, None), DecodeRow(sequence(), 0, (2, 9))),
         prefills=(
-            PrefillChunk(sequence(), 1, 8, [5, 6, 7], (4, 5), False),
+            PrefillChunk(sequence(), 1, 8, list(range(5, 23)), (4, 5), False),
             PrefillChunk(sequence(temperature=0.5, top_k=3, seed=9), 2, 0, [1, 2], (6,), True),
         ),
         page_copies=((4, 7),),
     )
     batch = make_batch(schedule, SHAPES)
-    assert (batch.shape.num_decode, batch.shape.num_prefill, batch.shape.chunk_len) == (4, 4, 16)
+    assert (batch.shape.num_decode, batch.shape.num_prefill) == (4, 4)
     assert batch.decode_slots.tolist() == [3, 0, 4, 4]
     assert batch.decode_page_index.tolist() == [8, 2, 8, 8]
     assert batch.decode_page_id.tolist() == [0, 9, 0, 0]
-    assert batch.prefill_slots.tolist() == [1, 2, 4, 4]
-    assert batch.prefill_start.tolist() == [8, 0, 0, 0]
-    assert batch.prefill_len.tolist() == [3, 2, 0, 0]
-    assert batch.prefill_tokens[0, :4].tolist() == [5, 6, 7, 0]
-    assert batch.prefill_pages[0].tolist() == [4, 5, 0, 0, 0, 0, 0, 0]
+    # 18 tokens take two rows.
+    assert batch.prefill_slots.tolist() == [1, 1, 2, 4]
+    assert batch.prefill_start.tolist() == [8, 24, 0, 0]
+    assert batch.prefill_len.tolist() == [16, 2, 2, 0]
+    assert batch.prefill_tokens[0].tolist() == list(range(5, 21))
+    assert batch.prefill_tokens[1, :3].tolist() == [21, 22, 0]
+    assert batch.prefill_pages[:2].tolist() == [[4, 5, 0, 0, 0, 0, 0, 0]] * 2
     np.testing.assert_array_equal(
-        batch.prefill_sampling[1], pack_sampling(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, seed=9)
+        batch.prefill_sampling[2], pack_sampling(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, seed=9)
     )
     # Logit rows: the two decodes, then the last token of the finished prompt; the rest is padding.
-    assert batch.logit_index[:3].tolist() == [0, 1, 4 + 16 + 1]
+    assert batch.logit_index[:3].tolist() == [0, 1, 4 + 32 + 1]
     assert batch.logit_slots[:3].tolist() == [3, 0, 2]
     assert set(batch.logit_slots[3:].tolist()) == {4}
     assert batch.logit_feeds.tolist() == [True] * 3 + [False] * (batch.shape.num_logits - 3)

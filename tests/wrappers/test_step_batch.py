@@ -7,28 +7,21 @@ from hypothesis import strategies as st
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.wrappers.decoder_step import num_input_words
-from jaxinfer.wrappers.step_batch import StepShapes, pack_sampling
+from jaxinfer.wrappers.step_batch import MAX_CHUNKS, PREFILL_BLOCK, StepShapes, pack_sampling
 
 
-@given(st.integers(1, 70), st.integers(16, 600), st.integers(2, 700), st.integers(0, 70), st.integers(0, 70), st.data())
-def test_shape_any_step_is_held_and_listed(max_num_seqs, budget, max_model_len, num_decode, num_prefill, data):
+@given(st.integers(1, 70), st.integers(16, 600), st.integers(2, 700), st.integers(0, 70), st.integers(0, 40))
+def test_shape_any_step_is_held_and_listed(max_num_seqs, budget, max_model_len, num_decode, num_prefill):
     config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max(budget, max_num_seqs))
     shapes = StepShapes(config, max_model_len=max_model_len)
-    num_decode, num_prefill = min(num_decode, max_num_seqs), min(num_prefill, max_num_seqs)
-    limit = shapes.longest_chunk(num_prefill) if num_prefill else 0
-    if not (num_decode or limit):
-        return
-    longest = data.draw(st.integers(1, limit)) if limit else 0
-    num_prefill = num_prefill if limit else 0
-    shape = shapes.shape(
-        num_decode=num_decode, num_prefill=num_prefill, longest_chunk=longest, num_logits=num_decode + num_prefill
-    )
+    num_decode, num_prefill = min(num_decode, shapes.max_decode), min(num_prefill, shapes.max_prefill)
+    num_logits = num_decode + min(num_prefill, MAX_CHUNKS)
+    shape = shapes.shape(num_decode=num_decode, num_prefill=num_prefill, num_logits=num_logits)
     assert shape in shapes.all_shapes()
     assert shape.num_decode >= num_decode
     assert shape.num_prefill >= num_prefill
-    assert shape.chunk_len >= longest
-    assert shape.num_logits >= num_decode + num_prefill
-    assert shape.num_prefill * shape.chunk_len <= config.max_num_batched_tokens
+    assert shape.num_logits >= num_logits
+    assert shape.num_prefill * PREFILL_BLOCK < config.max_num_batched_tokens + PREFILL_BLOCK
     assert num_input_words(shape, shapes.table_width) > 0
 
 
@@ -37,10 +30,11 @@ def test_all_shapes_default_settings_are_few():
     assert len(shapes) == len(set(shapes)) < 64
 
 
-def test_shape_too_many_chunk_tokens_is_an_error():
+@pytest.mark.parametrize("rows", [{"num_decode": 5, "num_prefill": 0}, {"num_decode": 0, "num_prefill": 5}])
+def test_shape_too_many_rows_is_an_error(rows):
     shapes = StepShapes(EngineConfig(max_num_batched_tokens=64, max_num_seqs=4), max_model_len=256)
-    with pytest.raises(ValueError, match="no step shape holds 4 chunks of up to 64 tokens"):
-        shapes.shape(num_decode=0, num_prefill=4, longest_chunk=64, num_logits=4)
+    with pytest.raises(ValueError, match="up to 4 decode and 4 prefill rows, got"):
+        shapes.shape(**rows, num_logits=4)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 5, 2**63 - 1])

@@ -10,7 +10,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import assemble
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
-from jaxinfer.wrappers.step_batch import SamplerVariant, StepBatch, pack_sampling, pages_for
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SamplerVariant, StepBatch, pack_sampling, pages_for
 
 GREEDY = pack_sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
@@ -60,24 +60,26 @@ def prefill_step(
     """One chunk of one slot; pages default to 1, 2, .. and the logit rows to the last token."""
     shapes = wrapper.shapes
     index = [len(tokens) - 1] if logit_index is None else list(logit_index)
-    shape = shapes.shape(num_decode=0, num_prefill=1, longest_chunk=len(tokens), num_logits=len(index))
-    chunk = np.zeros((1, shape.chunk_len), np.int32)
-    chunk[0, : len(tokens)] = tokens
-    table = np.zeros((1, shapes.table_width), np.int32)
+    starts = np.arange(0, len(tokens), PREFILL_BLOCK)
+    shape = shapes.shape(num_decode=0, num_prefill=len(starts), num_logits=len(index))
+    rows = shape.num_prefill
+    blocks = np.zeros((rows, PREFILL_BLOCK), np.int32)
+    blocks.ravel()[: len(tokens)] = tokens
+    table = np.zeros((rows, shapes.table_width), np.int32)
     pages = range(1, 1 + pages_for(start + len(tokens), 8)) if pages is None else pages
-    table[0, : len(pages)] = pages
+    table[: len(starts), : len(pages)] = pages
     return StepBatch(
         shape=shape,
         decode_slots=np.zeros(0, np.int32),
         decode_page_index=np.zeros(0, np.int32),
         decode_page_id=np.zeros(0, np.int32),
-        prefill_slots=np.array([slot], np.int32),
-        prefill_start=np.array([start], np.int32),
-        prefill_len=np.array([len(tokens)], np.int32),
-        prefill_tokens=chunk,
+        prefill_slots=_padded([slot] * len(starts), rows, shapes.num_slots),
+        prefill_start=_padded(start + starts, rows, 0),
+        prefill_len=_padded(np.minimum(PREFILL_BLOCK, len(tokens) - starts), rows, 0),
+        prefill_tokens=blocks,
         prefill_pages=table,
-        prefill_sampling=GREEDY[None],
-        logit_index=_padded(index, shape.num_logits, 0),
+        prefill_sampling=np.tile(GREEDY, (rows, 1)),
+        logit_index=_padded(shapes.max_decode + np.array(index), shape.num_logits, 0),
         logit_slots=_padded([slot] * len(index), shape.num_logits, shapes.num_slots),
         logit_feeds=np.arange(shape.num_logits) == len(index) - 1,
         page_copies=np.array(page_copies, np.int32).reshape(-1, 2),
@@ -89,7 +91,7 @@ def prefill_step(
 def decode_step(wrapper: DecoderWrapper, slots, *, new_pages=None) -> StepBatch:
     """One token of each slot; new_pages maps a slot to (index, page)."""
     shapes = wrapper.shapes
-    shape = shapes.shape(num_decode=len(slots), num_prefill=0, longest_chunk=0, num_logits=0)
+    shape = shapes.shape(num_decode=len(slots), num_prefill=0, num_logits=0)
     rows = shape.num_decode
     entries = [(new_pages or {}).get(slot, (shapes.table_width, 0)) for slot in slots]
     return StepBatch(
@@ -100,7 +102,7 @@ def decode_step(wrapper: DecoderWrapper, slots, *, new_pages=None) -> StepBatch:
         prefill_slots=np.zeros(0, np.int32),
         prefill_start=np.zeros(0, np.int32),
         prefill_len=np.zeros(0, np.int32),
-        prefill_tokens=np.zeros((0, 0), np.int32),
+        prefill_tokens=np.zeros((0, PREFILL_BLOCK), np.int32),
         prefill_pages=np.zeros((0, shapes.table_width), np.int32),
         prefill_sampling=np.zeros((0, GREEDY.size), np.int32),
         logit_index=np.arange(rows, dtype=np.int32),

@@ -142,9 +142,10 @@ class EngineConfig:
         for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_int(name, getattr(self, name), low))
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if getattr(self, name) != 1:
-                raise NotImplementedError(f"{name}={getattr(self, name)}: only one device is supported so far; use 1")
+        if self.data_parallel_size != 1:
+            raise NotImplementedError(
+                f"data_parallel_size={self.data_parallel_size}: only one replica is supported so far; use 1"
+            )
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {self.page_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:

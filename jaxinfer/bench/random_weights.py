@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 from jaxinfer.checkpoint.directory import SINGLE_FILE
 from jaxinfer.checkpoint.naming import name_parameters
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.registry import Layout, find_family
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import find_family
 
 _BLOCK_VALUES = 2**18
 

@@ -195,5 +195,5 @@ class Session:
     def _abort(self, ids: Mapping[str, int]) -> None:
         for request_id in ids:
             self.engine.abort(request_id)
-        for _ in range(self.wrapper.max_in_flight):  # steps launched ahead are read and dropped
+        for _ in range(2 * self.wrapper.shapes.num_stages):  # steps launched ahead are read and dropped
             self.engine.step()

@@ -39,8 +39,7 @@ def export_parameters(
 
 def _stored(parameter: NamedParameter, values: np.ndarray, num_tensors: int, num_shards: int) -> list[np.ndarray]:
     """The tensors of one stage of a parameter."""
-    rows = parameter.part_rows
-    parts = unfuse(values, rows, num_shards) if len(rows) > 1 else [values[: sum(rows)]]
+    parts = unfuse(values, parameter.parts, num_shards if len(parameter.parts) > 1 else 1)
     if num_tensors < len(parts):
         parts = [np.concatenate(parts)]
     return [np.ascontiguousarray(part.T) for part in parts] if parameter.transposed else parts

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxinfer.layers.linear import Rows
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRows:
@@ -47,12 +49,25 @@ def fused_rows(sizes: Sequence[int], num_shards: int, start: int, stop: int) -> 
             position += rows
 
 
-def unfuse(fused: np.ndarray, sizes: Sequence[int], num_shards: int) -> list[np.ndarray]:
-    """The checkpoint tensors [size, ...] of a whole fused parameter [sum(sizes), ...]."""
-    parts = [np.empty((size, *fused.shape[1:]), fused.dtype) for size in sizes]
+def stored_rows(part: Rows, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The tensor's (start, stop) rows behind rows start:stop of a part, in order; copies come one by one."""
+    if part.copies == 1:
+        yield start, stop
+        return
+    while start < stop:
+        group, offset = divmod(start, part.unit)
+        count = min(stop - start, part.unit - offset)
+        first = group // part.copies * part.unit + offset
+        yield first, first + count
+        start += count
+
+
+def unfuse(fused: np.ndarray, parts: Sequence[Rows], num_shards: int) -> list[np.ndarray]:
+    """The checkpoint tensors [stored, ...] of a whole fused parameter; copies are equal and written over each other."""
+    tensors = [np.empty((part.stored, *fused.shape[1:]), fused.dtype) for part in parts]
     position = 0
-    for rows in fused_rows(sizes, num_shards, 0, fused.shape[0]):
-        count = rows.stop - rows.start
-        parts[rows.part][rows.start : rows.stop] = fused[position : position + count]
-        position += count
-    return parts
+    for piece in fused_rows([part.size for part in parts], num_shards, 0, sum(part.size for part in parts)):
+        for low, high in stored_rows(parts[piece.part], piece.start, piece.stop):
+            tensors[piece.part][low:high] = fused[position : position + high - low]
+            position += high - low
+    return tensors

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm.auto import tqdm
 
-from jaxinfer.checkpoint.fusion import fused_rows
+from jaxinfer.checkpoint.fusion import fused_rows, stored_rows
 from jaxinfer.checkpoint.naming import NamedParameter, missing_prefix, name_parameters
 from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import TENSOR
@@ -110,19 +110,30 @@ def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Arra
 
 def _reader(parameter: NamedParameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
     """A function that fills one slice of the parameter, given (start, stop) for each of its axes."""
-    variable, sizes = parameter.variable, parameter.part_rows
-    shards = num_shards if len(sizes) > 1 else 1
+    variable, parts = parameter.variable, parameter.parts
+    shards = num_shards if len(parts) > 1 else 1
+    copied: dict[tuple[str, int, int], np.ndarray] = {}  # what several shards hold is read once
+
+    def read_rows(name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
+        _read_slice(store, name, (slice(start, stop), *rest), out, transposed=parameter.transposed)
+
+    def read_copy(name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
+        key = (name, start, stop)
+        if key not in copied:
+            copied[key] = np.empty_like(out)
+            read_rows(*key, rest, copied[key])
+        out[...] = copied[key]
 
     def read_stage(stage: int, bounds: Bounds, out: np.ndarray) -> None:
         (start, stop), *others = bounds
         rest = tuple(slice(low, high) for low, high in others)
         position = 0
-        for rows in fused_rows(sizes, shards, start, stop):
-            name, first = parameter.part_source(stage, rows.part)
-            count = rows.stop - rows.start
-            index = (slice(first + rows.start, first + rows.stop), *rest)
-            _read_slice(store, name, index, out[position : position + count], transposed=parameter.transposed)
-            position += count
+        for piece in fused_rows([part.size for part in parts], shards, start, stop):
+            name, first = parameter.part_source(stage, piece.part)
+            for low, high in stored_rows(parts[piece.part], piece.start, piece.stop):
+                fill = read_rows if parts[piece.part].copies == 1 else read_copy
+                fill(name, first + low, first + high, rest, out[position : position + high - low])
+                position += high - low
 
     def read(bounds: Bounds) -> np.ndarray:
         out = _aligned_zeros([stop - start for start, stop in bounds], np.dtype(variable.dtype))

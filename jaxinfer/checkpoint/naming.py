@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxinfer.layers.linear import Rows
 from jaxinfer.models.registry import ModelFamily
 
 
@@ -41,19 +42,21 @@ class NamedParameter:
         return self.variable.shape[1:] if self.staged else self.variable.shape
 
     @property
-    def part_rows(self) -> tuple[int, ...]:
-        """Rows of each tensor: a fused parameter declares those of each part, a vocabulary its rows without padding."""
-        return self.variable.get_metadata().get("rows", self.shape[:1])
+    def parts(self) -> tuple[Rows, ...]:
+        """What each tensor contributes: a fused parameter declares its parts, a vocabulary its rows without padding."""
+        return self.variable.get_metadata().get("parts", (Rows(*self.shape[:1]),))
 
     def part_source(self, stage: int, part: int) -> tuple[str, int]:
         """The tensor that holds a part of one stage, and the part's first row in it."""
         names = self.stages[stage]
-        return (names[part], 0) if len(names) == len(self.part_rows) else (names[0], sum(self.part_rows[:part]))
+        if len(names) == len(self.parts):
+            return names[part], 0
+        return names[0], sum(rows.stored for rows in self.parts[:part])
 
     def stored_shape(self, stage: int, number: int) -> tuple[int, ...]:
         """Of tensor `number` of one stage, as its file must have it."""
-        rows = self.part_rows[number] if len(self.stages[stage]) == len(self.part_rows) else sum(self.part_rows)
-        shape = (rows, *self.shape[1:])
+        rows = [part.stored for part in self.parts]
+        shape = (rows[number] if len(self.stages[stage]) == len(rows) else sum(rows), *self.shape[1:])
         return shape[::-1] if self.transposed else shape
 
 

@@ -6,6 +6,8 @@ Does not know: models, sampling rules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -53,3 +55,24 @@ def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
     if last == 0:
         return x
     return lax.psum(jnp.where(lax.axis_index(PIPE) == last, x, jnp.zeros_like(x)), PIPE)
+
+
+def send_to_next_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Gives every stage what the one before it holds; the first one gets zeros."""
+    last = lax.axis_size(PIPE) - 1
+    return lax.ppermute(x, PIPE, [(stage, stage + 1) for stage in range(last)])
+
+
+def num_stages() -> int:
+    """Pipeline stages."""
+    return lax.axis_size(PIPE)
+
+
+def stage_index() -> Int[Array, ""]:
+    """Index of this device's pipeline stage."""
+    return lax.axis_index(PIPE)
+
+
+def stage_value(values: Sequence[int]) -> int | Int[Array, ""]:
+    """This stage's entry of one number a stage; a plain number where all are equal."""
+    return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[stage_index()]

@@ -31,7 +31,8 @@ from jaxinfer.demo import corpus
 from jaxinfer.layers.attention import Segment, TokenBatch
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models import llama
-from jaxinfer.models.registry import Layout, parse_model_config
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import parse_model_config
 
 logger = logging.getLogger("jaxinfer.demo")
 
@@ -97,7 +98,6 @@ def sequence_batch(token_ids: Int[Array, "R Q"]) -> TokenBatch:
     full = jnp.full(rows, length, jnp.int32)
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), rows)
     return TokenBatch(
-        token_ids=token_ids.ravel(),
         positions=positions,
         pages=jnp.repeat(pages, length),
         offsets=positions,
@@ -119,7 +119,7 @@ def token_losses(
     rows, length = batch.segments[0].kv_len.shape[0], token_ids.shape[1] - 1
     shape = (rows + 1, CONFIG["num_key_value_heads"], length, CONFIG["head_dim"])
     caches = [LayerCache(keys=jnp.zeros(shape), values=jnp.zeros(shape)) for _ in model.layers]
-    x = model.embed(batch.token_ids, batch.positions)
+    x = model.embed(token_ids[:, :-1].ravel(), batch.positions)
     if dropout_key is not None:
         x = jnp.where(jax.random.bernoulli(dropout_key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
     x, _ = model.run_layers(x, caches, batch)

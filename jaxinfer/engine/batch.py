@@ -65,6 +65,7 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
     feeds[:count] = True
     return StepBatch(
         shape=shape,
+        dump_slot=dump_slot,
         decode_slots=decode_slots,
         decode_page_index=page_index,
         decode_page_id=page_id,

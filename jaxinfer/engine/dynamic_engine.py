@@ -6,6 +6,7 @@ Does not know: text, models, devices. Counterpart of Megatron's DynamicInference
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,9 @@ class EngineStats:
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found.
       num_preemptions: sequences sent back to the queue.
       prompt_tokens, generation_tokens: tokens of accepted prompts and tokens read.
-      num_steps: steps launched.
+      num_steps: steps launched with work; a pipeline needs some without to move on.
+      num_rows_live, num_rows_launched: rows with work and rows of the programs run, summed over stages and steps; a row
+        is a decoding sequence or a block of a prompt.
       num_compilations: programs compiled.
     """
 
@@ -44,6 +47,8 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     num_steps: int
+    num_rows_live: int
+    num_rows_launched: int
     num_compilations: int
 
 
@@ -83,7 +88,8 @@ class DynamicEngine:
         self._scheduler = Scheduler(
             config, shapes=wrapper.shapes, num_pages=wrapper.num_pages, max_model_len=max_model_len
         )
-        self._max_in_flight = wrapper.max_in_flight if config.run_ahead else 1
+        self._num_stages = wrapper.shapes.num_stages
+        self._max_in_flight = self._num_stages + config.run_ahead
         self._in_flight: deque[_InFlight] = deque()
         self._sequences: dict[str, SequenceState] = {}
         self._num_finished = 0
@@ -123,13 +129,19 @@ class DynamicEngine:
           its finish_reason.
         """
         schedule = self._scheduler.schedule()
-        if schedule:
+        launching = bool(schedule) or self._awaits_the_pipeline()
+        if launching:
             handle = self._wrapper.launch(make_batch(schedule, self._wrapper.shapes))
             self._in_flight.append(_InFlight(handle, tuple(schedule.sampling_rows())))
-            self._num_steps += 1
-        if self._in_flight and (not schedule or len(self._in_flight) >= self._max_in_flight):
+            self._num_steps += bool(schedule)
+        if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
             return self._collect(self._in_flight.popleft())
         return []
+
+    def _awaits_the_pipeline(self) -> bool:
+        """Whether a token that somebody waits for is in a step that is not through yet."""
+        inside = itertools.islice(reversed(self._in_flight), self._num_stages - 1)
+        return any(sequence.finish_reason is None for step in inside for sequence in step.sequences)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once; no further event names it.
@@ -146,7 +158,7 @@ class DynamicEngine:
 
     def stats(self) -> EngineStats:
         """Counts since the engine began."""
-        scheduler, pages = self._scheduler, self._scheduler.pages
+        scheduler, pages, usage = self._scheduler, self._scheduler.pages, self._wrapper.row_usage
         return EngineStats(
             num_requests_running=scheduler.num_running,
             num_requests_waiting=scheduler.num_waiting,
@@ -160,6 +172,8 @@ class DynamicEngine:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             num_steps=self._num_steps,
+            num_rows_live=usage.live,
+            num_rows_launched=usage.launched,
             num_compilations=self._wrapper.num_compilations,
         )
 

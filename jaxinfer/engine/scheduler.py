@@ -4,6 +4,9 @@ Owns: the queues, the token budget, chunked prefill, admission with bounded skip
 and the life of a sequence (tokens, slot, pages).
 Does not know: devices, arrays, text. Never imports jax.
 
+A pipeline of S stages gives a token S steps after it was asked for: a sequence decodes in every S-th step, and the
+sequences spread over the steps. With one stage each rule below says "all".
+
 The device runs behind the host: a sequence may have sampled tokens that the host has not read yet (num_unread). A
 running sequence can be scheduled on, since its next input is already on the device; a preempted one has to wait until
 all its tokens are known.
@@ -38,6 +41,7 @@ class SequenceState:
       num_computed: positions whose keys have been launched.
       is_decoding: all keys but the last token's are launched, and the device has that token.
       num_unread: tokens sampled on the device but not yet read.
+      last_sampled: the scheduler's step that last sampled a token of it.
       slot: decode slot while running, else NO_SLOT.
       pages: KV pages in order while running.
       page_hashes: chain over its full pages, as far as computed.
@@ -53,6 +57,7 @@ class SequenceState:
     num_computed: int = 0
     is_decoding: bool = False
     num_unread: int = 0
+    last_sampled: int = 0
     slot: int = NO_SLOT
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
@@ -144,6 +149,9 @@ class Scheduler:
         self._running: list[SequenceState] = []
         self._waiting: list[tuple[tuple[int, int], SequenceState]] = []  # heap by order
         self._num_arrivals = 0
+        self._num_stages = shapes.num_stages
+        self._step = 0
+        self._prefill_share = 0
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -194,6 +202,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Chooses the next step's rows and takes their pages: decodes first, then prompts, oldest first."""
+        self._step += 1
         decodes = self._schedule_decodes()
         prefills = self._schedule_prefills(self._config.max_num_batched_tokens - len(decodes))
         return Schedule(decodes=tuple(decodes), prefills=tuple(prefills))
@@ -225,10 +234,8 @@ class Scheduler:
 
     def _schedule_decodes(self) -> list[DecodeRow]:
         rows: list[DecodeRow] = []
-        for sequence in sorted(self._running, key=lambda sequence: sequence.order):
+        for sequence in self._due():
             if sequence.slot == NO_SLOT:  # preempted by an older one in this very pass
-                continue
-            if not sequence.is_decoding or sequence.num_tokens >= self._limit(sequence.request):
                 continue
             index = sequence.num_computed // self._config.page_size
             new_page = None
@@ -241,7 +248,20 @@ class Scheduler:
         for row in rows:
             row.sequence.num_computed += 1
             row.sequence.num_unread += 1
+            row.sequence.last_sampled = self._step
         return rows
+
+    def _due(self) -> list[SequenceState]:
+        """The sequences to decode now, oldest first: this step's share of all, those that wait the longest."""
+        decoding = [
+            sequence
+            for sequence in self._running
+            if sequence.is_decoding and sequence.num_tokens < self._limit(sequence.request)
+        ]
+        through = [entry for entry in decoding if entry.last_sampled + self._num_stages <= self._step]
+        through.sort(key=lambda sequence: (sequence.last_sampled, sequence.order))
+        share = -(-len(decoding) // self._num_stages)
+        return sorted(through[:share], key=lambda sequence: sequence.order)
 
     def _make_room(self, sequence: SequenceState) -> bool:
         """Frees one page by preempting the newest running sequences, the asking one last; False if it had to go."""
@@ -267,6 +287,7 @@ class Scheduler:
 
     def _schedule_prefills(self, budget: int) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
+        self._prefill_share = self._share_of_prefill()
         for sequence in sorted(self._running, key=lambda sequence: sequence.order):
             if not sequence.is_decoding:
                 budget -= self._add_chunk(chunks, sequence, budget)
@@ -286,9 +307,23 @@ class Scheduler:
         for chunk in chunks:
             chunk.sequence.num_computed += len(chunk.token_ids)
             chunk.sequence.num_unread += chunk.is_last
+            chunk.sequence.last_sampled = self._step
             chunk.sequence.is_decoding = chunk.is_last
             self._publish(chunk.sequence)
         return chunks
+
+    def _share_of_prefill(self) -> int:
+        """Prefill rows of this step: prompts spread over as many steps as there are stages, which then all have work.
+
+        The share stays until nothing is left to prefill: shrinking with what is left, it would take many small steps.
+        """
+        if self._num_stages == 1 or not self._config.enable_chunked_prefill:
+            return self._shapes.max_prefill
+        left = [sequence for sequence in self._running if not sequence.is_decoding]
+        left += [entry for _, entry in heapq.nsmallest(len(self._free_slots), self._waiting, key=lambda pair: pair[0])]
+        rows = sum(num_blocks(len(sequence.token_ids) - sequence.num_computed) for sequence in left)
+        share = max(self._prefill_share, -(-rows // self._num_stages)) if rows else 0
+        return min(share, self._shapes.max_prefill)
 
     def _add_waiting(self, chunks: list[PrefillChunk], sequence: SequenceState, budget: int) -> int:
         """Admits a waiting sequence if its pages and its first chunk fit; returns the chunk's tokens, 0 if not."""
@@ -328,7 +363,7 @@ class Scheduler:
         """Tokens of a further chunk beside the ones chosen; 0 if none fits."""
         if len(chunks) == MAX_CHUNKS:
             return 0
-        rows = self._shapes.max_prefill - sum(num_blocks(len(chunk.token_ids)) for chunk in chunks)
+        rows = self._prefill_share - sum(num_blocks(len(chunk.token_ids)) for chunk in chunks)
         length = min(remaining, budget, rows * PREFILL_BLOCK)
         return length if length == remaining or self._config.enable_chunked_prefill else 0
 

@@ -47,7 +47,7 @@ def paged_attention(
     q_len: Int[Array, " R"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     backend: str = "xla",
@@ -67,7 +67,7 @@ def paged_attention(
         kv_len: int[R], tokens in each row's context, the queries included; at most W * C.
         q_len: int[R], live queries of each row; at most kv_len[r].
         scale: factor on the scores before the softcap.
-        window: tokens each query sees, itself included; None for all.
+        window: tokens each query sees, itself included; None for all. An array may differ between devices.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
         sinks: float[N], one more logit per head in the softmax's denominator, without a value.
         backend: a name in `BACKENDS`; see `choose_backend`.
@@ -86,7 +86,7 @@ def paged_attention(
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of: {', '.join(BACKENDS)}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide into {num_kv_heads} kv heads; check num_kv_heads")
-    if window is not None and window < 1:
+    if isinstance(window, int) and window < 1:
         raise ValueError(f"window is {window} tokens, expected at least 1; pass None for full attention")
     return BACKENDS[backend](
         q,

@@ -17,7 +17,7 @@ def paged_attention_reference(
     q_len: Int[Array, " R"],
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R Q N H"]:

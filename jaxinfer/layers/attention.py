@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.paged_attention import paged_attention
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
+from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows
 from jaxinfer.layers.norm import RMSNorm
 
 
@@ -50,25 +51,29 @@ class TokenBatch:
     """The T tokens of one step, segment after segment, and where each belongs.
 
     Args:
-      token_ids, positions: int32[T].
+      positions: int32[T], of each token in its text.
       pages, offsets: int32[T], where the token's key and value are stored; the dump page for padding.
       segments: the rectangles, in the order of the tokens.
     """
 
-    token_ids: Int[Array, " T"]
     positions: Int[Array, " T"]
     pages: Int[Array, " T"]
     offsets: Int[Array, " T"]
     segments: tuple[Segment, ...]
 
 
+_ALL = 2**30
+"""A window that no text exceeds, for stages without one beside stages with one."""
+
+
 class Attention(nnx.Module):
-    """Self-attention with fused QKV; per shard N / tp query heads and K / tp kv heads.
+    """Self-attention with fused QKV; per shard N / tp query heads and K / tp kv heads, or one that others hold too.
 
     Args:
       config: the model's numbers.
       num_stages, num_shards: pipeline stages and tensor shards.
-      window: tokens each query sees, itself included; None for all.
+      kv_copies: shards that hold the same kv head.
+      windows: tokens each query sees, itself included, by stage; None for all.
       backend: of paged_attention.
       dtype: of the parameters.
     """
@@ -79,21 +84,23 @@ class Attention(nnx.Module):
         *,
         num_stages: int,
         num_shards: int,
-        window: int | None,
+        kv_copies: int,
+        windows: tuple[int | None, ...],
         backend: str,
         dtype: jnp.dtype,
     ):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads // num_shards
-        self.num_kv_heads = config.num_kv_heads // num_shards
-        self.window = window
+        self.num_kv_heads = config.num_kv_heads * kv_copies // num_shards
+        self.windows = windows
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.softcap = config.attention_softcap
         self.backend = backend
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q_size = config.num_heads * config.head_dim
+        kv_rows = Rows(config.num_kv_heads * config.head_dim, copies=kv_copies, unit=config.head_dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
-            (q_size, kv_size, kv_size),
+            (Rows(q_size), kv_rows, kv_rows),
             num_stages=num_stages,
             dtype=dtype,
             bias=config.attention_bias,
@@ -104,27 +111,27 @@ class Attention(nnx.Module):
 
         self.qk_norm = config.qk_norm
 
-        def norm(num_heads: int) -> RMSNorm | None:
+        def norm(projection: Rows) -> RMSNorm | None:
             if config.qk_norm == "none":
                 return None
             whole = config.qk_norm == "projection"
             return RMSNorm(
-                num_heads * config.head_dim if whole else config.head_dim,
+                projection.size if whole else config.head_dim,
                 eps=config.norm_eps,
                 num_stages=num_stages,
                 dtype=dtype,
                 offset=config.norm_offset,
-                sharded=whole,
+                sharded=projection if whole else None,
             )
 
-        self.query_norm, self.key_norm = norm(config.num_heads), norm(config.num_kv_heads)
+        self.query_norm, self.key_norm = norm(Rows(q_size)), norm(kv_rows)
 
     def __call__(
         self,
         x: Float[Array, "T D"],
         cache: LayerCache,
         batch: TokenBatch,
-        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]] | None,
+        rotary: rope.RotaryTables | None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """Attends every token to its row's cache, which first receives the tokens' own keys and values.
 
@@ -144,7 +151,7 @@ class Attention(nnx.Module):
         if rotary is not None:
             queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
         cache = kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
-        attended, start = [], 0
+        attended, start, window = [], 0, self._window()
         for segment in batch.segments:
             rows = queries[start : start + segment.num_tokens]
             start += segment.num_tokens
@@ -157,12 +164,17 @@ class Attention(nnx.Module):
                     segment.kv_len,
                     segment.q_len,
                     scale=self.scale,
-                    window=self.window,
+                    window=window,
                     softcap=self.softcap,
                     backend=self.backend,
                 ).reshape(rows.shape[0], -1)
             )
         return self.out(jnp.concatenate(attended)), cache
+
+    def _window(self) -> int | Int[Array, ""] | None:
+        if all(window is None for window in self.windows):
+            return None
+        return stage_value([_ALL if window is None else window for window in self.windows])
 
     def _normalised(self, heads: Float[Array, "T N H"], norm: RMSNorm) -> Float[Array, "T N H"]:
         if self.qk_norm == "head":

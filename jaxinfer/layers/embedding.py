@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import sum_over_vocabulary, vocabulary_shard
 from jaxinfer.communication.sharding import REPLICATED, VOCABULARY_PARALLEL, padded_vocabulary
-from jaxinfer.layers.linear import project
+from jaxinfer.layers.linear import Rows, project
 
 
 class VocabularyEmbedding(nnx.Module):
@@ -38,7 +38,9 @@ class VocabularyEmbedding(nnx.Module):
         self.vocab_size = vocab_size
         self.logit_softcap = logit_softcap
         rows = padded_vocabulary(vocab_size, num_shards)
-        self.weight = nnx.Param(jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, rows=(vocab_size,))
+        self.weight = nnx.Param(
+            jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, parts=(Rows(vocab_size),)
+        )
 
     def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Rows of the ids; every device adds those it owns (one psum over the mesh)."""

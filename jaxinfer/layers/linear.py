@@ -10,6 +10,7 @@ Weights keep the checkpoint's [out, in] order: on CPU XLA multiplies 8 to 32 row
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
@@ -49,25 +50,45 @@ def project(
     return product(x, weight)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Output features that one checkpoint tensor contributes to a parameter split over the shards.
+
+    Args:
+      stored: rows of the tensor.
+      copies: how often each group of `unit` rows stands in the parameter, next to itself, so that shards that
+        outnumber the groups (kv heads) have one each.
+      unit: rows of a group.
+    """
+
+    stored: int
+    copies: int = 1
+    unit: int = 1
+
+    @property
+    def size(self) -> int:
+        """Rows of the parameter over all shards."""
+        return self.stored * self.copies
+
+
 class ColumnParallelLinear(nnx.Module):
     """y = x W^T + b with the output features split over the "tensor" axis; no communication.
 
     Args:
       in_size: input features.
-      out_sizes: output features of every matrix fused in this one, over all shards; shard t holds part t of each.
+      parts: output features of every matrix fused in this one; shard t holds part t of each.
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: add one.
       dtype: of the parameters.
     """
 
-    def __init__(
-        self, in_size: int, out_sizes: tuple[int, ...], *, num_stages: int, dtype: jnp.dtype, bias: bool = False
-    ):
+    def __init__(self, in_size: int, parts: tuple[Rows, ...], *, num_stages: int, dtype: jnp.dtype, bias: bool = False):
         def parameter(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.zeros((num_stages, *shape), dtype), spec=COLUMN_PARALLEL, rows=out_sizes)
+            return nnx.Param(jnp.zeros((num_stages, *shape), dtype), spec=COLUMN_PARALLEL, parts=parts)
 
-        self.weight = parameter(sum(out_sizes), in_size)
-        self.bias = parameter(sum(out_sizes)) if bias else None
+        out_size = sum(part.size for part in parts)
+        self.weight = parameter(out_size, in_size)
+        self.bias = parameter(out_size) if bias else None
 
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """Maps [T, in] to this shard's [T, out / tp]."""

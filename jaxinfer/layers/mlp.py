@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear
+from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -49,7 +49,7 @@ class GatedMLP(nnx.Module):
     ):
         self.activation = activation
         self.gate_up = ColumnParallelLinear(
-            hidden_size, (ffn_size, ffn_size), num_stages=num_stages, dtype=dtype, bias=bias
+            hidden_size, (Rows(ffn_size), Rows(ffn_size)), num_stages=num_stages, dtype=dtype, bias=bias
         )
         self.down = RowParallelLinear(ffn_size, hidden_size, num_stages=num_stages, dtype=dtype, bias=bias)
 
@@ -69,7 +69,7 @@ class MLP(nnx.Module):
         self, hidden_size: int, ffn_size: int, *, num_stages: int, dtype: jnp.dtype, bias: bool, activation: str
     ):
         self.activation = activation
-        self.up = ColumnParallelLinear(hidden_size, (ffn_size,), num_stages=num_stages, dtype=dtype, bias=bias)
+        self.up = ColumnParallelLinear(hidden_size, (Rows(ffn_size),), num_stages=num_stages, dtype=dtype, bias=bias)
         self.down = RowParallelLinear(ffn_size, hidden_size, num_stages=num_stages, dtype=dtype, bias=bias)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxinfer.communication.collectives import sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, REPLICATED
+from jaxinfer.layers.linear import Rows
 
 
 class RMSNorm(nnx.Module):
@@ -24,7 +25,8 @@ class RMSNorm(nnx.Module):
       num_stages: pipeline stages when the norm belongs to a layer; None when every device holds the one norm.
       dtype: of the weight.
       offset: added to the weight; Gemma stores weights around 0 and adds 1.
-      sharded: the features are split over the "tensor" axis, as a column-parallel product leaves them.
+      sharded: the features are split over the "tensor" axis, as the column-parallel product of these rows leaves them;
+        copies count as often as they are there, which leaves the mean as it is. None: every shard has them all.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; rounding order as in Llama's own code
     (cast back before the weight) without an offset, as in Gemma's (cast back behind it) with one.
@@ -38,16 +40,18 @@ class RMSNorm(nnx.Module):
         num_stages: int | None,
         dtype: jnp.dtype,
         offset: float = 0.0,
-        sharded: bool = False,
+        sharded: Rows | None = None,
     ):
         self.size = size
         self.eps = eps
         self.offset = offset
         self.per_stage = num_stages is not None
         shape = (size,) if num_stages is None else (num_stages, size)
-        self.sharded = sharded
-        spec = COLUMN_PARALLEL if sharded else PER_STAGE if self.per_stage else REPLICATED
-        self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=spec)
+        self.sharded = sharded is not None
+        if sharded is not None:
+            self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=COLUMN_PARALLEL, parts=(sharded,))
+        else:
+            self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=PER_STAGE if self.per_stage else REPLICATED)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; keeps x's dtype."""

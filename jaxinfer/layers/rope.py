@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.config import RopeConfig
 
+RotaryTables = tuple[Float[Array, "T J"], Float[Array, "T J"]]
+"""cos and sin of every token's angles."""
+
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int, *, max_model_len: int) -> tuple[np.ndarray, float]:
     """Angles per position and the factor on cos and sin, for one base and extension rule.
@@ -99,15 +102,13 @@ def _longrope_attention_factor(rope: RopeConfig) -> float:
     return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_len)) if rope.factor > 1 else 1.0
 
 
-def rotary_tables(
-    positions: Int[Array, " T"], frequencies: np.ndarray, attention_factor: float
-) -> tuple[Float[Array, "T J"], Float[Array, "T J"]]:
+def rotary_tables(positions: Int[Array, " T"], frequencies: np.ndarray, attention_factor: float) -> RotaryTables:
     """cos and sin of every token's angles, float32[T, J], times the attention factor."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
-def rotate(x: Float[Array, "T N H"], tables: tuple[Float[Array, "T J"], Float[Array, "T J"]]) -> Float[Array, "T N H"]:
+def rotate(x: Float[Array, "T N H"], tables: RotaryTables) -> Float[Array, "T N H"]:
     """Rotates the pairs (i, i + J) of every head's first 2 J dimensions; keeps x's dtype."""
     cos, sin = (table.astype(x.dtype)[:, None, :] for table in tables)
     pairs = cos.shape[-1]

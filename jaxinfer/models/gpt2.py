@@ -20,7 +20,8 @@ from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norm import LayerNorm
 from jaxinfer.models.hf_config import require, require_count
-from jaxinfer.models.registry import Layout, ModelFamily
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import ModelFamily
 
 _PREFIX = "transformer."
 _LINEARS = {
@@ -100,7 +101,8 @@ class GPT2Layer(nnx.Module):
             config,
             num_stages=stages,
             num_shards=layout.num_shards,
-            window=None,
+            kv_copies=layout.kv_copies(config),
+            windows=(None,),
             backend=layout.attention_backend,
             dtype=dtype,
         )

@@ -6,13 +6,15 @@ Does not know: files, batches' origin, sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers import rope
 from jaxinfer.layers.attention import Attention, TokenBatch
@@ -20,8 +22,10 @@ from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.rope import RotaryTables
 from jaxinfer.models.hf_config import parse_decoder
-from jaxinfer.models.registry import Layout, ModelFamily
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import ModelFamily
 
 TENSOR_NAMES = {
     "embedding.weight": ("model.embed_tokens.weight",),
@@ -90,7 +94,8 @@ class LlamaLayer(nnx.Module):
             config,
             num_stages=stages,
             num_shards=layout.num_shards,
-            window=layout.window(config, index),
+            kv_copies=layout.kv_copies(config),
+            windows=layout.windows(config, index),
             backend=layout.attention_backend,
             dtype=dtype,
         )
@@ -108,7 +113,7 @@ class LlamaLayer(nnx.Module):
         x: Float[Array, "T D"],
         cache: LayerCache,
         batch: TokenBatch,
-        rotary: tuple[Float[Array, "T J"], Float[Array, "T J"]] | None,
+        rotary: RotaryTables | None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """One layer of one stage; returns the new residual stream and the written cache."""
         attended, cache = self.attention(_normalised(x, self.attention_norm), cache, batch, rotary)
@@ -162,18 +167,29 @@ class Llama(nnx.Module):
         self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
         """This stage's layers; caches are one a local layer and come back written."""
-        rules = {layer.attention.window: self.config.rope_for(layer.attention.window) for layer in self.layers}
-        tables = {
-            rule: rope.rotary_tables(
-                batch.positions, *rope.rotary_frequencies(rule, self.config.head_dim, max_model_len=self.max_model_len)
-            )
-            for rule in set(rules.values())
-        }
-        written = []
+        rotary, written = self._rotary(batch.positions), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, cache, batch, tables[rules[layer.attention.window]])
+            x, cache = layer(x, cache, batch, rotary(layer.attention.windows))
             written.append(cache)
         return x, written
+
+    def _rotary(self, positions: Int[Array, " T"]) -> Callable[[Sequence[int | None]], RotaryTables]:
+        """The rotary tables of a layer with these windows by stage."""
+        rules = list(dict.fromkeys([self.config.rope_for(None), self.config.rope_for(1)]))  # without and with a window
+        tables = [
+            rope.rotary_tables(
+                positions, *rope.rotary_frequencies(rule, self.config.head_dim, max_model_len=self.max_model_len)
+            )
+            for rule in rules
+        ]
+
+        def of(windows: Sequence[int | None]) -> RotaryTables:
+            chosen = stage_value([rules.index(self.config.rope_for(window)) for window in windows])
+            if isinstance(chosen, int):
+                return tables[chosen]
+            return jax.tree.map(lambda *options: jnp.stack(options)[chosen], *tables)
+
+        return of
 
     def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         """The norm in front of the head."""

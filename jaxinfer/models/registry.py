@@ -1,6 +1,6 @@
 """Which architecture is which family.
 
-Owns: the Decoder protocol that the wrapper drives, the layout a model is built for, and the table of families.
+Owns: the Decoder protocol that the wrapper drives, and the table of families.
 Does not know: any family's insides.
 """
 
@@ -11,48 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers.attention import TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """What a model is built for.
-
-    Args:
-      num_stages, num_shards: pipeline stages and tensor shards of the mesh.
-      dtype: of parameters and activations.
-      max_model_len: tokens the engine will serve.
-      attention_backend: of paged_attention, already chosen.
-    """
-
-    num_stages: int
-    num_shards: int
-    dtype: jnp.dtype
-    max_model_len: int
-    attention_backend: str
-
-    def layers_per_stage(self, config: ModelConfig) -> int:
-        """Local layers every stage holds; the last stage's surplus is padding."""
-        return -(-config.num_layers // self.num_stages)
-
-    def window(self, config: ModelConfig, local_layer: int) -> int | None:
-        """Tokens that queries of a local layer see; None for all.
-
-        Raises:
-          NotImplementedError: the stages' layers at this index differ.
-        """
-        found = set(config.windows[local_layer :: self.layers_per_stage(config)] or [None])
-        if len(found) > 1:
-            raise NotImplementedError(
-                f"local layer {local_layer} has windows {found} on {self.num_stages} stages; they must be equal so far"
-            )
-        return found.pop()
+from jaxinfer.models.layout import Layout
 
 
 @runtime_checkable

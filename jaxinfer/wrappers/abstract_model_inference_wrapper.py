@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from jaxinfer.wrappers.step_batch import StepBatch, StepResult, StepShapes
+from jaxinfer.wrappers.step_batch import RowUsage, StepBatch, StepResult, StepShapes
 
 
 class AbstractModelInferenceWrapper(ABC):
@@ -17,6 +17,9 @@ class AbstractModelInferenceWrapper(ABC):
 
     State that lives behind this protocol, by slot: last token, length, page table, sampling numbers; by page: keys and
     values. A launch may return before the step is done; collecting waits for it.
+
+    A step is through once shapes.num_stages steps, itself included, have been launched: only then can it be collected,
+    and only a later step can decode a token that it samples. Steps without work (StepBatch.idle) move a pipeline on.
     """
 
     @property
@@ -31,8 +34,8 @@ class AbstractModelInferenceWrapper(ABC):
 
     @property
     @abstractmethod
-    def max_in_flight(self) -> int:
-        """Launched steps that may be uncollected at once when the engine runs ahead."""
+    def row_usage(self) -> RowUsage:
+        """Rows of all steps launched so far."""
 
     @property
     @abstractmethod
@@ -41,11 +44,14 @@ class AbstractModelInferenceWrapper(ABC):
 
     @abstractmethod
     def launch(self, batch: StepBatch) -> Any:
-        """Starts a step and returns its handle; steps run in the order of their launches."""
+        """Starts a step, moves those in flight on, and returns its handle."""
 
     @abstractmethod
     def collect(self, handle: Any) -> StepResult:
-        """Waits for a launched step and returns its tokens; handles are collected in the order of their launches."""
+        """Waits for a step that is through and returns its tokens, none if it samples none.
+
+        Handles are collected in the order of their launches.
+        """
 
     @abstractmethod
     def warmup(self) -> None:

@@ -17,7 +17,8 @@ from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.kernels.paged_attention import choose_backend
-from jaxinfer.models.registry import Layout, find_family
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import find_family
 from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 
@@ -66,6 +67,7 @@ def assemble(
         max_model_len=context_length(config, model_config),
         attention_backend=choose_backend(config.attention_backend, platform),
     )
+    layout.check(model_config)
     family = find_family(model_config.architecture)
     model = nnx.eval_shape(lambda: family.build(model_config, layout))
     parameters = load_parameters(

@@ -27,7 +27,16 @@ from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
 from jaxinfer.models.registry import Decoder
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling import SamplingNumbers
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SAMPLING_FIELDS, SamplerVariant, StepBatch, StepShape
+from jaxinfer.wrappers import pipeline
+from jaxinfer.wrappers.pipeline import Flight, LogitRows, Ring, SegmentRows
+from jaxinfer.wrappers.step_batch import (
+    PREFILL_BLOCK,
+    SAMPLING_FIELDS,
+    SamplerVariant,
+    StepBatch,
+    StepShape,
+    StepShapes,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +71,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInputs:
-    """The arrays of a StepBatch that the forward half reads; fields and shapes as there."""
+    """The arrays of a StepBatch that the device reads; fields and shapes as there."""
 
     decode_slots: Int[Array, " R"]
     decode_page_index: Int[Array, " R"]
@@ -74,39 +83,50 @@ class StepInputs:
     prefill_pages: Int[Array, "P W"]
     prefill_sampling: Int[Array, "P F"]
     logit_index: Int[Array, " M"]
+    logit_slots: Int[Array, " M"]
+    logit_feeds: Int[Array, " M"]
 
 
-def _input_shapes(shape: StepShape, table_width: int) -> dict[str, tuple[int, ...]]:
-    rows, chunks = (shape.num_decode,), (shape.num_prefill,)
+def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Every input's dimensions, and the value of its padding."""
+    rows, blocks, logits = (shape.num_decode,), (shape.num_prefill,), (shape.num_logits,)
+    width, dump_slot = shapes.table_width, shapes.num_slots
     return {
-        "decode_slots": rows,
-        "decode_page_index": rows,
-        "decode_page_id": rows,
-        "prefill_slots": chunks,
-        "prefill_start": chunks,
-        "prefill_len": chunks,
-        "prefill_tokens": (*chunks, PREFILL_BLOCK),
-        "prefill_pages": (*chunks, table_width),
-        "prefill_sampling": (*chunks, SAMPLING_FIELDS),
-        "logit_index": (shape.num_logits,),
+        "decode_slots": (rows, dump_slot),
+        "decode_page_index": (rows, width),
+        "decode_page_id": (rows, 0),
+        "prefill_slots": (blocks, dump_slot),
+        "prefill_start": (blocks, 0),
+        "prefill_len": (blocks, 0),
+        "prefill_tokens": ((*blocks, PREFILL_BLOCK), 0),
+        "prefill_pages": ((*blocks, width), 0),
+        "prefill_sampling": ((*blocks, SAMPLING_FIELDS), 0),
+        "logit_index": (logits, 0),
+        "logit_slots": (logits, dump_slot),
+        "logit_feeds": (logits, 0),
     }
 
 
-def num_input_words(shape: StepShape, table_width: int) -> int:
+def num_input_words(shape: StepShape, shapes: StepShapes) -> int:
     """int32 words of a step's upload."""
-    return sum(math.prod(dims) for dims in _input_shapes(shape, table_width).values())
+    return sum(math.prod(dims) for dims, _ in _input_shapes(shape, shapes).values())
 
 
-def pack_inputs(batch: StepBatch, table_width: int) -> np.ndarray:
-    """A step's forward inputs as one int32 vector: one upload a step."""
-    names = _input_shapes(batch.shape, table_width)
-    return np.concatenate([getattr(batch, name).ravel() for name in names])
+def pack_inputs(batch: StepBatch, shape: StepShape, shapes: StepShapes) -> np.ndarray:
+    """A step's inputs, padded to a shape that holds them, as one int32 vector: one upload a step."""
+    words, start = np.empty(num_input_words(shape, shapes), np.int32), 0
+    for name, (dims, padding) in _input_shapes(shape, shapes).items():
+        size, array = math.prod(dims), getattr(batch, name).ravel()
+        words[start : start + array.size] = array
+        words[start + array.size : start + size] = padding
+        start += size
+    return words
 
 
-def unpack_inputs(words: Int[Array, " J"], shape: StepShape, table_width: int) -> StepInputs:
+def unpack_inputs(words: Int[Array, " J"], shape: StepShape, shapes: StepShapes) -> StepInputs:
     """The inverse of pack_inputs, on the device."""
     arrays, start = {}, 0
-    for name, dims in _input_shapes(shape, table_width).items():
+    for name, (dims, _) in _input_shapes(shape, shapes).items():
         size = math.prod(dims)
         arrays[name] = words[start : start + size].reshape(dims)
         start += size
@@ -119,67 +139,82 @@ class DecoderStep(nnx.Module):
     Args:
       model: an nnx module with the Decoder protocol.
       page_size: C in tokens.
+      max_decode: rows of the largest decode segment; logit indices count prefill tokens from there.
     """
 
-    def __init__(self, model: Decoder, *, page_size: int):
+    def __init__(self, model: Decoder, *, page_size: int, max_decode: int):
         self.model = model
         self.page_size = page_size
+        self.max_decode = max_decode
 
     def __call__(
-        self, state: DecodeState, caches: Sequence[LayerCache], inputs: StepInputs
-    ) -> tuple[DecodeState, list[LayerCache], Float[Array, "M D"], Int[Array, " M"]]:
-        """Advances the slots by one step, up to the hidden states that the head will score.
+        self, state: DecodeState, caches: Sequence[LayerCache], ring: Ring | None, inputs: StepInputs
+    ) -> tuple[DecodeState, list[LayerCache], Ring | None, Float[Array, "M D"], LogitRows]:
+        """Takes a batch in and every batch in flight one stage on.
 
         Returns:
-          The new state, the written caches, normalised hidden states [M, D] and the position int32[M] that a token
-          sampled from each of them will have.
+          The new state, the written caches, the ring, and of the batch that leaves the last stage the normalised hidden
+          states [M, D] for the head and what to do with the tokens sampled from them.
         """
         state = _with_changes(state, inputs)
-        batch = self._tokens(state, inputs)
-        x = self.model.embed(batch.token_ids, batch.positions)
-        x, caches = self.model.run_layers(x, caches, batch)
-        num_decode, max_decode = inputs.decode_slots.shape[0], state.length.shape[0] - 1
-        index = inputs.logit_index
-        index = jnp.where(index < max_decode, index, index - max_decode + num_decode)
-        x = share_from_last_stage(x[index])
+        flight = self._flight(state, inputs)
         state = _advanced(state, inputs)
-        return state, caches, self.model.final_norm(x), batch.positions[index] + 1
+        positions = self._tokens(flight).positions
+        token_ids = jnp.concatenate([state.last_token[inputs.decode_slots], inputs.prefill_tokens.ravel()])
+        ring, here, x = pipeline.enter(ring, flight, self.model.embed(token_ids, positions))
+        x, caches = self.model.run_layers(x, caches, self._tokens(here))
+        ring, logits = pipeline.leave(ring, flight, x)
+        hidden = share_from_last_stage(x[self._token_index(logits.index, inputs)])
+        return state, caches, ring, self.model.final_norm(hidden), logits
 
-    def _tokens(self, state: DecodeState, inputs: StepInputs) -> TokenBatch:
-        """Lays the tokens of both segments out flat, with positions and cache slots."""
+    def _flight(self, state: DecodeState, inputs: StepInputs) -> Flight:
+        """What the batch's stages and its sampler will need, from the state as it is now."""
         dump_slot = state.length.shape[0] - 1
-        decode_live = (inputs.decode_slots != dump_slot).astype(jnp.int32)
-        token_ids, positions, pages, segments = [], [], [], []
-        if inputs.decode_slots.shape[0]:
-            start = state.length[inputs.decode_slots]
-            token_ids.append(state.last_token[inputs.decode_slots])
-            positions.append(start)
-            table = state.page_table[inputs.decode_slots]
-            pages.append(self._pages(table, start[:, None], decode_live))
-            segments.append(Segment(table, start + decode_live, decode_live, num_queries=1))
-        if inputs.prefill_slots.shape[0]:
-            where = inputs.prefill_start[:, None] + jnp.arange(PREFILL_BLOCK, dtype=jnp.int32)
-            token_ids.append(inputs.prefill_tokens.ravel())
-            positions.append(where.ravel())
-            pages.append(self._pages(inputs.prefill_pages, where, inputs.prefill_len))
-            kv_len = inputs.prefill_start + inputs.prefill_len
-            segments.append(Segment(inputs.prefill_pages, kv_len, inputs.prefill_len, num_queries=PREFILL_BLOCK))
+        decode = SegmentRows(
+            start=state.length[inputs.decode_slots],
+            q_len=(inputs.decode_slots != dump_slot).astype(jnp.int32),
+            page_table=state.page_table[inputs.decode_slots],
+        )
+        prefill = SegmentRows(inputs.prefill_start, inputs.prefill_len, inputs.prefill_pages)
+        positions = jnp.concatenate([_positions(decode, 1).ravel(), _positions(prefill, PREFILL_BLOCK).ravel()])
+        logits = LogitRows(
+            index=inputs.logit_index,
+            position=positions[self._token_index(inputs.logit_index, inputs)] + 1,
+            sampling=state.sampling[inputs.logit_slots],
+            feed_slot=jnp.where(inputs.logit_feeds == 1, inputs.logit_slots, pipeline.NO_SLOT),
+        )
+        return Flight(decode=decode, prefill=prefill, logits=logits)
+
+    def _token_index(self, index: Int[Array, " M"], inputs: StepInputs) -> Int[Array, " M"]:
+        """Logit indices as positions among the tokens of a tick."""
+        return jnp.where(index < self.max_decode, index, index - self.max_decode + inputs.decode_slots.shape[0])
+
+    def _tokens(self, flight: Flight) -> TokenBatch:
+        """Lays the tokens of both segments out flat, with positions and places in the cache."""
+        positions, pages, segments = [], [], []
+        for rows, num_queries in ((flight.decode, 1), (flight.prefill, PREFILL_BLOCK)):
+            if rows.start.shape[0]:
+                where = _positions(rows, num_queries)
+                positions.append(where.ravel())
+                pages.append(self._pages(rows, where))
+                segments.append(Segment(rows.page_table, rows.start + rows.q_len, rows.q_len, num_queries=num_queries))
         all_positions = jnp.concatenate(positions)
         return TokenBatch(
-            token_ids=jnp.concatenate(token_ids),
             positions=all_positions,
             pages=jnp.concatenate(pages),
             offsets=all_positions % self.page_size,
             segments=tuple(segments),
         )
 
-    def _pages(
-        self, table: Int[Array, "R W"], positions: Int[Array, "R Q"], num_live: Int[Array, " R"]
-    ) -> Int[Array, " T"]:
+    def _pages(self, rows: SegmentRows, positions: Int[Array, "R Q"]) -> Int[Array, " T"]:
         """Page of every token, flat; the dump page beyond a row's live tokens."""
-        entry = jnp.minimum(positions // self.page_size, table.shape[1] - 1)
-        live = jnp.arange(positions.shape[1]) < num_live[:, None]
-        return jnp.where(live, jnp.take_along_axis(table, entry, axis=1), DUMP_PAGE).ravel()
+        entry = jnp.minimum(positions // self.page_size, rows.page_table.shape[1] - 1)
+        live = jnp.arange(positions.shape[1]) < rows.q_len[:, None]
+        return jnp.where(live, jnp.take_along_axis(rows.page_table, entry, axis=1), DUMP_PAGE).ravel()
+
+
+def _positions(rows: SegmentRows, num_queries: int) -> Int[Array, "R Q"]:
+    return rows.start[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
 
 
 def _with_changes(state: DecodeState, inputs: StepInputs) -> DecodeState:
@@ -210,8 +245,7 @@ def sample_step(
     head: VocabularyEmbedding,
     state: DecodeState,
     hidden: Float[Array, "M D"],
-    position: Int[Array, " M"],
-    rows: Int[Array, "2 M"],
+    rows: LogitRows,
     *,
     variant: SamplerVariant,
     logprobs: bool,
@@ -221,8 +255,7 @@ def sample_step(
     Args:
       head: scores hidden states; holds this device's slice of the vocabulary.
       state: of the slots.
-      hidden, position: what the forward half returned.
-      rows: int32[2, M], each position's slot and whether its token feeds that slot.
+      hidden, rows: what the forward half returned.
       variant: which sampler.
       logprobs: report them.
 
@@ -230,18 +263,16 @@ def sample_step(
       The state with the new last tokens, and int32[M, 1] token ids, followed with logprobs by the bits of
       [logprob, rank, top ids.., top logprobs..].
     """
-    slots, feeds = rows
     logits = head.logits(hidden)
     # A diverged model must not crash the engine: NaN never wins, and a row of nothing yields token 0.
     logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
     if variant is SamplerVariant.GREEDY:
         tokens = sampling.greedy(logits)
     else:
-        numbers = SamplingNumbers.unpack(state.sampling[slots])
+        numbers = SamplingNumbers.unpack(rows.sampling)
         sampler = sampling.sample_full if variant is SamplerVariant.FULL else sampling.sample_candidates
-        tokens = sampler(logits, numbers, position)
-    dump_slot = state.last_token.shape[0] - 1
-    last_token = state.last_token.at[jnp.where(feeds == 1, slots, dump_slot)].set(tokens)
+        tokens = sampler(logits, numbers, rows.position)
+    last_token = state.last_token.at[rows.feed_slot].set(tokens, mode="drop")
     state = DecodeState(
         last_token=last_token, length=state.length, page_table=state.page_table, sampling=state.sampling
     )

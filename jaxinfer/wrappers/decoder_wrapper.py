@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
-from jaxinfer.communication.sharding import KV_PAGES, REPLICATED
+from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
-from jaxinfer.models.registry import Layout
+from jaxinfer.models.layout import Layout
+from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.decoder_step import (
     DecoderStep,
@@ -33,24 +33,20 @@ from jaxinfer.wrappers.decoder_step import (
     sample_step,
     unpack_inputs,
 )
+from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
+from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import (
+    SAMPLING_FIELDS,
     LogprobArrays,
+    RowUsage,
     SamplerVariant,
     StepBatch,
     StepResult,
     StepShape,
     StepShapes,
 )
-
-
-@dataclass(frozen=True)
-class StepHandle:
-    """A launched step: the device array that will hold its tokens."""
-
-    result: jax.Array
-    logprobs: bool
 
 
 class DecoderWrapper(AbstractModelInferenceWrapper):
@@ -82,14 +78,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._shapes = StepShapes(config, max_model_len=layout.max_model_len)
         self._programs = ProgramCache()
         self._vocab_size = model_config.vocab_size
-        step = DecoderStep(model, page_size=config.page_size)
+        self._in_flight = InFlight(self._shapes)
+        step = DecoderStep(model, page_size=config.page_size, max_decode=self._shapes.max_decode)
         self._step_graph, self._step_tree, self._leaves, self._leaf_specs = _flattened(step, parameters, ("model",))
         self._head_graph, self._head_tree, self._head_leaves, self._head_specs = _flattened_head(model, parameters)
         cache_shape = functools.partial(
             CacheShape,
             num_layers=layout.layers_per_stage(model_config),
             num_stages=layout.num_stages,
-            num_kv_heads=model_config.num_kv_heads,
+            num_kv_heads=layout.num_kv_heads(model_config),
             page_size=config.page_size,
             head_dim=model_config.head_dim,
         )
@@ -101,6 +98,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         state = DecodeState.zeros(config.max_num_seqs, self._shapes.table_width)
         self._state, self._state_tree = jax.tree.flatten(state)
         self._state = jax.device_put(self._state, NamedSharding(mesh, REPLICATED))
+        ring = pipeline.allocate(
+            self._shapes.largest_shape(),
+            hidden_size=model_config.hidden_size,
+            dtype=layout.dtype,
+            table_width=self._shapes.table_width,
+            mesh=mesh,
+        )
+        self._ring, self._ring_tree = jax.tree.flatten(ring)
+        self._ring_specs = [array.sharding.spec for array in self._ring]
 
     @property
     def shapes(self) -> StepShapes:
@@ -113,9 +119,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return self._num_pages
 
     @property
-    def max_in_flight(self) -> int:
-        """One step more than the pipeline has stages."""
-        return self._mesh.shape[PIPE] + 1
+    def row_usage(self) -> RowUsage:
+        """Rows of all steps launched so far."""
+        return self._in_flight.usage
 
     @property
     def num_compilations(self) -> int:
@@ -139,17 +145,33 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def launch(self, batch: StepBatch) -> StepHandle:
         """Starts a step: page copies, then forward, then the sampler; nothing here waits for the device."""
-        hidden, position = self._forward(batch)
-        rows = np.stack([batch.logit_slots, batch.logit_feeds.astype(np.int32)])
-        program = self._programs.get(*self._sample_program(batch.shape.num_logits, batch.variant, batch.logprobs))
-        self._state, result = program(self._head_leaves, self._state, hidden, position, rows)
-        result.copy_to_host_async()
-        return StepHandle(result=result, logprobs=batch.logprobs)
+        handle = StepHandle(batch)
+        shape, hidden, rows = self._tick(handle)
+        leaving = self._in_flight.leaving
+        if leaving is not None and leaving.batch.has_logits:
+            variant, logprobs = leaving.batch.variant, leaving.batch.logprobs
+            program = self._programs.get(*self._sample_program(shape.num_logits, variant, logprobs))
+            self._state, leaving.result = program(self._head_leaves, self._state, hidden, rows)
+            leaving.result.copy_to_host_async()
+        elif leaving is not None:
+            leaving.result = rows[0]  # something to wait for
+        return handle
 
     def collect(self, handle: StepHandle) -> StepResult:
-        """Waits for a launched step and returns its tokens."""
+        """Waits for a step that is through and returns its tokens, none if it samples none.
+
+        Raises:
+          ValueError: the step is still in the pipeline.
+        """
+        if handle.result is None:
+            raise ValueError(
+                f"the step is not through: {self._shapes.num_stages} pipeline stages need as many launches; launch "
+                f"StepBatch.idle"
+            )
         words = np.asarray(handle.result)  # the one place where the host reads the device
-        if not handle.logprobs:
+        if not handle.batch.has_logits:
+            return StepResult(token_ids=np.zeros(0, np.int32), logprobs=None)
+        if not handle.batch.logprobs:
             return StepResult(token_ids=words[:, 0], logprobs=None)
         num_top = (words.shape[1] - 3) // 2
         logprobs = LogprobArrays(
@@ -163,11 +185,13 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def logits(self, batch: StepBatch) -> Float[np.ndarray, "M V"]:
         """Advances the slots like launch, but returns float32 logits of every logit position and samples nothing.
 
-        For research and tests: the rows are gathered on the host.
+        For research and tests: the rows are gathered on the host, and a pipeline must not hold a step that samples.
         """
-        hidden, _ = self._forward(batch)
-        program = self._programs.get(*self._logits_program(batch.shape.num_logits))
-        return np.asarray(program(self._head_leaves, hidden))[:, : self._vocab_size]
+        shape, hidden, _ = self._tick(StepHandle(batch))
+        for _ in range(self._shapes.num_stages - 1):
+            shape, hidden, _ = self._tick(StepHandle(StepBatch.idle(self._shapes)))
+        program = self._programs.get(*self._logits_program(shape.num_logits))
+        return np.asarray(program(self._head_leaves, hidden))[: batch.shape.num_logits, : self._vocab_size]
 
     def warmup(self) -> None:
         """Compiles the forward program of every shape and every sampler."""
@@ -180,7 +204,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def close(self) -> None:
         """Frees weights, KV pages and state; the wrapper cannot be used afterwards."""
-        for array in jax.tree.leaves((self._leaves, self._caches, self._state)):
+        for array in (*self._leaves, *self._caches, *self._state, *self._ring):
             if not array.is_deleted():
                 array.delete()
         self._programs.clear()
@@ -192,7 +216,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int) -> int:
         device = self._mesh.devices.flat[0]
         free = free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization)
-        if device.platform != "cpu":
+        if device.platform == "cpu":
+            free //= self._mesh.size  # CPU devices share one memory
+        else:
             free -= _activation_bytes(model_config, self._shapes, itemsize)
         return num_kv_pages(
             free=free,
@@ -200,56 +226,62 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
 
-    def _forward(self, batch: StepBatch) -> tuple[jax.Array, jax.Array]:
-        if batch.page_copies.size:
-            copies = _padded_copies(batch.page_copies)
-            self._caches = self._programs.get(*self._copy_program(len(copies)))(self._caches, copies)
-        program = self._programs.get(*self._forward_program(batch.shape))
-        words = pack_inputs(batch, self._shapes.table_width)
-        self._state, self._caches, hidden, position = program(self._leaves, self._state, self._caches, words)
-        return hidden, position
+    def _tick(self, handle: StepHandle) -> tuple[StepShape, jax.Array, list[jax.Array]]:
+        """Lets a step in and all steps move on; returns the tick's shape and what the step that leaves has to sample."""
+        shape = self._in_flight.enter(handle)
+        copies = self._in_flight.page_copies()
+        if copies is not None:
+            self._caches = self._programs.get(*self._copy_program(copies.shape[1]))(self._caches, copies)
+        program = self._programs.get(*self._forward_program(shape))
+        words = pack_inputs(handle.batch, shape, self._shapes)
+        self._state, self._caches, self._ring, hidden, rows = program(
+            self._leaves, self._state, self._caches, self._ring, words
+        )
+        return shape, hidden, rows
 
     def _forward_program(self, shape: StepShape) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
-        width = self._shapes.table_width
-
-        def forward(leaves, state, caches, words):
+        def forward(leaves, state, caches, ring, words):
             step = nnx.merge(self._step_graph, jax.tree.unflatten(self._step_tree, leaves))
             state = jax.tree.unflatten(self._state_tree, state)
             caches = jax.tree.unflatten(self._cache_tree, caches)
-            state, caches, hidden, position = step(state, caches, unpack_inputs(words, shape, width))
-            return jax.tree.leaves(state), jax.tree.leaves(caches), hidden, position
+            ring = jax.tree.unflatten(self._ring_tree, ring)
+            state, caches, ring, *outputs = step(state, caches, ring, unpack_inputs(words, shape, self._shapes))
+            return *map(jax.tree.leaves, (state, caches, ring)), outputs[0], jax.tree.leaves(outputs[1])
 
         def lower() -> jax.stages.Lowered:
             mapped = self._sharded(
                 forward,
-                in_specs=(self._leaf_specs, REPLICATED, KV_PAGES, REPLICATED),
-                out_specs=(REPLICATED, KV_PAGES, REPLICATED, REPLICATED),
+                in_specs=(self._leaf_specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
+                out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED),
             )
-            words = jax.ShapeDtypeStruct((num_input_words(shape, width),), jnp.int32)
-            return jax.jit(mapped, donate_argnums=(1, 2)).lower(self._leaves, self._state, self._caches, words)
+            words = jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32)
+            return jax.jit(mapped, donate_argnums=(1, 2, 3)).lower(
+                self._leaves, self._state, self._caches, self._ring, words
+            )
 
         return ("forward", shape), lower
 
     def _sample_program(
         self, num_logits: int, variant: SamplerVariant, logprobs: bool
     ) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
-        def sample(leaves, state, hidden, position, rows):
+        def sample(leaves, state, hidden, rows):
             head = nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, leaves))
             state = jax.tree.unflatten(self._state_tree, state)
-            state, result = sample_step(head, state, hidden, position, rows, variant=variant, logprobs=logprobs)
+            rows = LogitRows(*rows)
+            state, result = sample_step(head, state, hidden, rows, variant=variant, logprobs=logprobs)
             return jax.tree.leaves(state), result
 
         def lower() -> jax.stages.Lowered:
             mapped = self._sharded(
                 sample,
-                in_specs=(self._head_specs, REPLICATED, REPLICATED, REPLICATED, REPLICATED),
+                in_specs=(self._head_specs, REPLICATED, REPLICATED, REPLICATED),
                 out_specs=(REPLICATED, REPLICATED),
             )
             replicated = NamedSharding(self._mesh, REPLICATED)
-            position = jax.ShapeDtypeStruct((num_logits,), jnp.int32, sharding=replicated)
-            rows = jax.ShapeDtypeStruct((2, num_logits), jnp.int32)
+            dims = [(num_logits,), (num_logits,), (num_logits, SAMPLING_FIELDS), (num_logits,)]
+            rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in dims]
             return jax.jit(mapped, donate_argnums=(1,)).lower(
-                self._head_leaves, self._state, self._abstract_hidden(num_logits), position, rows
+                self._head_leaves, self._state, self._abstract_hidden(num_logits), rows
             )
 
         return ("sample", num_logits, variant, logprobs), lower
@@ -269,11 +301,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def _copy_program(self, num_copies: int) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
         def copy(caches, copies):
             caches = jax.tree.unflatten(self._cache_tree, caches)
-            return jax.tree.leaves([kv_cache.copy_pages(cache, copies) for cache in caches])
+            return jax.tree.leaves([kv_cache.copy_pages(cache, copies[0]) for cache in caches])
 
         def lower() -> jax.stages.Lowered:
-            mapped = self._sharded(copy, in_specs=(KV_PAGES, REPLICATED), out_specs=KV_PAGES)
-            copies = jax.ShapeDtypeStruct((num_copies, 2), jnp.int32)
+            mapped = self._sharded(copy, in_specs=(KV_PAGES, PER_STAGE), out_specs=KV_PAGES)
+            copies = jax.ShapeDtypeStruct((self._shapes.num_stages, num_copies, 2), jnp.int32)
             return jax.jit(mapped, donate_argnums=(0,)).lower(self._caches, copies)
 
         return ("copy", num_copies), lower
@@ -305,12 +337,6 @@ def _flattened_head(model: Any, parameters: nnx.State):
     found = [arrays[(*path, *tail)] for tail, _ in nnx.to_flat_state(abstract)]
     tree = jax.tree.structure(abstract)
     return graph, tree, [variable[...] for variable in found], [variable.spec for variable in found]
-
-
-def _padded_copies(copies: np.ndarray) -> np.ndarray:
-    """Copies padded to a power of two with the dump page onto itself."""
-    size = 1 << (len(copies) - 1).bit_length()
-    return np.concatenate([copies, np.zeros((size - len(copies), 2), np.int32)])
 
 
 def _activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:

@@ -57,11 +57,12 @@ class StepShape:
 class StepBatch:
     """One step's work, padded to its shape.
 
-    A padding row names the dump slot (the last one) and has length 0. The wrapper keeps every slot's last token,
+    A padding row names the dump slot and has length 0. The wrapper keeps every slot's last token,
     length, page table and sampling numbers; a step brings only what changes.
 
     Args:
       shape: of everything below.
+      dump_slot: the last slot, which no sequence has.
       decode_slots: int32[R].
       decode_page_index, decode_page_id: int32[R], page table entry to set before the step; index W sets none.
       prefill_slots: int32[P]; rows of one chunk follow each other.
@@ -78,6 +79,7 @@ class StepBatch:
     """
 
     shape: StepShape
+    dump_slot: int
     decode_slots: Int32[np.ndarray, " R"]
     decode_page_index: Int32[np.ndarray, " R"]
     decode_page_id: Int32[np.ndarray, " R"]
@@ -93,6 +95,52 @@ class StepBatch:
     page_copies: Int32[np.ndarray, "J 2"]
     variant: SamplerVariant
     logprobs: bool
+
+    @property
+    def num_live_rows(self) -> int:
+        """Rows of both segments that are no padding."""
+        return int((self.decode_slots != self.dump_slot).sum() + (self.prefill_slots != self.dump_slot).sum())
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether a token is sampled from any of its hidden states."""
+        return bool((self.logit_slots != self.dump_slot).any())
+
+    @classmethod
+    def idle(cls, shapes: StepShapes) -> StepBatch:
+        """A step without work, which only moves a pipeline on."""
+        shape = shapes.shape(num_decode=0, num_prefill=0, num_logits=0)
+
+        def full(*dims: int, value: int = 0) -> np.ndarray:
+            return np.full(dims, value, np.int32)
+
+        return cls(
+            shape=shape,
+            dump_slot=shapes.num_slots,
+            decode_slots=full(shape.num_decode, value=shapes.num_slots),
+            decode_page_index=full(shape.num_decode, value=shapes.table_width),
+            decode_page_id=full(shape.num_decode),
+            prefill_slots=full(0),
+            prefill_start=full(0),
+            prefill_len=full(0),
+            prefill_tokens=full(0, PREFILL_BLOCK),
+            prefill_pages=full(0, shapes.table_width),
+            prefill_sampling=full(0, SAMPLING_FIELDS),
+            logit_index=full(shape.num_logits),
+            logit_slots=full(shape.num_logits, value=shapes.num_slots),
+            logit_feeds=np.zeros(shape.num_logits, bool),
+            page_copies=full(0, 2),
+            variant=SamplerVariant.GREEDY,
+            logprobs=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowUsage:
+    """Rows of both segments, summed over pipeline stages and steps: those with work, and those of the programs run."""
+
+    live: int
+    launched: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +181,8 @@ def num_blocks(num_tokens: int) -> int:
 class StepShapes:
     """The short list of shapes that steps are padded to.
 
-    Decode-only steps have a power of two rows. Steps with prefill combine a power of four decode rows with a power of
+    Decode-only steps have a power of two rows; with a pipeline, a sequence is in every num_stages-th step at most, so that
+    they have its share of the slots. Steps with prefill combine a power of four decode rows with a power of
     two prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that the
     samplers' shapes are few.
 
@@ -145,7 +194,8 @@ class StepShapes:
     def __init__(self, config: EngineConfig, *, max_model_len: int):
         self.num_slots = config.max_num_seqs
         self.table_width = pages_for(max_model_len, config.page_size)
-        self.max_decode = config.max_num_seqs
+        self.num_stages = config.pipeline_parallel_size
+        self.max_decode = -(-config.max_num_seqs // self.num_stages)
         self.max_prefill = num_blocks(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
         self._decode_rows = _powers(1, 2, self.max_decode)
         self._mixed_rows = [0, *_powers(4, 4, self.max_decode)]
@@ -173,6 +223,11 @@ class StepShapes:
             num_prefill=prefill,
             num_logits=_power_of_two(max(num_logits, decode + min(prefill, MAX_CHUNKS))),
         )
+
+    def largest_shape(self) -> StepShape:
+        """What every step fits into, even with a logit row for every token."""
+        num_tokens = self.max_decode + self.max_prefill * PREFILL_BLOCK
+        return self.shape(num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_tokens)
 
     def all_shapes(self) -> list[StepShape]:
         """Every shape an ordinary step can have (one logit a sequence at most), smallest first."""

@@ -16,7 +16,9 @@ from jaxinfer.checkpoint.fusion import unfuse
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.models.registry import Layout, find_family, parse_model_config
+from jaxinfer.layers.linear import Rows
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import find_family, parse_model_config
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
 def _parts(
     names, values: np.ndarray, variable: nnx.Variable, num_shards: int, transposed: bool
 ) -> dict[str, np.ndarray]:
-    sizes = variable.get_metadata().get("rows", (values.shape[0],))
-    assert not values[sum(sizes) :].any(), f"{names}: the padding rows are not zero"
-    parts = unfuse(values[: sum(sizes)], sizes, num_shards if len(sizes) > 1 else 1)
+    rows = variable.get_metadata().get("parts", (Rows(values.shape[0]),))
+    assert not values[sum(part.size for part in rows) :].any(), f"{names}: the padding rows are not zero"
+    parts = unfuse(values, rows, num_shards if len(rows) > 1 else 1)
     parts = parts if len(names) == len(parts) else [np.concatenate(parts)]
     return dict(zip(names, (part.T if transposed else part for part in parts), strict=True))
 

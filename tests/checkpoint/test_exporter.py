@@ -17,8 +17,10 @@ from jaxinfer.checkpoint.exporter import export_parameters
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
+from jaxinfer.layers.linear import Rows
 from jaxinfer.models import llama
-from jaxinfer.models.registry import Layout, find_family, parse_model_config
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import find_family, parse_model_config
 
 
 @pytest.mark.parametrize("case", ["gqa", "biases", "tied", "qwen3", "phi3", "gpt2"])
@@ -57,8 +59,8 @@ def test_export_parameters_fused_and_stacked_come_apart(num_stages: int, num_sha
         return np.concatenate([shards[part][shard] for shard in range(num_shards) for part in range(2)])[:, None]
 
     class Part(nnx.Module):
-        def __init__(self, values: np.ndarray, rows: tuple[int, ...]):
-            self.weight = nnx.Param(jax.numpy.asarray(values), rows=rows)
+        def __init__(self, values: np.ndarray, sizes: tuple[int, ...]):
+            self.weight = nnx.Param(jax.numpy.asarray(values), parts=tuple(map(Rows, sizes)))
 
     class Block(nnx.Module):
         def __init__(self, index: int):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.checkpoint.fusion import PartRows, fused_rows, unfuse
+from jaxinfer.checkpoint.fusion import PartRows, fused_rows, stored_rows, unfuse
+from jaxinfer.layers.linear import Rows
 
 
 def fuse(tensors: list[np.ndarray], num_shards: int) -> np.ndarray:
@@ -34,7 +35,7 @@ def test_fused_rows_any_range_equals_concatenation(case) -> None:
     assert all(entry.start < entry.stop for entry in rows)
     pieces = [tensors[entry.part][entry.start : entry.stop] for entry in rows]
     assert np.array_equal(np.concatenate([np.empty((0, 2), int), *pieces]), fused[start:stop])
-    for tensor, part in zip(tensors, unfuse(fused, sizes, num_shards), strict=True):
+    for tensor, part in zip(tensors, unfuse(fused, [Rows(size) for size in sizes], num_shards), strict=True):
         assert np.array_equal(tensor, part)
 
 
@@ -51,4 +52,17 @@ def test_fused_rows_indivisible_size_raises() -> None:
     with pytest.raises(ValueError, match="6 output features cannot be split over 4 tensor shards"):
         list(fused_rows((8, 6), 4, 0, 14))
     with pytest.raises(ValueError, match="6 output features"):
-        unfuse(np.zeros((6, 2)), (6,), 4)
+        unfuse(np.zeros((6, 2)), (Rows(6),), 4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_stored_rows_copies_stand_next_to_each_other(num_groups: int, copies: int, unit: int, data) -> None:
+    part = Rows(num_groups * unit, copies=copies, unit=unit)
+    tensor = np.arange(part.stored)
+    repeated = tensor.reshape(num_groups, unit).repeat(copies, axis=0).ravel()
+    assert repeated.size == part.size
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, part.size), st.integers(0, part.size))))
+    pieces = [tensor[low:high] for low, high in stored_rows(part, start, stop)]
+    assert np.array_equal(np.concatenate([np.empty(0, int), *pieces]), repeated[start:stop])
+    assert np.array_equal(unfuse(repeated, [part], 1)[0], tensor)

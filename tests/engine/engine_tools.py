@@ -6,10 +6,10 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 
 
-def make_engine(*, max_model_len=64, max_in_flight=2, **fields):
+def make_engine(*, max_model_len=64, **fields):
     fields = {"max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 64} | fields
     config = EngineConfig(**fields)
-    wrapper = FakeWrapper(config, max_model_len=max_model_len, max_in_flight=max_in_flight)
+    wrapper = FakeWrapper(config, max_model_len=max_model_len)
     return DynamicEngine(wrapper, config, max_model_len=max_model_len), wrapper
 
 

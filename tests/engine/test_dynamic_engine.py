@@ -24,6 +24,7 @@ def histories(draw):
         "max_num_batched_tokens": draw(st.sampled_from([16, 32, 64])),
         "enable_prefix_caching": draw(st.booleans()),
         "run_ahead": draw(st.booleans()),
+        "pipeline_parallel_size": draw(st.sampled_from([1, 1, 2, 3, 4])),
     }
     actions = []
     for number in range(draw(st.integers(1, 8))):
@@ -78,7 +79,7 @@ def test_engine_any_history_gives_own_text_and_leaks_no_page(history):
     stats = engine.stats()
     assert stats.kv_pages_used == 0
     assert stats.num_requests_running == stats.num_requests_waiting == 0
-    assert wrapper.max_pending <= (2 if engine_settings["run_ahead"] else 1)
+    assert wrapper.max_pending <= engine_settings["pipeline_parallel_size"] + engine_settings["run_ahead"]
 
 
 def test_engine_tight_pool_preempts_every_request_and_keeps_output():
@@ -91,9 +92,9 @@ def test_engine_tight_pool_preempts_every_request_and_keeps_output():
 
 
 def test_engine_runs_ahead_by_at_most_the_wrappers_limit():
-    engine, wrapper = make_engine(max_in_flight=3)
+    engine, wrapper = make_engine(pipeline_parallel_size=3)
     run_all(engine, [request(0, [1, 2], 12)])
-    assert wrapper.max_pending == 3
+    assert wrapper.max_pending == 4
 
 
 def test_engine_first_come_first_served():

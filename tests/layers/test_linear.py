@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, project
+from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows, project
 
 
 def normal(*shape: int, dtype="float32") -> jax.Array:
@@ -40,8 +40,9 @@ def test_project_one_row_equals_that_row_of_many() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_column_then_row_parallel_equals_two_products(num_rows: int, bias: bool) -> None:
+    parts = (Rows(6), Rows(4))
     options = {"num_stages": 1, "dtype": jnp.dtype("float32"), "bias": bias}
-    column, row = ColumnParallelLinear(8, (6, 4), **options), RowParallelLinear(10, 8, **options)
+    column, row = ColumnParallelLinear(8, parts, **options), RowParallelLinear(10, 8, **options)
     column.weight[...], row.weight[...] = normal(1, 10, 8), normal(1, 8, 10)
     expected = x = normal(num_rows, 8)
     for layer in (column, row):
@@ -53,4 +54,4 @@ def test_column_then_row_parallel_equals_two_products(num_rows: int, bias: bool)
     everywhere = PartitionSpec()
     pair = jax.shard_map(lambda x: row(column(x)), mesh=make_mesh(), in_specs=everywhere, out_specs=everywhere)
     np.testing.assert_allclose(jax.jit(pair)(x), expected, rtol=1e-4, atol=1e-5)
-    assert column.weight.get_metadata()["rows"] == (6, 4)
+    assert column.weight.get_metadata()["parts"] == parts

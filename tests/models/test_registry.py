@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxinfer.models import llama
-from jaxinfer.models.registry import Decoder, Layout, find_family, known_architectures, parse_model_config
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import Decoder, find_family, known_architectures, parse_model_config
 
 FIELDS = {
     "architectures": ["LlamaForCausalLM"],
@@ -76,12 +77,3 @@ def test_build_every_parameter_has_spec_and_tensors(num_stages: int, tied: bool,
     assert named <= llama.TENSOR_NAMES.keys()
     if bias and not tied:
         assert named == llama.TENSOR_NAMES.keys()
-
-
-def test_layout_window_differs_between_stages_raises() -> None:
-    fields = FIELDS | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4}
-    config = parse_model_config(fields | {"max_window_layers": 1})
-    assert [layout(1).window(config, index) for index in range(3)] == [None, 4, 4]
-    assert layout(3).layers_per_stage(config) == 1
-    with pytest.raises(NotImplementedError, match=r"local layer 0 has windows .* on 3 stages"):
-        layout(3).window(config, 0)

@@ -18,7 +18,8 @@ from jaxinfer.checkpoint.directory import read_json
 from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.layers.attention import Segment, TokenBatch
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.models.registry import Layout, find_family, parse_model_config
+from jaxinfer.models.layout import Layout
+from jaxinfer.models.registry import find_family, parse_model_config
 
 num_shards = 2
 for path in map(Path, sys.argv[1:]):
@@ -38,7 +39,7 @@ for path in map(Path, sys.argv[1:]):
         model = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
         positions, full = jnp.arange(length), jnp.array([length])
         segment = Segment(jnp.array([[1]]), full, full, num_queries=length)
-        batch = TokenBatch(prompt, positions, jnp.ones(length, jnp.int32), positions, (segment,))
+        batch = TokenBatch(positions, jnp.ones(length, jnp.int32), positions, (segment,))
         zeros = jnp.zeros((2, config.num_kv_heads // num_shards, length, config.head_dim))
         caches = [LayerCache(keys=zeros, values=zeros) for _ in model.layers]
         x, _ = model.run_layers(model.embed(prompt, positions), caches, batch)

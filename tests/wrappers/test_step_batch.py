@@ -22,7 +22,7 @@ def test_shape_any_step_is_held_and_listed(max_num_seqs, budget, max_model_len, 
     assert shape.num_prefill >= num_prefill
     assert shape.num_logits >= num_logits
     assert shape.num_prefill * PREFILL_BLOCK < config.max_num_batched_tokens + PREFILL_BLOCK
-    assert num_input_words(shape, shapes.table_width) > 0
+    assert num_input_words(shape, shapes) > 0
 
 
 def test_all_shapes_default_settings_are_few():

@@ -70,6 +70,7 @@ def prefill_step(
     table[: len(starts), : len(pages)] = pages
     return StepBatch(
         shape=shape,
+        dump_slot=shapes.num_slots,
         decode_slots=np.zeros(0, np.int32),
         decode_page_index=np.zeros(0, np.int32),
         decode_page_id=np.zeros(0, np.int32),
@@ -96,6 +97,7 @@ def decode_step(wrapper: DecoderWrapper, slots, *, new_pages=None) -> StepBatch:
     entries = [(new_pages or {}).get(slot, (shapes.table_width, 0)) for slot in slots]
     return StepBatch(
         shape=shape,
+        dump_slot=shapes.num_slots,
         decode_slots=_padded(slots, rows, shapes.num_slots),
         decode_page_index=_padded([index for index, _ in entries], rows, shapes.table_width),
         decode_page_id=_padded([page for _, page in entries], rows, 0),

@@ -249,6 +249,9 @@ class ModelConfig:
       norm_kind: "rms" has a weight, "layer" takes the mean off and has a bias as well.
       norm_places: "before" attention and feed-forward, "behind" them (before they are added), or "both".
       norm_offset: added to the weights of every norm.
+      num_experts, experts_per_token, expert_ffn_size: of a mixture of experts; 0 without.
+      normalise_experts: the chosen experts' shares of a token sum to 1.
+      dense_layers: layers without experts in a model that has them.
 
     Raises:
       ValueError: numbers that do not fit each other; the message names them.
@@ -281,6 +284,11 @@ class ModelConfig:
     norm_kind: str = "rms"
     norm_places: str = "before"
     norm_offset: float = 0.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    normalise_experts: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, ACTIVATIONS)
@@ -301,6 +309,9 @@ class ModelConfig:
             self._check_rotation(self.rope)
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows must have one entry a layer, {self.num_layers}, got {len(self.windows)}")
+        if self.num_experts:
+            require_int("expert_ffn_size", self.expert_ffn_size, 1)
+            require_int("experts_per_token", self.experts_per_token, 1, self.num_experts)
         for window in self.windows:
             if window is not None:
                 require_int("window", window, 1)
@@ -324,19 +335,27 @@ class ModelConfig:
         return self.rope if window is None or self.local_rope is None else self.local_rope
 
     @property
+    def expert_layers(self) -> frozenset[int]:
+        """Layers that are a mixture of experts."""
+        return frozenset(range(self.num_layers)) - set(self.dense_layers) if self.num_experts else frozenset()
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the model, tied ones counted once."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         norm = (2 if self.norm_kind == "layer" else 1) * self.hidden_size
         inner = (2 if self.mlp_gate else 1) * self.ffn_size
-        layer = self.hidden_size * (2 * q_size + 2 * kv_size + inner + self.ffn_size)
+        layer = self.hidden_size * (2 * q_size + 2 * kv_size)
         layer += (4 if self.norm_places == "both" else 2) * norm
         layer += self.attention_bias * (q_size + 2 * kv_size) + self.attention_out_bias * self.hidden_size
-        layer += self.mlp_bias * (inner + self.hidden_size)
         layer += {"none": 0, "head": 2 * self.head_dim, "projection": q_size + kv_size}[self.qk_norm]
         tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size
         tables += self.max_position_embeddings if self.rope is None else 0
-        return tables * self.hidden_size + self.num_layers * layer + norm
+        dense = self.hidden_size * (inner + self.ffn_size) + self.mlp_bias * (inner + self.hidden_size)
+        experts = self.num_experts * self.hidden_size * (3 * self.expert_ffn_size + 1)
+        num_sparse = len(self.expert_layers)
+        blocks = (self.num_layers - num_sparse) * dense + num_sparse * experts
+        return tables * self.hidden_size + self.num_layers * layer + blocks + norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.sampling import NUM_CANDIDATES, SamplingNumbers
 from jaxinfer.wrappers.decoder_step import DecodeState, sample_step
+from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, pack_sampling
 
 SMALL = 48
@@ -421,18 +422,15 @@ def test_sample_step_nan_logits_never_win(variant):
     head = VocabularyEmbedding(6, 2, num_shards=1, dtype=jnp.dtype(jnp.float32))
     head.weight[...] = jnp.asarray([[1, 0], [2, 0], [np.nan, 0], [50, 0], [0, 0], [0, 0]], jnp.float32)
     hidden = jnp.asarray([[1, 0], [np.nan, 0], [1, 0]], jnp.float32)
-    state = DecodeState.zeros(3, 1)
-    words = [pack_sampling(temperature=t, top_k=0, top_p=1.0, min_p=0.0, seed=1) for t in (1.0, 1.0, 0.0, 0.0)]
-    state = DecodeState(
-        last_token=state.last_token, length=state.length, page_table=state.page_table, sampling=jnp.stack(words)
-    )
-    rows = jnp.asarray([[0, 1, 2], [1, 1, 1]], jnp.int32)
+    words = [pack_sampling(temperature=t, top_k=0, top_p=1.0, min_p=0.0, seed=1) for t in (1.0, 1.0, 0.0)]
+    slots = jnp.arange(3, dtype=jnp.int32)
+    rows = LogitRows(index=slots, position=jnp.zeros(3, jnp.int32), sampling=jnp.stack(words), feed_slot=slots)
 
-    def step(hidden, position, rows, state):
-        return sample_step(head, state, hidden, position, rows, variant=variant, logprobs=True)
+    def step(state, hidden, rows):
+        return sample_step(head, state, hidden, rows, variant=variant, logprobs=True)
 
     call = jax.shard_map(step, mesh=make_mesh(), in_specs=P(), out_specs=P(), check_vma=False)
-    state, columns = jax.jit(call)(hidden, jnp.zeros(3, jnp.int32), rows, state)
+    state, columns = jax.jit(call)(DecodeState.zeros(3, 1), hidden, rows)
     assert columns[:, 0].tolist() == [3, 0, 3]
     assert state.last_token[:3].tolist() == [3, 0, 3]
 

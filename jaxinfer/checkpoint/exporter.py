@@ -39,7 +39,7 @@ def export_parameters(
 
 def _stored(parameter: NamedParameter, values: np.ndarray, num_tensors: int, num_shards: int) -> list[np.ndarray]:
     """The tensors of one stage of a parameter."""
-    parts = unfuse(values, parameter.parts, num_shards if len(parameter.parts) > 1 else 1)
+    parts = unfuse(values, parameter.parts, parameter.num_interleaved(num_shards))
     if num_tensors < len(parts):
         parts = [np.concatenate(parts)]
     return [np.ascontiguousarray(part.T) for part in parts] if parameter.transposed else parts

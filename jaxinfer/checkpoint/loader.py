@@ -111,7 +111,7 @@ def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Arra
 def _reader(parameter: NamedParameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
     """A function that fills one slice of the parameter, given (start, stop) for each of its axes."""
     variable, parts = parameter.variable, parameter.parts
-    shards = num_shards if len(parts) > 1 else 1
+    shards = parameter.num_interleaved(num_shards)
     copied: dict[tuple[str, int, int], np.ndarray] = {}  # what several shards hold is read once
 
     def read_rows(name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:

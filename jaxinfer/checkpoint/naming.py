@@ -46,6 +46,11 @@ class NamedParameter:
         """What each tensor contributes: a fused parameter declares its parts, a vocabulary its rows without padding."""
         return self.variable.get_metadata().get("parts", (Rows(*self.shape[:1]),))
 
+    def num_interleaved(self, num_shards: int) -> int:
+        """Shards that hold a part of every part; 1 where parts follow each other whole."""
+        whole = len(self.parts) == 1 or self.variable.get_metadata().get("whole_parts", False)
+        return 1 if whole else num_shards
+
     def part_source(self, stage: int, part: int) -> tuple[str, int]:
         """The tensor that holds a part of one stage, and the part's first row in it."""
         names = self.stages[stage]
@@ -92,6 +97,9 @@ def _describe(
     layer = re.search(r"\.(\d+)\.", path)
     key = path if layer is None else path.replace(layer.group(), ".{layer}.", 1)
     names = tuple(name.removeprefix(base_prefix) for name in family.tensor_names[key])
+    if any("{expert}" in name for name in names):
+        num_experts = len(variable.get_metadata()["parts"]) // len(names)
+        names = tuple(name.replace("{expert}", str(expert)) for expert in range(num_experts) for name in names)
     transposed = key in family.transposed
     if layer is None:
         return NamedParameter(path=path, variable=variable, stages=(names,), staged=False, transposed=transposed)

@@ -44,6 +44,11 @@ def vocabulary_shard() -> Int[Array, ""]:
     return lax.axis_index(VOCABULARY)
 
 
+def tensor_shard() -> Int[Array, ""]:
+    """Index of this device among the shards of its stage."""
+    return lax.axis_index(TENSOR)
+
+
 def gather_candidates(x: Shaped[Array, "R K"]) -> Shaped[Array, "R J"]:
     """Every slice's K candidates of each row side by side, in the order of the slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.all_gather(x, VOCABULARY, axis=1, tiled=True)

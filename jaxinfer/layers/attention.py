@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config import ModelConfig
@@ -60,6 +60,11 @@ class TokenBatch:
     pages: Int[Array, " T"]
     offsets: Int[Array, " T"]
     segments: tuple[Segment, ...]
+
+    @property
+    def live(self) -> Bool[Array, " T"]:
+        """Which tokens are no padding."""
+        return self.pages != kv_cache.DUMP_PAGE
 
 
 _ALL = 2**30

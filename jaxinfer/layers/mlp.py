@@ -24,6 +24,12 @@ _ACTIVATIONS = {
 }
 
 
+def activate(gate_up: Float[Array, "T G"], activation: str) -> Float[Array, "T F"]:
+    """act(gate) * up of the two halves of the last axis."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return _ACTIVATIONS[activation](gate) * up
+
+
 class GatedMLP(nnx.Module):
     """Gated feed-forward: one column-parallel product for gate and up, one row-parallel for down.
 
@@ -55,8 +61,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Maps [T, D] to [T, D]."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(_ACTIVATIONS[self.activation](gate) * up)
+        return self.down(activate(self.gate_up(x), self.activation))
 
 
 class MLP(nnx.Module):

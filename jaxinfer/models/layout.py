@@ -44,7 +44,12 @@ class Layout:
             raise ValueError(
                 f"pipeline_parallel_size must be <= {config.num_layers}, the model's layers, got {self.num_stages}"
             )
-        for count, what in ((config.num_heads, "query heads"), (config.ffn_size, "feed-forward features")):
+        divided = [(config.num_heads, "query heads")]
+        if config.num_experts:
+            divided.append((config.num_experts, "experts"))
+        if len(config.expert_layers) < config.num_layers:
+            divided.append((config.ffn_size, "feed-forward features"))
+        for count, what in divided:
             if count % self.num_shards:
                 raise ValueError(f"tensor_parallel_size must divide the model's {count} {what}, got {self.num_shards}")
         few, many = sorted((config.num_kv_heads, self.num_shards))
@@ -53,6 +58,25 @@ class Layout:
                 f"tensor_parallel_size must divide the model's {config.num_kv_heads} kv heads or be a multiple of "
                 f"them, got {self.num_shards}"
             )
+
+        for index in range(self.layers_per_stage(config)):
+            self.has_experts(config, index)
+
+    def has_experts(self, config: ModelConfig, local_layer: int) -> bool:
+        """Whether a local layer is a mixture of experts.
+
+        Raises:
+          ValueError: it is on some stages only.
+        """
+        layers = range(local_layer, config.num_layers, self.layers_per_stage(config))
+        mixed = [layer for layer in layers if layer in config.expert_layers]
+        if mixed and len(mixed) < len(layers):
+            dense = [layer for layer in layers if layer not in mixed]
+            raise ValueError(
+                f"with pipeline_parallel_size {self.num_stages}, layers {mixed} with experts and layers {dense} "
+                f"without stand at one place of different stages; choose a size whose stages are alike"
+            )
+        return bool(mixed)
 
     def layers_per_stage(self, config: ModelConfig) -> int:
         """Local layers every stage holds; the last stages' surplus is padding."""

@@ -21,6 +21,7 @@ from jaxinfer.layers.attention import Attention, TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.mlp import GatedMLP
+from jaxinfer.layers.moe import MixtureOfExperts
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import RotaryTables
 from jaxinfer.models.hf_config import parse_decoder
@@ -77,7 +78,7 @@ class LlamaLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); arguments as Llama's, and the local layer's number.
 
     With norms in both places, each block's output is normalised once more before it is added; with norms behind, only
-    then.
+    then. The feed-forward is one block or a mixture of experts.
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, index: int):
@@ -99,14 +100,17 @@ class LlamaLayer(nnx.Module):
             backend=layout.attention_backend,
             dtype=dtype,
         )
-        self.mlp = GatedMLP(
-            size,
-            config.ffn_size,
-            num_stages=stages,
-            dtype=dtype,
-            bias=config.mlp_bias,
-            activation=config.activation,
-        )
+        if layout.has_experts(config, index):
+            self.mlp = MixtureOfExperts(config, num_stages=stages, num_shards=layout.num_shards, dtype=dtype)
+        else:
+            self.mlp = GatedMLP(
+                size,
+                config.ffn_size,
+                num_stages=stages,
+                dtype=dtype,
+                bias=config.mlp_bias,
+                activation=config.activation,
+            )
 
     def __call__(
         self,
@@ -118,7 +122,8 @@ class LlamaLayer(nnx.Module):
         """One layer of one stage; returns the new residual stream and the written cache."""
         attended, cache = self.attention(_normalised(x, self.attention_norm), cache, batch, rotary)
         x = x + _normalised(attended, self.attention_post_norm)
-        fed = self.mlp(_normalised(x, self.mlp_norm))
+        fed = _normalised(x, self.mlp_norm)
+        fed = self.mlp(fed, batch.live) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(fed)
         return x + _normalised(fed, self.mlp_post_norm), cache
 
 

@@ -52,7 +52,8 @@ class ModelFamily:
       parse_config: config.json's fields -> ModelConfig.
       build: (config, layout) -> nnx module with the Decoder protocol.
       tensor_names: parameter path -> the checkpoint tensors stacked in it along the output features, one a part or a
-        single one that holds all parts; "{layer}" stands for the layer's number.
+        single one that holds all parts; "{layer}" and "{expert}" stand for their numbers (a parameter of
+        all experts has the tensors of each, one expert after the other).
       transposed: paths of parameters that checkpoints store [in, out].
       base_prefix: what the names of a checkpoint without a head lack at the beginning.
       ignored: regular expression of tensors (without base_prefix) that are no parameters.
@@ -72,10 +73,12 @@ _MODULES = {
     "Gemma3ForCausalLM": "jaxinfer.models.gemma3",
     "LlamaForCausalLM": "jaxinfer.models.llama",
     "MistralForCausalLM": "jaxinfer.models.mistral",
+    "MixtralForCausalLM": "jaxinfer.models.mixtral",
     "Olmo2ForCausalLM": "jaxinfer.models.olmo2",
     "Phi3ForCausalLM": "jaxinfer.models.phi3",
     "Qwen2ForCausalLM": "jaxinfer.models.qwen2",
     "Qwen3ForCausalLM": "jaxinfer.models.qwen3",
+    "Qwen3MoeForCausalLM": "jaxinfer.models.qwen3_moe",
 }
 
 

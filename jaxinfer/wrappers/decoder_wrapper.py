@@ -227,7 +227,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         )
 
     def _tick(self, handle: StepHandle) -> tuple[StepShape, jax.Array, list[jax.Array]]:
-        """Lets a step in and all steps move on; returns the tick's shape and what the step that leaves has to sample."""
+        """Lets a step in and moves all on; returns the tick's shape and what the step that leaves has to sample."""
         shape = self._in_flight.enter(handle)
         copies = self._in_flight.page_copies()
         if copies is not None:

@@ -181,10 +181,10 @@ def num_blocks(num_tokens: int) -> int:
 class StepShapes:
     """The short list of shapes that steps are padded to.
 
-    Decode-only steps have a power of two rows; with a pipeline, a sequence is in every num_stages-th step at most, so that
-    they have its share of the slots. Steps with prefill combine a power of four decode rows with a power of
-    two prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that the
-    samplers' shapes are few.
+    Decode-only steps have a power of two rows; with a pipeline, a sequence is in every num_stages-th step at most, so
+    that a step holds its share of the slots. Steps with prefill combine a power of four decode rows with a power of two
+    prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that shapes of
+    samplers are few.
 
     Args:
       config: the engine's settings.

@@ -55,6 +55,8 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
         layer = re.search(r"\.(\d+)\.", dotted)
         key = re.sub(r"\.\d+\.", ".{layer}.", dotted, count=1)
         names = family.tensor_names[key]
+        if "{expert}" in names[0]:
+            names = [name.replace("{expert}", str(e)) for e in range(config.num_experts) for name in names]
         transposed = key in family.transposed
         values = np.asarray(variable[...])
         if layer is None:
@@ -75,7 +77,8 @@ def _parts(
 ) -> dict[str, np.ndarray]:
     rows = variable.get_metadata().get("parts", (Rows(values.shape[0]),))
     assert not values[sum(part.size for part in rows) :].any(), f"{names}: the padding rows are not zero"
-    parts = unfuse(values, rows, num_shards if len(rows) > 1 else 1)
+    interleaved = len(rows) > 1 and "whole_parts" not in variable.get_metadata()
+    parts = unfuse(values, rows, num_shards if interleaved else 1)
     parts = parts if len(names) == len(parts) else [np.concatenate(parts)]
     return dict(zip(names, (part.T if transposed else part for part in parts), strict=True))
 

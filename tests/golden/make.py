@@ -79,6 +79,9 @@ BASE: dict[str, Any] = {
 }
 
 
+MESH = {"vocab_size": 301, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8}
+
+
 def rope(kind: str, **fields: float) -> dict[str, Any]:
     """A rope_parameters field with a base low enough that every frequency turns within a prompt."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **fields}}
@@ -176,6 +179,57 @@ CASES: dict[str, Case] = {
             "eos_token_id": None,
         },
     ),
+    "mixtral": Case(
+        family="mixtral",
+        config={"intermediate_size": 16, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 12},
+    ),
+    "qwen3_moe": Case(
+        family="qwen3_moe",
+        config={
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "moe_intermediate_size": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+    ),
+    # For meshes of up to 4 stages and 8 shards: uneven layers, a vocabulary and kv heads that do not divide.
+    "mesh/llama": Case(config=MESH),
+    "mesh/qwen3": Case(family="qwen3", config=MESH | {"num_key_value_heads": 4, "head_dim": 16}),
+    "mesh/gemma3": Case(
+        family="gemma3_text",
+        config=MESH
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 10,
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "mesh/gpt2": Case(
+        family="gpt2",
+        base={},
+        config={
+            "vocab_size": 301,
+            "n_embd": 64,
+            "n_layer": 5,
+            "n_head": 8,
+            "n_positions": 256,
+            "n_inner": 64,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
+    "mesh/mixtral": Case(
+        family="mixtral", config=MESH | {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2}
+    ),
 }
 
 
@@ -208,7 +262,7 @@ def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], tied: bool
         "embed_tokens" in name or "wte" in name
     ):  # a tied head would repeat its input if the embedding outweighed the layers
         return (0.3 if tied else 1.0) * normal
-    num_inputs = shape[0] if "c_" in name else shape[1]  # GPT-2 stores [in, out]
+    num_inputs = shape[0] if "c_" in name else shape[-1]  # GPT-2 stores [in, out]
     return 1.5 / np.sqrt(np.float32(num_inputs)) * normal
 
 

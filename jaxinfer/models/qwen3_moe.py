@@ -1,0 +1,52 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in place of most or all feed-forwards.
+
+Owns: the family's config.json fields and checkpoint names.
+Does not know: the layers, which are Llama's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.models import qwen3
+from jaxinfer.models.hf_config import require_count
+from jaxinfer.models.llama import Llama
+from jaxinfer.models.registry import ModelFamily
+
+_EXPERTS = "model.layers.{layer}.mlp.experts.{expert}"
+QWEN3_MOE_TENSOR_NAMES = qwen3.QWEN3_TENSOR_NAMES | {
+    "layers.{layer}.mlp.router": ("model.layers.{layer}.mlp.gate.weight",),
+    "layers.{layer}.mlp.gate_up": (f"{_EXPERTS}.gate_proj.weight", f"{_EXPERTS}.up_proj.weight"),
+    "layers.{layer}.mlp.down": (f"{_EXPERTS}.down_proj.weight",),
+}
+
+
+def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a Qwen3-MoE config.json; `mlp_only_layers` and `decoder_sparse_step` say where experts are.
+
+    Newer files spell `num_experts` as Mixtral's do.
+
+    Raises:
+      TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
+
+    Source: Yang et al. 2025, "Qwen3 Technical Report", section 2; transformers' Qwen3MoeForCausalLM.
+    """
+    dense = fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"config.json: mlp_only_layers must be a list of layer numbers, got {dense!r}")
+    step = require_count({"decoder_sparse_step": 1, **fields}, "decoder_sparse_step")
+    num_layers = require_count(fields, "num_hidden_layers")
+    return dataclasses.replace(
+        qwen3.parse_config(fields),
+        num_experts=require_count({"num_experts": fields.get("num_local_experts"), **fields}, "num_experts"),
+        experts_per_token=require_count(fields, "num_experts_per_tok"),
+        expert_ffn_size=require_count(fields, "moe_intermediate_size"),
+        normalise_experts=bool(fields.get("norm_topk_prob", False)),
+        dense_layers=tuple(layer for layer in range(num_layers) if layer in dense or (layer + 1) % step),
+    )
+
+
+FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=QWEN3_MOE_TENSOR_NAMES)

@@ -1,0 +1,37 @@
+"""Experts: the loop and ragged_dot against every expert on every token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.layers.moe import expert_dense, expert_loop, expert_ragged
+
+
+@pytest.mark.parametrize("method", [expert_loop, expert_ragged])
+@pytest.mark.parametrize("num_chosen", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 75])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_experts_any_tokens_equal_dense(method, num_chosen: int, num_tokens: int, crowded: bool) -> None:
+    """Crowded: all tokens go to the first experts. Choice 5 of 5 experts is none (another shard's, or padding)."""
+    rng = np.random.default_rng(num_tokens)
+    high = num_chosen if crowded else 6
+    chosen = [rng.permutation(high)[:num_chosen] for _ in range(num_tokens)]
+    x, gate_up, down = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((num_tokens, 8), (5, 12, 8), (5, 8, 6))
+    )
+    shares = jnp.asarray(rng.random((num_tokens, num_chosen)), jnp.float32)
+    arguments = (x, jnp.asarray(chosen, jnp.int32), shares, gate_up, down)
+    expected = expert_dense(*arguments, activation="silu")
+    found = jax.jit(method, static_argnames="activation")(*arguments, activation="silu")
+    # Sums of 8 float32 products in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [expert_loop, expert_ragged])
+def test_experts_nobody_chosen_gives_zeros(method) -> None:
+    x, none = jnp.ones((3, 4)), jnp.full((3, 2), 2, jnp.int32)
+    y = method(x, none, jnp.ones((3, 2)), jnp.ones((2, 6, 4)), jnp.ones((2, 4, 3)), activation="silu")
+    assert not np.asarray(y).any()

@@ -16,6 +16,10 @@ if importlib.util.find_spec("beartype"):
     rooms = ("checkpoint", "communication", "engine", "kernels", "layers", "models", "sampling", "wrappers")
     install_import_hook([f"jaxinfer.{room}" for room in rooms], "shape_checker.check")
 
+# The mesh's tests take eight devices, all others the first. Nearly all time goes into compiling programs that run once.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
 # Equal programs of different tests (and of parallel workers) are compiled once.
 os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-test-xla-"))
 

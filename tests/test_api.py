@@ -135,15 +135,24 @@ def test_generate_from_many_threads_equals_one_by_one(llm):
 
 
 def test_generate_interrupt_aborts_the_requests_and_not_the_engine(llm):
-    def for_ever():
-        while True:
-            llm.generate(["hello"] * 8, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
+    caught = threading.Event()
 
-    timer = threading.Timer(0.3, _thread.interrupt_main)
-    timer.start()
+    def for_ever():
+        try:
+            while True:
+                llm.generate(["hello"] * 8, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
+        finally:
+            caught.set()
+
+    def interrupt():
+        while not caught.wait(0.3):  # one that falls into a destructor is lost
+            _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         for_ever()
-    timer.join()
+    thread.join()
     assert llm.generate("hello", GREEDY).finished
     stats = llm.stats()
     assert stats.num_requests_running == stats.num_requests_waiting == 0

@@ -7,7 +7,7 @@ Does not know: requests, queues, text.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,7 +76,14 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     ):
         self._mesh = mesh
         self._shapes = StepShapes(config, max_model_len=layout.max_model_len)
-        self._programs = ProgramCache()
+        self._programs = ProgramCache(
+            {
+                "forward": self._lower_forward,
+                "sample": self._lower_sample,
+                "logits": self._lower_logits,
+                "copy": self._lower_copy,
+            }
+        )
         self._vocab_size = model_config.vocab_size
         self._in_flight = InFlight(self._shapes)
         step = DecoderStep(model, page_size=config.page_size, max_decode=self._shapes.max_decode)
@@ -150,7 +157,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         leaving = self._in_flight.leaving
         if leaving is not None and leaving.batch.has_logits:
             variant, logprobs = leaving.batch.variant, leaving.batch.logprobs
-            program = self._programs.get(*self._sample_program(shape.num_logits, variant, logprobs))
+            program = self._programs.get("sample", shape.num_logits, variant, logprobs)
             self._state, leaving.result = program(self._head_leaves, self._state, hidden, rows)
             leaving.result.copy_to_host_async()
         elif leaving is not None:
@@ -190,16 +197,16 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         shape, hidden, _ = self._tick(StepHandle(batch))
         for _ in range(self._shapes.num_stages - 1):
             shape, hidden, _ = self._tick(StepHandle(StepBatch.idle(self._shapes)))
-        program = self._programs.get(*self._logits_program(shape.num_logits))
+        program = self._programs.get("logits", shape.num_logits)
         return np.asarray(program(self._head_leaves, hidden))[: batch.shape.num_logits, : self._vocab_size]
 
     def warmup(self) -> None:
         """Compiles the forward program of every shape and every sampler."""
         shapes = self._shapes.all_shapes()
-        wanted = [self._forward_program(shape) for shape in shapes]
+        wanted = [("forward", shape) for shape in shapes]
         for num_logits in sorted({shape.num_logits for shape in shapes}):
             for variant in SamplerVariant:
-                wanted += [self._sample_program(num_logits, variant, logprobs) for logprobs in (False, True)]
+                wanted += [("sample", num_logits, variant, logprobs) for logprobs in (False, True)]
         self._programs.compile_all(wanted)
 
     def close(self) -> None:
@@ -211,7 +218,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def compiled_forward(self, shape: StepShape) -> jax.stages.Compiled:
         """The forward program of a shape, for reading its memory plan and text."""
-        return self._programs.get(*self._forward_program(shape))
+        return self._programs.get("forward", shape)
 
     def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int) -> int:
         device = self._mesh.devices.flat[0]
@@ -231,15 +238,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         shape = self._in_flight.enter(handle)
         copies = self._in_flight.page_copies()
         if copies is not None:
-            self._caches = self._programs.get(*self._copy_program(copies.shape[1]))(self._caches, copies)
-        program = self._programs.get(*self._forward_program(shape))
+            self._caches = self._programs.get("copy", copies.shape[1])(self._caches, copies)
+        program = self._programs.get("forward", shape)
         words = pack_inputs(handle.batch, shape, self._shapes)
         self._state, self._caches, self._ring, hidden, rows = program(
             self._leaves, self._state, self._caches, self._ring, words
         )
         return shape, hidden, rows
 
-    def _forward_program(self, shape: StepShape) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+    def _lower_forward(self, shape: StepShape) -> jax.stages.Lowered:
         def forward(leaves, state, caches, ring, words):
             step = nnx.merge(self._step_graph, jax.tree.unflatten(self._step_tree, leaves))
             state = jax.tree.unflatten(self._state_tree, state)
@@ -248,22 +255,17 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             state, caches, ring, *outputs = step(state, caches, ring, unpack_inputs(words, shape, self._shapes))
             return *map(jax.tree.leaves, (state, caches, ring)), outputs[0], jax.tree.leaves(outputs[1])
 
-        def lower() -> jax.stages.Lowered:
-            mapped = self._sharded(
-                forward,
-                in_specs=(self._leaf_specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
-                out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED),
-            )
-            words = jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32)
-            return jax.jit(mapped, donate_argnums=(1, 2, 3)).lower(
-                self._leaves, self._state, self._caches, self._ring, words
-            )
+        mapped = self._sharded(
+            forward,
+            in_specs=(self._leaf_specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
+            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED),
+        )
+        words = jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32)
+        return jax.jit(mapped, donate_argnums=(1, 2, 3)).lower(
+            self._leaves, self._state, self._caches, self._ring, words
+        )
 
-        return ("forward", shape), lower
-
-    def _sample_program(
-        self, num_logits: int, variant: SamplerVariant, logprobs: bool
-    ) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+    def _lower_sample(self, num_logits: int, variant: SamplerVariant, logprobs: bool) -> jax.stages.Lowered:
         def sample(leaves, state, hidden, rows):
             head = nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, leaves))
             state = jax.tree.unflatten(self._state_tree, state)
@@ -271,44 +273,35 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             state, result = sample_step(head, state, hidden, rows, variant=variant, logprobs=logprobs)
             return jax.tree.leaves(state), result
 
-        def lower() -> jax.stages.Lowered:
-            mapped = self._sharded(
-                sample,
-                in_specs=(self._head_specs, REPLICATED, REPLICATED, REPLICATED),
-                out_specs=(REPLICATED, REPLICATED),
-            )
-            replicated = NamedSharding(self._mesh, REPLICATED)
-            dims = [(num_logits,), (num_logits,), (num_logits, SAMPLING_FIELDS), (num_logits,)]
-            rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in dims]
-            return jax.jit(mapped, donate_argnums=(1,)).lower(
-                self._head_leaves, self._state, self._abstract_hidden(num_logits), rows
-            )
+        mapped = self._sharded(
+            sample,
+            in_specs=(self._head_specs, REPLICATED, REPLICATED, REPLICATED),
+            out_specs=(REPLICATED, REPLICATED),
+        )
+        replicated = NamedSharding(self._mesh, REPLICATED)
+        dims = [(num_logits,), (num_logits,), (num_logits, SAMPLING_FIELDS), (num_logits,)]
+        rows = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in dims]
+        return jax.jit(mapped, donate_argnums=(1,)).lower(
+            self._head_leaves, self._state, self._abstract_hidden(num_logits), rows
+        )
 
-        return ("sample", num_logits, variant, logprobs), lower
-
-    def _logits_program(self, num_logits: int) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+    def _lower_logits(self, num_logits: int) -> jax.stages.Lowered:
         def logits(leaves, hidden):
             return nnx.merge(self._head_graph, jax.tree.unflatten(self._head_tree, leaves)).logits(hidden)
 
-        def lower() -> jax.stages.Lowered:
-            mapped = self._sharded(
-                logits, in_specs=(self._head_specs, REPLICATED), out_specs=PartitionSpec(None, (PIPE, TENSOR))
-            )
-            return jax.jit(mapped).lower(self._head_leaves, self._abstract_hidden(num_logits))
+        mapped = self._sharded(
+            logits, in_specs=(self._head_specs, REPLICATED), out_specs=PartitionSpec(None, (PIPE, TENSOR))
+        )
+        return jax.jit(mapped).lower(self._head_leaves, self._abstract_hidden(num_logits))
 
-        return ("logits", num_logits), lower
-
-    def _copy_program(self, num_copies: int) -> tuple[Hashable, Callable[[], jax.stages.Lowered]]:
+    def _lower_copy(self, num_copies: int) -> jax.stages.Lowered:
         def copy(caches, copies):
             caches = jax.tree.unflatten(self._cache_tree, caches)
             return jax.tree.leaves([kv_cache.copy_pages(cache, copies[0]) for cache in caches])
 
-        def lower() -> jax.stages.Lowered:
-            mapped = self._sharded(copy, in_specs=(KV_PAGES, PER_STAGE), out_specs=KV_PAGES)
-            copies = jax.ShapeDtypeStruct((self._shapes.num_stages, num_copies, 2), jnp.int32)
-            return jax.jit(mapped, donate_argnums=(0,)).lower(self._caches, copies)
-
-        return ("copy", num_copies), lower
+        mapped = self._sharded(copy, in_specs=(KV_PAGES, PER_STAGE), out_specs=KV_PAGES)
+        copies = jax.ShapeDtypeStruct((self._shapes.num_stages, num_copies, 2), jnp.int32)
+        return jax.jit(mapped, donate_argnums=(0,)).lower(self._caches, copies)
 
     def _abstract_hidden(self, num_logits: int) -> jax.ShapeDtypeStruct:
         weight = self._head_leaves[0]

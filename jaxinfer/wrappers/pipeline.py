@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import num_stages, send_to_next_stage, stage_index
@@ -104,28 +105,28 @@ def allocate(largest: StepShape, *, hidden_size: int, dtype: jnp.dtype, table_wi
     if stages == 1:
         return None
 
-    def zeros() -> Ring:
-        def rows(count: int) -> SegmentRows:
-            zeros = jnp.zeros(count, jnp.int32)
-            return SegmentRows(zeros, zeros, jnp.zeros((count, table_width), jnp.int32))
+    def full(*dims: int, value: int = 0) -> Array:
+        return jax.device_put(np.full(dims, value, np.int32), NamedSharding(mesh, REPLICATED))
 
-        none = jnp.zeros(0, jnp.int32)
-        logits = LogitRows(none, none, jnp.zeros((0, SAMPLING_FIELDS), jnp.int32), none)
-        idle = _padded(Flight(decode=rows(0), prefill=rows(0), logits=logits), largest)
-        num_tokens = largest.num_prefill * PREFILL_BLOCK
-        return Ring(
-            tick=jnp.zeros((), jnp.int32),
-            flights=jax.tree.map(lambda x: jnp.broadcast_to(x, (stages, *x.shape)), idle),
-            decode=jnp.zeros((stages * largest.num_decode, hidden_size), dtype),
-            prefill=jnp.zeros((stages * num_tokens, hidden_size), dtype),
-        )
+    def rows(count: int) -> SegmentRows:
+        return SegmentRows(full(stages, count), full(stages, count), full(stages, count, table_width))
 
-    def sharding(spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, spec)
+    def activations(num_tokens: int) -> Array:
+        return jnp.zeros((stages * num_tokens, hidden_size), dtype, device=NamedSharding(mesh, PER_STAGE))
 
-    leaves, tree = jax.tree.flatten(jax.eval_shape(zeros))
-    places = [sharding(REPLICATED)] * (len(leaves) - 2) + [sharding(PER_STAGE)] * 2  # the activations come last
-    return jax.jit(zeros, out_shardings=jax.tree.unflatten(tree, places))()
+    count = largest.num_logits
+    logits = LogitRows(
+        index=full(stages, count),
+        position=full(stages, count),
+        sampling=full(stages, count, SAMPLING_FIELDS),
+        feed_slot=full(stages, count, value=NO_SLOT),
+    )
+    return Ring(
+        tick=full(),
+        flights=Flight(decode=rows(largest.num_decode), prefill=rows(largest.num_prefill), logits=logits),
+        decode=activations(largest.num_decode),
+        prefill=activations(largest.num_prefill * PREFILL_BLOCK),
+    )
 
 
 def enter(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ring | None, Flight, Float[Array, "T D"]]:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compiled programs, held by key.
+"""Ahead-of-time compiled programs, held by name and arguments.
 
 Owns: lowering, compiling once (several threads may ask), counting.
 Does not know: what the programs compute.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
 
 class ProgramCache:
-    """Compiled programs by key; each key is lowered and compiled once."""
+    """Compiled programs by name and arguments; each is lowered and compiled once.
 
-    def __init__(self) -> None:
+    Args:
+      lowerings: name -> function that lowers the program of its arguments.
+    """
+
+    def __init__(self, lowerings: Mapping[str, Callable[..., jax.stages.Lowered]]) -> None:
+        self._lowerings = lowerings
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
@@ -26,17 +31,22 @@ class ProgramCache:
         """Programs compiled so far."""
         return len(self._programs)
 
-    def get(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """The program of a key, compiled on the first call."""
+    def get(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
+        """A program, compiled on the first call."""
+        key = (name, *arguments)
         program = self._programs.get(key)
         if program is None:
-            program = lower().compile()
+            program = self.lower(name, *arguments).compile()
             with self._lock:
                 program = self._programs.setdefault(key, program)
         return program
 
-    def compile_all(self, wanted: Iterable[tuple[Hashable, Callable[[], jax.stages.Lowered]]]) -> None:
-        """Compiles many programs; XLA compiles in as many threads as there are cores, tracing is serial."""
+    def lower(self, name: str, *arguments: Hashable) -> jax.stages.Lowered:
+        """A program before it is compiled, for reading."""
+        return self._lowerings[name](*arguments)
+
+    def compile_all(self, wanted: Iterable[tuple[Hashable, ...]]) -> None:
+        """Compiles programs of (name, *arguments); XLA compiles in as many threads as cores, tracing is serial."""
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda entry: self.get(*entry), wanted))
 

@@ -424,7 +424,8 @@ def test_sample_step_nan_logits_never_win(variant):
     hidden = jnp.asarray([[1, 0], [np.nan, 0], [1, 0]], jnp.float32)
     words = [pack_sampling(temperature=t, top_k=0, top_p=1.0, min_p=0.0, seed=1) for t in (1.0, 1.0, 0.0)]
     slots = jnp.arange(3, dtype=jnp.int32)
-    rows = LogitRows(index=slots, position=jnp.zeros(3, jnp.int32), sampling=jnp.stack(words), feed_slot=slots)
+    zeros, ones = jnp.zeros(3, jnp.int32), jnp.ones(3, jnp.int32)
+    rows = LogitRows(index=slots, position=zeros, sampling=jnp.stack(words), slot=slots, feeds=ones)
 
     def step(state, hidden, rows):
         return sample_step(head, state, hidden, rows, variant=variant, logprobs=True)

@@ -1,6 +1,6 @@
 """The paged KV cache: one key and one value array a layer, written in place.
 
-Owns: the arrays' layout [pp * P, K, C, H], their allocation, writes and page copies. Page 0 of every stage is the dump
+Owns: the arrays' layout [pp * P, K, C, H], writes and page copies. Page 0 of every stage is the dump
 page: padding tokens write there and nobody reads it.
 Does not know: which request owns a page (engine/page_allocator.py does).
 """
@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
-
-from jaxinfer.communication.sharding import KV_PAGES
 
 DUMP_PAGE = 0
 
@@ -56,11 +53,10 @@ class CacheShape:
         return 2 * self.num_layers * per_layer * itemsize
 
 
-def allocate(shape: CacheShape, dtype: jnp.dtype, mesh: Mesh) -> list[LayerCache]:
-    """A cache of zeros on the mesh (zeros, since 0 * NaN would poison masked positions)."""
+def empty(shape: CacheShape, dtype: jnp.dtype) -> list[LayerCache]:
+    """A cache of zeros (0 * NaN would poison masked positions)."""
     pages = (shape.num_stages * shape.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
-    zeros = jax.jit(lambda: jnp.zeros(pages, dtype), out_shardings=NamedSharding(mesh, KV_PAGES))
-    return [LayerCache(keys=zeros(), values=zeros()) for _ in range(shape.num_layers)]
+    return [LayerCache(jnp.zeros(pages, dtype), jnp.zeros(pages, dtype)) for _ in range(shape.num_layers)]
 
 
 def write(

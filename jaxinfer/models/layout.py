@@ -13,6 +13,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.layers.kv_cache import CacheShape
 
 T = TypeVar("T")
 
@@ -77,6 +78,17 @@ class Layout:
                 f"without stand at one place of different stages; choose a size whose stages are alike"
             )
         return bool(mixed)
+
+    def cache_shape(self, config: ModelConfig, *, num_pages: int, page_size: int) -> CacheShape:
+        """The KV pool of num_pages pages a stage, the dump page included."""
+        return CacheShape(
+            num_layers=self.layers_per_stage(config),
+            num_stages=self.num_stages,
+            num_pages=num_pages,
+            num_kv_heads=self.num_kv_heads(config),
+            page_size=page_size,
+            head_dim=config.head_dim,
+        )
 
     def layers_per_stage(self, config: ModelConfig) -> int:
         """Local layers every stage holds; the last stages' surplus is padding."""

@@ -181,7 +181,8 @@ class DecoderStep(nnx.Module):
             index=inputs.logit_index,
             position=positions[self._token_index(inputs.logit_index, inputs)] + 1,
             sampling=state.sampling[inputs.logit_slots],
-            feed_slot=jnp.where(inputs.logit_feeds == 1, inputs.logit_slots, pipeline.NO_SLOT),
+            slot=inputs.logit_slots,
+            feeds=inputs.logit_feeds,
         )
         return Flight(decode=decode, prefill=prefill, logits=logits)
 
@@ -272,7 +273,9 @@ def sample_step(
         numbers = SamplingNumbers.unpack(rows.sampling)
         sampler = sampling.sample_full if variant is SamplerVariant.FULL else sampling.sample_candidates
         tokens = sampler(logits, numbers, rows.position)
-    last_token = state.last_token.at[rows.feed_slot].set(tokens, mode="drop")
+    beyond = state.last_token.shape[0]  # out of bounds, hence dropped
+    fed = jnp.where(rows.feeds == 1, rows.slot, beyond)
+    last_token = state.last_token.at[fed].set(tokens, mode="drop")
     state = DecodeState(
         last_token=last_token, length=state.length, page_table=state.page_table, sampling=state.sampling
     )

@@ -12,21 +12,17 @@ for as long as the batch is in flight, so that nothing but activations has to tr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.communication.collectives import num_stages, send_to_next_stage, stage_index
-from jaxinfer.communication.mesh import PIPE
+from jaxinfer.communication import collectives
 from jaxinfer.communication.sharding import PER_STAGE, REPLICATED
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SAMPLING_FIELDS, StepShape
-
-NO_SLOT = 2**30
-"""Out of bounds of any array over slots."""
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +50,15 @@ class LogitRows:
       index: int32[M], which tokens, as StepBatch.logit_index.
       position: int32[M], in its text, of the token sampled from each.
       sampling: int32[M, SAMPLING_FIELDS], what each asks for.
-      feed_slot: int32[M], the slot whose last token the sampled one becomes; NO_SLOT for none.
+      slot: int32[M], whose they are.
+      feeds: int32[M], 1 where the sampled token becomes its slot's last token.
     """
 
     index: Int[Array, "*S M"]
     position: Int[Array, "*S M"]
     sampling: Int[Array, "*S M F"]
-    feed_slot: Int[Array, "*S M"]
+    slot: Int[Array, "*S M"]
+    feeds: Int[Array, "*S M"]
 
 
 @jax.tree_util.register_dataclass
@@ -99,34 +97,33 @@ class Ring:
         )
 
 
-def allocate(largest: StepShape, *, hidden_size: int, dtype: jnp.dtype, table_width: int, mesh: Mesh) -> Ring | None:
-    """A ring with idle batches in flight; None for one stage, where nothing is ever on its way."""
-    stages = mesh.shape[PIPE]
-    if stages == 1:
+def idle(largest: StepShape, *, num_stages: int, hidden_size: int, dtype: jnp.dtype, table_width: int) -> Ring | None:
+    """A ring with idle batches in flight, all zeros; None for one stage, where nothing is ever on its way."""
+    if num_stages == 1:
         return None
 
-    def full(*dims: int, value: int = 0) -> Array:
-        return jax.device_put(np.full(dims, value, np.int32), NamedSharding(mesh, REPLICATED))
+    def zeros(*dims: int) -> Array:
+        return jnp.zeros((num_stages, *dims), jnp.int32)
 
     def rows(count: int) -> SegmentRows:
-        return SegmentRows(full(stages, count), full(stages, count), full(stages, count, table_width))
+        return SegmentRows(zeros(count), zeros(count), zeros(count, table_width))
 
     def activations(num_tokens: int) -> Array:
-        return jnp.zeros((stages * num_tokens, hidden_size), dtype, device=NamedSharding(mesh, PER_STAGE))
+        return jnp.zeros((num_stages * num_tokens, hidden_size), dtype)
 
     count = largest.num_logits
-    logits = LogitRows(
-        index=full(stages, count),
-        position=full(stages, count),
-        sampling=full(stages, count, SAMPLING_FIELDS),
-        feed_slot=full(stages, count, value=NO_SLOT),
-    )
+    logits = LogitRows(zeros(count), zeros(count), zeros(count, SAMPLING_FIELDS), zeros(count), zeros(count))
     return Ring(
-        tick=full(),
+        tick=jnp.zeros((), jnp.int32),
         flights=Flight(decode=rows(largest.num_decode), prefill=rows(largest.num_prefill), logits=logits),
         decode=activations(largest.num_decode),
         prefill=activations(largest.num_prefill * PREFILL_BLOCK),
     )
+
+
+def specs(num_leaves: int) -> list[PartitionSpec]:
+    """How the leaves of a ring lie on the mesh: the activations, which come last, by stage."""
+    return [REPLICATED] * (num_leaves - 2) + [PER_STAGE] * 2 if num_leaves else []
 
 
 def enter(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ring | None, Flight, Float[Array, "T D"]]:
@@ -143,15 +140,15 @@ def enter(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ri
     if ring is None:
         return None, flight, x
     whole = _padded(flight, ring.largest)
-    place = ring.tick % num_stages()
+    place = ring.tick % collectives.num_stages()
     flights = jax.tree.map(
         lambda kept, new: lax.dynamic_update_index_in_dim(kept, new, place, axis=0), ring.flights, whole
     )
     ring = Ring(ring.tick, flights, ring.decode, ring.prefill)
     num_decode = flight.decode.start.shape[0]
     received = jnp.concatenate([ring.decode[:num_decode], ring.prefill[: x.shape[0] - num_decode]])
-    x = jnp.where(stage_index() == 0, x, received)
-    return ring, _entered(ring, stage_index(), flight), x
+    x = jnp.where(collectives.stage_index() == 0, x, received)
+    return ring, _entered(ring, collectives.stage_index(), flight), x
 
 
 def leave(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ring | None, LogitRows]:
@@ -167,36 +164,30 @@ def leave(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ri
     """
     if ring is None:
         return None, flight.logits
-    leaving = _entered(ring, num_stages() - 1, flight).logits
+    leaving = _entered(ring, collectives.num_stages() - 1, flight).logits
     num_decode = flight.decode.start.shape[0]
-    sent = send_to_next_stage(x)
+    sent = collectives.send_to_next_stage(x)
     decode = lax.dynamic_update_slice(ring.decode, sent[:num_decode], (0, 0))
     prefill = lax.dynamic_update_slice(ring.prefill, sent[num_decode:], (0, 0))
     return Ring(ring.tick + 1, ring.flights, decode, prefill), leaving
 
 
 def _padded(flight: Flight, largest: StepShape) -> Flight:
-    """A batch with rows of padding up to a shape."""
+    """A batch with rows of padding, which are zeros, up to a shape."""
 
-    def padded(x: Array, size: int, value: int = 0) -> Array:
-        return jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+    def padded(part: SegmentRows | LogitRows, size: int) -> Any:
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)), part)
 
-    logits = flight.logits
     return Flight(
-        decode=jax.tree.map(lambda x: padded(x, largest.num_decode), flight.decode),
-        prefill=jax.tree.map(lambda x: padded(x, largest.num_prefill), flight.prefill),
-        logits=LogitRows(
-            index=padded(logits.index, largest.num_logits),
-            position=padded(logits.position, largest.num_logits),
-            sampling=padded(logits.sampling, largest.num_logits),
-            feed_slot=padded(logits.feed_slot, largest.num_logits, NO_SLOT),
-        ),
+        decode=padded(flight.decode, largest.num_decode),
+        prefill=padded(flight.prefill, largest.num_prefill),
+        logits=padded(flight.logits, largest.num_logits),
     )
 
 
 def _entered(ring: Ring, age: int | Int[Array, ""], like: Flight) -> Flight:
     """The batch that entered `age` ticks ago, cut to the shape of another."""
-    where = (ring.tick - age) % num_stages()
+    where = (ring.tick - age) % collectives.num_stages()
 
     def cut(kept: Array, like: Array) -> Array:
         return lax.dynamic_index_in_dim(kept, where, keepdims=False)[: like.shape[0]]

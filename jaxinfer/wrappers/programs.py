@@ -18,11 +18,11 @@ class ProgramCache:
     """Compiled programs by name and arguments; each is lowered and compiled once.
 
     Args:
-      lowerings: name -> function that lowers the program of its arguments.
+      traces: name -> function that traces the program of its arguments.
     """
 
-    def __init__(self, lowerings: Mapping[str, Callable[..., jax.stages.Lowered]]) -> None:
-        self._lowerings = lowerings
+    def __init__(self, traces: Mapping[str, Callable[..., jax.stages.Traced]]) -> None:
+        self._traces = traces
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
@@ -36,14 +36,10 @@ class ProgramCache:
         key = (name, *arguments)
         program = self._programs.get(key)
         if program is None:
-            program = self.lower(name, *arguments).compile()
+            program = self._traces[name](*arguments).lower().compile()
             with self._lock:
                 program = self._programs.setdefault(key, program)
         return program
-
-    def lower(self, name: str, *arguments: Hashable) -> jax.stages.Lowered:
-        """A program before it is compiled, for reading."""
-        return self._lowerings[name](*arguments)
 
     def compile_all(self, wanted: Iterable[tuple[Hashable, ...]]) -> None:
         """Compiles programs of (name, *arguments); XLA compiles in as many threads as cores, tracing is serial."""

@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 from conftest import load_golden
@@ -115,11 +114,11 @@ def broad_wrapper():
 
 def test_forward_program_every_shape_copies_neither_pages_nor_weights(broad_wrapper):
     """The buffer assignment: pages are aliased, and the temporaries are smaller than any weight matrix or pool."""
-    arrays = [*jax.tree.leaves(broad_wrapper.caches), *broad_wrapper._leaves]
+    arrays = broad_wrapper._arrays.all
     large = [array for array in arrays if array.nbytes >= 2**20]
     assert len(large) > 6
     for shape in broad_wrapper.shapes.all_shapes():
-        compiled = broad_wrapper.compiled_forward(shape)
+        compiled = broad_wrapper.compiled("forward", shape)
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= broad_wrapper.kv_bytes, shape
         assert memory.temp_size_in_bytes < 2**19, shape
@@ -130,7 +129,7 @@ def test_forward_program_every_shape_copies_neither_pages_nor_weights(broad_wrap
 
 def test_close_frees_device_memory(gqa):
     wrapper = make_wrapper(gqa.path)
-    arrays = [*jax.tree.leaves(wrapper._caches), *wrapper._leaves]
+    arrays = wrapper._arrays.all
     wrapper.close()
     assert all(array.is_deleted() for array in arrays)
 

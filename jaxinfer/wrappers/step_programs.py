@@ -1,0 +1,216 @@
+"""The programs of a step on a mesh, from nothing but shapes.
+
+Owns: what the programs take, return and carry from step to step, how it lies on the mesh, and their lowering.
+Does not know: weights, batches, which program runs when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.communication.mesh import PIPE, TENSOR
+from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
+from jaxinfer.layers import kv_cache
+from jaxinfer.layers.kv_cache import CacheShape, LayerCache
+from jaxinfer.wrappers import pipeline
+from jaxinfer.wrappers.decoder_step import DecoderStep, DecodeState, num_input_words, sample_step, unpack_inputs
+from jaxinfer.wrappers.pipeline import LogitRows
+from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepShape, StepShapes
+
+
+@dataclass
+class StepArrays:
+    """The arrays that live on the device from step to step, as flat lists: flattening once is cheaper than a call.
+
+    Args:
+      leaves, head_leaves: parameters of the step and of the head.
+      state, caches, ring: donated to every step, which returns them.
+    """
+
+    leaves: list[jax.Array]
+    head_leaves: list[jax.Array]
+    state: list[jax.Array]
+    caches: list[jax.Array]
+    ring: list[jax.Array]
+
+    @property
+    def all(self) -> list[jax.Array]:
+        """Every array once or, where a tied head shares the embedding, twice."""
+        return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring]
+
+
+class StepPrograms:
+    """Lowers the programs of a model.
+
+    Args:
+      model: abstract nnx module with the Decoder protocol (nnx.eval_shape).
+      shapes: of the steps.
+      cache_shape: of the KV pool, the dump page included.
+      dtype: of activations, keys and values.
+      mesh: where they run; an AbstractMesh is enough for tracing.
+    """
+
+    def __init__(
+        self, model: Any, *, shapes: StepShapes, cache_shape: CacheShape, dtype: jnp.dtype, mesh: Mesh | AbstractMesh
+    ):
+        self._shapes = shapes
+        self._mesh = mesh
+        step = DecoderStep(model, page_size=cache_shape.page_size, max_decode=shapes.max_decode)
+        self._step = _Parameters(step)
+        self._head = _Parameters(model.head)
+        self._head_path = next(path for path, module in nnx.iter_graph(model) if module is model.head)
+        weight = model.head.weight
+        self._hidden_size, self._hidden_dtype = weight.shape[1], weight.dtype
+        self._state, self._state_tree = _flat(lambda: DecodeState.zeros(shapes.num_slots, shapes.table_width))
+        self._caches, self._cache_tree = _flat(lambda: kv_cache.empty(cache_shape, dtype))
+        self._ring, self._ring_tree = _flat(
+            lambda: pipeline.idle(
+                shapes.largest_shape(),
+                num_stages=shapes.num_stages,
+                hidden_size=self._hidden_size,
+                dtype=dtype,
+                table_width=shapes.table_width,
+            )
+        )
+        self._ring_specs = pipeline.specs(len(self._ring))
+
+    def allocate(self, parameters: nnx.State) -> StepArrays:
+        """The model's parameters, which lie on the mesh, with an empty cache and nothing in flight."""
+        arrays = dict(nnx.to_flat_state(parameters))
+        return StepArrays(
+            leaves=[arrays[path[1:]][...] for path in self._step.paths],  # without the step's own name for its model
+            head_leaves=[arrays[(*self._head_path, *path)][...] for path in self._head.paths],
+            state=[jax.device_put(np.zeros(x.shape, x.dtype), self._on_mesh(REPLICATED)) for x in self._state],
+            caches=[jnp.zeros(x.shape, x.dtype, device=self._on_mesh(KV_PAGES)) for x in self._caches],
+            ring=[
+                jax.device_put(np.zeros(x.shape, x.dtype), self._on_mesh(spec))
+                for x, spec in zip(self._ring, self._ring_specs, strict=True)
+            ],
+        )
+
+    def caches(self, leaves: list[jax.Array]) -> list[LayerCache]:
+        """The KV pages of every local layer."""
+        return jax.tree.unflatten(self._cache_tree, leaves)
+
+    def forward(self, shape: StepShape) -> jax.stages.Traced:
+        """(leaves, state, caches, ring, words) -> (state, caches, ring, hidden, rows); donates what it returns."""
+
+        def forward(leaves, state, caches, ring, words):
+            step = self._step.merge(leaves)
+            state = jax.tree.unflatten(self._state_tree, state)
+            caches = jax.tree.unflatten(self._cache_tree, caches)
+            ring = jax.tree.unflatten(self._ring_tree, ring)
+            state, caches, ring, *outputs = step(state, caches, ring, unpack_inputs(words, shape, self._shapes))
+            return *map(jax.tree.leaves, (state, caches, ring)), outputs[0], jax.tree.leaves(outputs[1])
+
+        mapped = self._sharded(
+            forward,
+            in_specs=(self._step.specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
+            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED),
+        )
+        return jax.jit(mapped, donate_argnums=(1, 2, 3)).trace(
+            self._placed(self._step.leaves, self._step.specs),
+            self._placed(self._state, [REPLICATED] * len(self._state)),
+            self._placed(self._caches, [KV_PAGES] * len(self._caches)),
+            self._placed(self._ring, self._ring_specs),
+            jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32),
+        )
+
+    def sample(self, num_logits: int, variant: SamplerVariant, logprobs: bool) -> jax.stages.Traced:
+        """(head_leaves, state, hidden, rows) -> (state, result); donates the state."""
+
+        def sample(leaves, state, hidden, rows):
+            head = self._head.merge(leaves)
+            state = jax.tree.unflatten(self._state_tree, state)
+            state, result = sample_step(head, state, hidden, LogitRows(*rows), variant=variant, logprobs=logprobs)
+            return jax.tree.leaves(state), result
+
+        mapped = self._sharded(
+            sample,
+            in_specs=(self._head.specs, REPLICATED, REPLICATED, REPLICATED),
+            out_specs=(REPLICATED, REPLICATED),
+        )
+        words = (num_logits, SAMPLING_FIELDS)
+        dims = [words if name == "sampling" else words[:1] for name in LogitRows.__dataclass_fields__]
+        return jax.jit(mapped, donate_argnums=(1,)).trace(
+            self._placed(self._head.leaves, self._head.specs),
+            self._placed(self._state, [REPLICATED] * len(self._state)),
+            self._hidden(num_logits),
+            [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._on_mesh(REPLICATED)) for shape in dims],
+        )
+
+    def logits(self, num_logits: int) -> jax.stages.Traced:
+        """(head_leaves, hidden) -> float32 logits, the vocabulary spread over the mesh."""
+
+        def logits(leaves, hidden):
+            return self._head.merge(leaves).logits(hidden)
+
+        mapped = self._sharded(
+            logits, in_specs=(self._head.specs, REPLICATED), out_specs=PartitionSpec(None, (PIPE, TENSOR))
+        )
+        return jax.jit(mapped).trace(self._placed(self._head.leaves, self._head.specs), self._hidden(num_logits))
+
+    def copy(self, num_copies: int) -> jax.stages.Traced:
+        """(caches, copies) -> caches, with pages copied; donates them."""
+
+        def copy(caches, copies):
+            caches = jax.tree.unflatten(self._cache_tree, caches)
+            return jax.tree.leaves([kv_cache.copy_pages(cache, copies[0]) for cache in caches])
+
+        mapped = self._sharded(copy, in_specs=(KV_PAGES, PER_STAGE), out_specs=KV_PAGES)
+        copies = jax.ShapeDtypeStruct((self._shapes.num_stages, num_copies, 2), jnp.int32)
+        caches = self._placed(self._caches, [KV_PAGES] * len(self._caches))
+        return jax.jit(mapped, donate_argnums=(0,)).trace(caches, copies)
+
+    def _on_mesh(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self._mesh, spec)
+
+    def _placed(self, leaves: list[Any], specs: list[PartitionSpec]) -> list[jax.ShapeDtypeStruct]:
+        return [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._on_mesh(spec))
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
+
+    def _hidden(self, num_logits: int) -> jax.ShapeDtypeStruct:
+        dims = (num_logits, self._hidden_size)
+        return jax.ShapeDtypeStruct(dims, self._hidden_dtype, sharding=self._on_mesh(REPLICATED))
+
+    def _sharded(self, function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+        # check_vma cannot see that a psum makes the outputs equal on all devices.
+        return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class _Parameters:
+    """A module taken apart: its abstract parameters in a fixed order, and how to put it together again."""
+
+    def __init__(self, module: nnx.Module):
+        self._graph, state = nnx.split(module)
+        self._tree = jax.tree.structure(state)
+        found = nnx.to_flat_state(state)
+        self.paths = [path for path, _ in found]
+        self.leaves = [variable.get_value() for _, variable in found]
+        self.specs = [variable.spec for _, variable in found]
+
+    def merge(self, leaves: list[Any]) -> Any:
+        """The module with these arrays."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+
+
+def _flat(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+    """The abstract leaves and the structure of what a function would make."""
+    trees = []
+
+    def leaves() -> list[Any]:
+        flat, tree = jax.tree.flatten(make())
+        trees.append(tree)
+        return flat
+
+    return jax.eval_shape(leaves), trees[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,9 +123,18 @@ def chat(
 
 @app.command()
 @takes_settings(EngineConfig)
-def info(*, model: Model = None, as_json: AsJson = False, **fields: Any) -> None:
-    """Show versions, devices, memory; with --model, a model's size and what fits."""
-    config = EngineConfig.from_keywords(fields)
+def info(
+    *,
+    model: Model = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="pipeline stages x tensor shards, such as 2x4; needs no such devices")
+    ] = None,
+    as_json: AsJson = False,
+    **fields: Any,
+) -> None:
+    """Show versions, devices, memory; with --model, a model's size and what fits; with --mesh, what each device holds
+    and sends."""
+    config = EngineConfig.from_keywords(fields | ({} if mesh is None else _parallel_sizes(mesh)))
     system = facts.system_facts(config)
     found = None if model is None else facts.model_facts(model, config, system)
     if as_json:
@@ -132,6 +142,13 @@ def info(*, model: Model = None, as_json: AsJson = False, **fields: Any) -> None
         print(json.dumps(record))
         return
     print("\n".join([*_system_lines(system), *([] if found is None else _model_lines(found))]))
+
+
+def _parallel_sizes(mesh: str) -> dict[str, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", mesh)
+    if match is None:
+        raise ValueError(f"--mesh must be pipeline stages x tensor shards, such as 2x4, got {mesh!r}")
+    return {"pipeline_parallel_size": int(match[1]), "tensor_parallel_size": int(match[2])}
 
 
 def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list[str]:
@@ -218,8 +235,29 @@ def _model_lines(model: facts.ModelFacts) -> list[str]:
         f"weights        {_size(model.weight_bytes)} in {model.dtype}",
         f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
         f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
+        *([] if model.mesh is None else _mesh_lines(model.mesh)),
+    ]
+
+
+def _mesh_lines(mesh: facts.MeshFacts) -> list[str]:
+    volumes = [
+        f"  {volume.name:<22} {volume.count:>4} x over {volume.num_devices:>3}   {_size(volume.sent_bytes):>10}"
+        for volume in mesh.volumes
+    ]
+    return [
+        "",
+        f"mesh           {mesh.num_stages} pipeline stages x {mesh.num_shards} tensor shards; of these, a device holds",
+        f"weights        {_size(mesh.weight_bytes)}",
+        f"KV cache       {mesh.kv_bytes_per_token / 2**10:,.1f} KiB a token",
+        f"and sends, in a decode step of {mesh.rows} rows",
+        *volumes,
+        f"  {'in all':<22} {sum(volume.count for volume in mesh.volumes):>4}"
+        f"              {_size(sum(volume.sent_bytes for volume in mesh.volumes)):>10}",
     ]
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 2**exponent:
+            return f"{num_bytes / 2**exponent:,.1f} {unit}"
+    return f"{num_bytes} B"

@@ -14,11 +14,15 @@ from pathlib import Path
 import jax
 
 from jaxinfer.checkpoint import directory
-from jaxinfer.config import EngineConfig
-from jaxinfer.layers.kv_cache import CacheShape
+from jaxinfer.communication.mesh import abstract_mesh
+from jaxinfer.communication.volume import CollectiveVolume
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
-from jaxinfer.wrappers.assembly import choose_dtype, context_length
+from jaxinfer.wrappers.assembly import abstract_model, lay_out
 from jaxinfer.wrappers.memory import free_bytes
+from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes
+from jaxinfer.wrappers.step_programs import StepPrograms
 
 PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "tokenizers", "sentencepiece", "safetensors")
 
@@ -46,7 +50,7 @@ class SystemFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """A model as one engine's settings would serve it on one device.
+    """A model as one engine's settings would serve it.
 
     Args:
       architecture, dtype: by name.
@@ -57,6 +61,7 @@ class ModelFacts:
       kv_bytes_per_token: over all layers.
       kv_tokens: positions for which keys and values fit beside the weights; negative when the weights do not fit.
       full_requests: requests of max_model_len tokens that fit at once.
+      mesh: facts of the mesh it is spread over; None for one device.
     """
 
     architecture: str
@@ -73,6 +78,27 @@ class ModelFacts:
     kv_bytes_per_token: int
     kv_tokens: int
     full_requests: int
+    mesh: MeshFacts | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshFacts:
+    """A model on a mesh.
+
+    Args:
+      num_stages, num_shards: pipeline stages and tensor shards of each.
+      weight_bytes: of the parameters that one device holds, copies and padding included.
+      kv_bytes_per_token: that one device holds.
+      rows: sequences of a full decode step.
+      volumes: what such a step sends between devices, sampling with filters included.
+    """
+
+    num_stages: int
+    num_shards: int
+    weight_bytes: int
+    kv_bytes_per_token: float
+    rows: int
+    volumes: tuple[CollectiveVolume, ...]
 
 
 def system_facts(config: EngineConfig) -> SystemFacts:
@@ -100,22 +126,19 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
       FileNotFoundError, TypeError, ValueError: as LLM.
     """
     model_config = parse_model_config(directory.read_json(directory.resolve(model) / "config.json"))
-    dtype = choose_dtype(config.dtype, system.platform)
-    max_model_len = context_length(config, model_config)
-    page = CacheShape(
-        num_layers=model_config.num_layers,
-        num_stages=1,
-        num_pages=1,
-        num_kv_heads=model_config.num_kv_heads,
-        page_size=config.page_size,
-        head_dim=model_config.head_dim,
-    )
-    page_bytes = page.page_bytes(dtype.itemsize)
-    weight_bytes = model_config.num_parameters * dtype.itemsize
-    kv_tokens = (system.free_bytes - weight_bytes) // page_bytes * config.page_size
+    layout = lay_out(model_config, config, system.platform)
+    page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
+    page_bytes = page.page_bytes(layout.dtype.itemsize)
+    weight_bytes = model_config.num_parameters * layout.dtype.itemsize
+    mesh = _mesh_facts(model_config, layout, config)
+    num_devices = layout.num_stages * layout.num_shards
+    # CPU devices share one memory.
+    free = system.free_bytes * (1 if system.platform == "cpu" else num_devices)
+    held = weight_bytes if mesh is None else mesh.weight_bytes * num_devices
+    kv_tokens = (free - held) // page_bytes * config.page_size
     return ModelFacts(
         architecture=model_config.architecture,
-        dtype=dtype.name,
+        dtype=layout.dtype.name,
         num_parameters=model_config.num_parameters,
         num_layers=model_config.num_layers,
         hidden_size=model_config.hidden_size,
@@ -123,9 +146,35 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         vocab_size=model_config.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=layout.max_model_len,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=page_bytes // config.page_size,
         kv_tokens=kv_tokens,
-        full_requests=max(kv_tokens, 0) // max_model_len,
+        full_requests=max(kv_tokens, 0) // layout.max_model_len,
+        mesh=mesh,
+    )
+
+
+def _mesh_facts(model_config: ModelConfig, layout: Layout, config: EngineConfig) -> MeshFacts | None:
+    """Facts of the mesh, from a trace of the step; it takes no devices."""
+    if layout.num_stages == layout.num_shards == 1:
+        return None
+    shapes = StepShapes(config, max_model_len=layout.max_model_len)
+    cache_shape = layout.cache_shape(model_config, num_pages=2, page_size=config.page_size)
+    programs = StepPrograms(
+        abstract_model(model_config, layout),
+        shapes=shapes,
+        cache_shape=cache_shape,
+        dtype=layout.dtype,
+        mesh=abstract_mesh(layout.num_stages, layout.num_shards),
+    )
+    full = shapes.shape(num_decode=shapes.max_decode, num_prefill=0, num_logits=0)
+    page_bytes = cache_shape.page_bytes(layout.dtype.itemsize)
+    return MeshFacts(
+        num_stages=layout.num_stages,
+        num_shards=layout.num_shards,
+        weight_bytes=programs.parameter_bytes,
+        kv_bytes_per_token=page_bytes / config.page_size / (layout.num_stages * layout.num_shards),
+        rows=shapes.max_decode,
+        volumes=tuple(programs.volumes(full, SamplerVariant.CANDIDATES)),
     )

@@ -3,6 +3,7 @@
 import _thread
 import logging
 import shutil
+import signal
 import threading
 
 import jax.monitoring
@@ -135,24 +136,19 @@ def test_generate_from_many_threads_equals_one_by_one(llm):
 
 
 def test_generate_interrupt_aborts_the_requests_and_not_the_engine(llm):
-    caught = threading.Event()
-
     def for_ever():
-        try:
-            while True:
-                llm.generate(["hello"] * 8, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
-        finally:
-            caught.set()
+        while True:
+            llm.generate(["hello"] * 8, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
 
-    def interrupt():
-        while not caught.wait(0.3):  # one that falls into a destructor is lost
-            _thread.interrupt_main()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        for_ever()
-    thread.join()
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            for_ever()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    timer.join()
     assert llm.generate("hello", GREEDY).finished
     stats = llm.stats()
     assert stats.num_requests_running == stats.num_requests_waiting == 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -152,6 +153,31 @@ def test_info_names_versions_devices_and_what_fits(run):
     assert model["kv_bytes_per_token"] == 2 * 4 * 2 * 2 * 12  # K and V, float32, layers, kv heads, head_dim
     assert model["full_requests"] == model["kv_tokens"] // 32
     assert run("info")[1].count("\n") == 4
+
+
+def test_info_mesh_names_what_a_device_holds_and_sends(run):
+    code, out, _ = run("info", "--model", MODEL, "--mesh", "2x2", "--max-model-len", 32, "--max-num-seqs", 4)
+    assert code == 0
+    assert re.search(r"2 pipeline stages x 2 tensor shards", out)
+    assert re.search(r"sum_over_tensor +2 x over +2 ", out)  # one layer a stage
+    record = run("info", "--model", MODEL, "--mesh", "2x2", "--max-model-len", 32, "--max-num-seqs", 4, "--json")[1]
+    model = json.loads(record)["model"]
+    mesh = model["mesh"]
+    assert (mesh["num_stages"], mesh["num_shards"], mesh["rows"]) == (2, 2, 2)
+    assert mesh["kv_bytes_per_token"] == model["kv_bytes_per_token"] / 4
+    assert model["weight_bytes"] / 4 < mesh["weight_bytes"] < model["weight_bytes"] / 3  # norms are on all of a stage
+    sent = next(volume for volume in mesh["volumes"] if volume["name"] == "send_to_next_stage")
+    assert sent["sent_bytes"] == 2 * 4 * 48  # rows of 48 float32
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [("4", "such as 2x4, got '4'"), ("0x2", "such as 2x4, got '0x2'"), ("1x3", "tensor_parallel_size must divide")],
+)
+def test_info_impossible_mesh_is_one_line(run, mesh, message):
+    code, out, err = run("info", "--model", MODEL, "--mesh", mesh)
+    assert code == 1 and not out
+    assert message in err and err.count("\n") == 1
 
 
 def test_python_m_jaxinfer_is_the_command():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -16,24 +17,29 @@ from jaxinfer.communication.mesh import PIPE, TENSOR
 
 VOCABULARY = (PIPE, TENSOR)
 
-# XLA's CPU backend keeps a collective over one device in the program; hence the tests of the size.
+# XLA's CPU backend keeps a collective over one device in the program; hence the tests of the size. The names are found
+# again in traced and compiled programs.
 
 
+@jax.named_scope("sum_over_tensor")
 def sum_over_tensor(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Adds the partial results of a row-parallel product over the shards of a stage."""
     return x if lax.axis_size(TENSOR) == 1 else lax.psum(x, TENSOR)
 
 
+@jax.named_scope("sum_over_vocabulary")
 def sum_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Adds the shares of all vocabulary slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.psum(x, VOCABULARY)
 
 
+@jax.named_scope("max_over_vocabulary")
 def max_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The largest over all vocabulary slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.pmax(x, VOCABULARY)
 
 
+@jax.named_scope("min_over_vocabulary")
 def min_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The smallest over all vocabulary slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.pmin(x, VOCABULARY)
@@ -49,11 +55,13 @@ def tensor_shard() -> Int[Array, ""]:
     return lax.axis_index(TENSOR)
 
 
+@jax.named_scope("gather_candidates")
 def gather_candidates(x: Shaped[Array, "R K"]) -> Shaped[Array, "R J"]:
     """Every slice's K candidates of each row side by side, in the order of the slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.all_gather(x, VOCABULARY, axis=1, tiled=True)
 
 
+@jax.named_scope("share_from_last_stage")
 def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Gives every stage what the last one holds."""
     last = lax.axis_size(PIPE) - 1
@@ -62,6 +70,7 @@ def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.psum(jnp.where(lax.axis_index(PIPE) == last, x, jnp.zeros_like(x)), PIPE)
 
 
+@jax.named_scope("send_to_next_stage")
 def send_to_next_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Gives every stage what the one before it holds; the first one gets zeros."""
     last = lax.axis_size(PIPE) - 1

@@ -7,7 +7,7 @@ Does not know: models, batches.
 from __future__ import annotations
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 PIPE = "pipe"
 TENSOR = "tensor"
@@ -39,3 +39,9 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1)
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=devices[:needed],
     )
+
+
+def abstract_mesh(pipeline_parallel_size: int, tensor_parallel_size: int) -> AbstractMesh:
+    """The same mesh without devices, for tracing."""
+    sizes = (pipeline_parallel_size, tensor_parallel_size)
+    return AbstractMesh(sizes, (PIPE, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -7,6 +7,7 @@ Does not know: engines, text.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,20 +60,11 @@ def assemble(
     mesh = make_mesh(
         pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
     )
-    platform = mesh.devices.flat[0].platform
-    layout = Layout(
-        num_stages=config.pipeline_parallel_size,
-        num_shards=config.tensor_parallel_size,
-        dtype=choose_dtype(config.dtype, platform),
-        max_model_len=context_length(config, model_config),
-        attention_backend=choose_backend(config.attention_backend, platform),
-    )
-    layout.check(model_config)
-    family = find_family(model_config.architecture)
-    model = nnx.eval_shape(lambda: family.build(model_config, layout))
+    layout = lay_out(model_config, config, mesh.devices.flat[0].platform)
+    model = abstract_model(model_config, layout)
     parameters = load_parameters(
         model,
-        family=family,
+        family=find_family(model_config.architecture),
         num_layers=model_config.num_layers,
         store=store,
         mesh=mesh,
@@ -93,6 +85,29 @@ def assemble(
         wrapper.kv_bytes / 2**20,
     )
     return wrapper
+
+
+def lay_out(model_config: ModelConfig, config: EngineConfig, platform: str) -> Layout:
+    """How a model lies on the mesh that the engine's settings ask for.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    layout = Layout(
+        num_stages=config.pipeline_parallel_size,
+        num_shards=config.tensor_parallel_size,
+        dtype=choose_dtype(config.dtype, platform),
+        max_model_len=context_length(config, model_config),
+        attention_backend=choose_backend(config.attention_backend, platform),
+    )
+    layout.check(model_config)
+    return layout
+
+
+def abstract_model(model_config: ModelConfig, layout: Layout) -> Any:
+    """The model, an nnx module with the Decoder protocol, with shapes in place of arrays."""
+    family = find_family(model_config.architecture)
+    return nnx.eval_shape(lambda: family.build(model_config, layout))
 
 
 def choose_dtype(requested: str, platform: str) -> jnp.dtype:

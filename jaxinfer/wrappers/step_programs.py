@@ -6,6 +6,7 @@ Does not know: weights, batches, which program runs when.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
 from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
+from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
 from jaxinfer.wrappers import pipeline
@@ -81,6 +83,18 @@ class StepPrograms:
             )
         )
         self._ring_specs = pipeline.specs(len(self._ring))
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of parameters that one device holds."""
+        placed = self._placed(self._step.leaves, self._step.specs)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed)
+
+    def volumes(self, shape: StepShape, variant: SamplerVariant) -> list[CollectiveVolume]:
+        """What one step, the sampler included, sends between devices."""
+        traces = (self.forward(shape), self.sample(shape.num_logits, variant, False))
+        sizes = self._mesh.shape
+        return [volume for traced in traces for volume in collective_volumes(traced.jaxpr.jaxpr, sizes)]
 
     def allocate(self, parameters: nnx.State) -> StepArrays:
         """The model's parameters, which lie on the mesh, with an empty cache and nothing in flight."""

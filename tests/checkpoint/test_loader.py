@@ -71,7 +71,9 @@ def test_load_any_mesh_unfuses_to_checkpoint() -> None:
     # tied has 3 layers (uneven over 2 stages, a whole stage of padding over 4), 256 tokens are uneven over 3 devices.
     # phi3's products are fused in the file, gpt2's besides transposed.
     words = ["tied,2,2", "tied,4,2", "tied,3,1", "tied,2,4", "mha,2,4", "mha,1,8", "biases,1,2", "sharded,2,1"]
-    words += ["phi3,1,2", "olmo2,2,2", "gpt2,2,2", "gpt2,1,4"]
+    # Where shards outnumber kv heads, several hold the same ones; experts are spread whole.
+    words += ["phi3,1,2", "olmo2,2,2", "gpt2,2,2", "gpt2,1,4", "mesh/llama,2,4", "mesh/llama,1,8"]
+    words += ["mesh/mixtral,2,4", "mesh/mixtral,4,2"]
     flags = "--xla_force_host_platform_device_count=8"
     assert run_python(MESHES, GOLDEN, *words, XLA_FLAGS=flags).split() == words
 
@@ -88,7 +90,8 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 # The measured part is load_parameters alone, after the file is mapped and XLA's threads have started.
-loading_tools.load(Path(sys.argv[2]))
+num_stages, num_shards = int(sys.argv[3]), int(sys.argv[4])
+loading_tools.load(Path(sys.argv[2]), num_stages=num_stages, num_shards=num_shards)
 growth, kept = {}, []
 original = loading_tools.load_parameters
 def measured(*args, **keywords):
@@ -101,7 +104,7 @@ def measured(*args, **keywords):
 loading_tools.load_parameters = measured
 for dtype in ("bfloat16", "float32"):  # VmPeak never falls: the smaller first
     try:
-        loading_tools.load(Path(sys.argv[1]), dtype=dtype)
+        loading_tools.load(Path(sys.argv[1]), dtype=dtype, num_stages=num_stages, num_shards=num_shards)
     except StopIteration:
         pass
 print(json.dumps(growth))
@@ -109,7 +112,8 @@ print(json.dumps(growth))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_load_parameters_peak_memory_is_weights_and_two_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["one device", "2x4"])
+def test_load_parameters_peak_memory_is_weights_and_two_tensors(tmp_path: Path, mesh: tuple[int, int]) -> None:
     # VmPeak is the kernel's own peak of the address space, so no sample can miss it. Every anonymous page has an
     # address, so it bounds the memory from above; pages of the mapped file, which the kernel may drop at any time and
     # which would blur a resident-set figure, are in the baseline already. One malloc arena, since each reserves 64 MB.
@@ -136,7 +140,7 @@ def test_load_parameters_peak_memory_is_weights_and_two_tensors(tmp_path: Path) 
         tie_word_embeddings=True,
     )
     largest = max(values.nbytes for values in tensors.values())
-    printed = run_python(MEMORY, path, GOLDEN / "gqa", MALLOC_ARENA_MAX="1")
+    printed = run_python(MEMORY, path, GOLDEN / "mha", *mesh, MALLOC_ARENA_MAX="1")
     (path / "model.safetensors").unlink()
     growth = json.loads(printed)
     assert growth["float32"]["weights"] == 2 * growth["bfloat16"]["weights"] == num_bytes(tensors) > 10 * largest

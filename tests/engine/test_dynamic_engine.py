@@ -1,5 +1,6 @@
 """The engine over a fake device: any history of requests gives every request its own text and leaks nothing."""
 
+import numpy as np
 import pytest
 from engine_tools import make_engine, run_all
 from fake_wrapper import continuation
@@ -206,3 +207,20 @@ def test_engine_abort_while_a_step_is_in_flight_drops_its_token():
         rest += engine.step()
     assert {event.request_id for event in rest} == {"1"}
     assert engine.stats().kv_pages_used == 0
+
+
+def test_engine_four_stages_keep_nearly_all_launched_rows_useful():
+    """64 requests of mixed lengths; one batch at a time would leave three of four stages idle, hence at most 0.25."""
+    engine, _ = make_engine(
+        max_model_len=128,
+        max_num_seqs=16,
+        num_kv_pages=400,
+        max_num_batched_tokens=64,
+        pipeline_parallel_size=4,
+        enable_prefix_caching=False,
+    )
+    random = np.random.default_rng(3)
+    lengths = zip(random.integers(8, 61, 64), random.integers(16, 49, 64), strict=True)
+    run_all(engine, [request(name, [name] * prompt, int(output)) for name, (prompt, output) in enumerate(lengths)])
+    stats = engine.stats()
+    assert stats.num_rows_live / stats.num_rows_launched >= 0.85

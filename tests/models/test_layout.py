@@ -63,3 +63,31 @@ def test_kv_heads_are_copied_when_shards_outnumber_them(num_shards, num_kv_heads
 def test_check_impossible_layout_names_the_numbers(sizes, change, message) -> None:
     with pytest.raises(ValueError, match=message):
         layout(**sizes).check(dataclasses.replace(CONFIG, **change))
+
+
+EXPERTS = {"num_experts": 6, "experts_per_token": 2, "expert_ffn_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "message"),
+    [
+        ({"num_shards": 4}, {}, "tensor_parallel_size must divide the model's 6 experts, got 4"),
+        (
+            {"num_stages": 2},
+            {"dense_layers": (1, 2)},
+            r"with pipeline_parallel_size 2, layers \[4\] with experts and layers \[1\] without stand at one place",
+        ),
+        ({"num_shards": 2}, {"ffn_size": 25, "dense_layers": (0,)}, "must divide the model's 25 feed-forward features"),
+    ],
+)
+def test_check_impossible_layout_of_experts_names_the_numbers(sizes, change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout(**sizes).check(dataclasses.replace(CONFIG, **EXPERTS | change))
+
+
+def test_experts_stand_where_every_stage_has_them() -> None:
+    """Stages hold layers 0 1 2 | 3 4; without dense layers their feed-forward's size does not matter."""
+    config = dataclasses.replace(CONFIG, **EXPERTS, dense_layers=(0, 3))
+    layout(2, 2).check(config)
+    assert [layout(2).has_experts(config, index) for index in range(3)] == [False, True, True]
+    layout(1, 3).check(dataclasses.replace(CONFIG, **EXPERTS, num_kv_heads=3, ffn_size=25))

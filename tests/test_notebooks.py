@@ -6,17 +6,26 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
-def executed(request):
-    notebook = nbformat.read(request.param, as_version=4)
+def execute(name: str) -> nbformat.NotebookNode:
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("JAX_PLATFORMS", "cpu")
         NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     return notebook
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return execute("quickstart")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return execute("mesh")
 
 
 def outputs(notebook, source):
@@ -29,19 +38,25 @@ def text(notebook, source):
     return "".join(output.get("text", "") for output in outputs(notebook, source) if output.get("name") == "stdout")
 
 
-def test_notebook_streams_batches_and_talks_asynchronously(executed):
-    assert text(executed, "jaxinfer.generate(").startswith("In the beginning ")
-    assert len(text(executed, "llm.stream(").split()) > 20
-    batch = text(executed, "for out, p in zip(").splitlines()
+def test_quickstart_streams_batches_and_talks_asynchronously(quickstart):
+    assert text(quickstart, "jaxinfer.generate(").startswith("In the beginning ")
+    assert len(text(quickstart, "llm.stream(").split()) > 20
+    batch = text(quickstart, "for out, p in zip(").splitlines()
     assert [line[:3] for line in batch] == ["0.0", "0.5", "0.8", "1.2"]
-    assert [line[:7] for line in text(executed, "asyncio.gather").splitlines()] == ["The sea", "The mou", "The riv"]
+    assert [line[:7] for line in text(quickstart, "asyncio.gather").splitlines()] == ["The sea", "The mou", "The riv"]
 
 
-def test_notebook_shows_the_token_table_and_a_picture(executed):
-    (table,) = (output.data["text/html"] for output in outputs(executed, "logprobs=5") if "data" in output)
+def test_quickstart_shows_the_token_table_and_a_picture(quickstart):
+    (table,) = (output.data["text/html"] for output in outputs(quickstart, "logprobs=5") if "data" in output)
     assert table.count("<span title=") == 48
-    assert any("image/png" in output.data for output in outputs(executed, "plt.subplots") if "data" in output)
+    assert any("image/png" in output.data for output in outputs(quickstart, "plt.subplots") if "data" in output)
 
 
-def test_notebook_second_run_compiles_nothing(executed):
-    assert "compiled anew: 0" in text(executed, "num_compilations - before")
+def test_quickstart_second_run_compiles_nothing(quickstart):
+    assert "compiled anew: 0" in text(quickstart, "num_compilations - before")
+
+
+def test_mesh_texts_are_equal_and_pictures_drawn(mesh):
+    assert "equal on all layouts: True" in text(mesh, "LAYOUTS = ")
+    for source in ("recording_launch", "plot.bar"):
+        assert any("image/png" in output.data for output in outputs(mesh, source) if "data" in output)

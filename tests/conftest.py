@@ -55,3 +55,16 @@ def golden(request) -> Golden:
 @pytest.fixture
 def gqa() -> Golden:
     return load_golden("gqa")
+
+
+@pytest.fixture
+def one_shape(monkeypatch) -> None:
+    """Pads every step to the largest shape, so that a test compiles few programs."""
+    from jaxinfer.wrappers.step_batch import StepShape, StepShapes  # after the import hook
+
+    smallest = StepShapes.shape
+
+    def largest(self, *, num_decode: int, num_prefill: int, num_logits: int) -> StepShape:
+        return smallest(self, num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_logits)
+
+    monkeypatch.setattr(StepShapes, "shape", largest)

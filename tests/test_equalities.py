@@ -13,7 +13,7 @@ from conftest import load_golden
 from jaxinfer import LLM, SamplingParams
 
 NUM_PROMPTS = 10
-BASE = {"max_model_len": 96, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 64}
+BASE = {"max_model_len": 96, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 32}
 
 
 def make_prompts() -> list[list[int]]:
@@ -93,7 +93,7 @@ def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
 
 
 FAMILY_VARIATIONS = ["crowd", "small chunks", "page of 64", "tight pool", "no run-ahead"]
-FAMILIES_IN_CI = {"gemma3": {"crowd", "tight pool"}, "gpt2": {"small chunks", "tight pool"}, "qwen2": {"page of 64"}}
+FAMILIES_IN_CI = {"gemma3": {"tight pool"}, "gpt2": {"small chunks"}, "qwen2": set()}
 PAIRS = [(family, variation) for family in FAMILIES_IN_CI for variation in FAMILY_VARIATIONS]
 
 
@@ -136,7 +136,7 @@ def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):
     assert [result.token_ids for result in results] == expected
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.matrix)])
 def test_generate_tokens_do_not_depend_on_the_order_of_arrival(seed, alone):
     order = np.random.default_rng(seed).permutation(NUM_PROMPTS).tolist()
     with LLM(load_golden("gqa").path, **BASE) as llm:
@@ -153,7 +153,7 @@ def test_generate_second_run_hits_the_prefix_cache_and_repeats_itself(alone):
 
 def test_generate_greedy_golden_checkpoints_equal_transformers(golden):
     # One after the other: the fewest programs to compile; company is what the tests above are about.
-    with LLM(golden.path, max_num_seqs=1, page_size=8, num_kv_pages=64, max_num_batched_tokens=64) as llm:
+    with LLM(golden.path, max_num_seqs=1, page_size=8, num_kv_pages=64, max_num_batched_tokens=16) as llm:
         params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
         results = llm.generate(golden.prompts, params, use_tqdm=False)
     for number, result in enumerate(results):

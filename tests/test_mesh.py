@@ -16,7 +16,6 @@ import pytest
 from conftest import load_golden
 
 from jaxinfer import LLM, RequestOutput, SamplingParams
-from jaxinfer.wrappers.step_batch import StepShape, StepShapes
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 1), (4, 2), (2, 4)]
 MODELS = ["llama", "qwen3", "gemma3", "gpt2", "mixtral"]
@@ -33,18 +32,6 @@ VOCAB_SIZE = 301
 
 def layout_name(layout: tuple[int, int]) -> str:
     return "x".join(map(str, layout))
-
-
-@pytest.fixture
-def one_shape(request, monkeypatch) -> None:
-    """Pads every step to the largest shape, so that few programs are compiled; the feature "step shapes" does not."""
-    smallest = StepShapes.shape
-
-    def largest(self, *, num_decode: int, num_prefill: int, num_logits: int) -> StepShape:
-        return smallest(self, num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_logits)
-
-    if request.getfixturevalue("feature") != "step shapes":
-        monkeypatch.setattr(StepShapes, "shape", largest)
 
 
 def on_mesh(model: str, layout: tuple[int, int], **fields) -> LLM:
@@ -108,8 +95,9 @@ def cases() -> list:
 
 
 @pytest.mark.parametrize(("model", "layout", "feature"), cases())
-@pytest.mark.usefixtures("one_shape")
-def test_generate_layout_gives_the_tokens_of_one_device(model, layout, feature):
+def test_generate_layout_gives_the_tokens_of_one_device(model, layout, feature, request):
+    if feature != "step shapes":
+        request.getfixturevalue("one_shape")
     with on_mesh(model, layout, **FEATURES[feature]) as llm:
         if feature == "aborts":
             found = run_among_aborts(llm, model)

@@ -2,10 +2,7 @@
 
 import functools
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -496,54 +493,35 @@ def test_sample_other_position_or_seed_yields_other_tokens():
         assert np.mean(first == other) < 0.1
 
 
-MESHES = """
-import numpy as np, jax, jax.numpy as jnp, test_sampling as t
-from jax.sharding import PartitionSpec as P
-from jaxinfer import sampling
-from jaxinfer.communication.mesh import make_mesh
-
-rng = np.random.default_rng(14)
-logits = t.random_logits(rng, 32, 1000)
-logits[:, 990:] = -np.inf
-numbers, _ = t.random_settings(rng, 32)
-position = jnp.arange(32, dtype=jnp.int32)
-
-def everything(logits, numbers, position):
-    full = sampling.sample_full(logits, numbers, position)
-    fast = sampling.sample_candidates(logits, numbers, position)
-    return sampling.greedy(logits), full, fast, sampling.token_logprobs(logits, full, num_top=20)
-
-results = []
-for pipe, tensor in ((1, 1), (2, 4)):
-    mesh = make_mesh(pipeline_parallel_size=pipe, tensor_parallel_size=tensor)
-    specs = (P(None, t.VOCABULARY), P(), P())
-    call = jax.jit(jax.shard_map(everything, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
-    results.append(jax.tree.map(np.asarray, call(logits, numbers, position)))
-(greedy, full, fast, one), (*other, eight) = results
-for a, b in zip((greedy, full, fast), other, strict=True):
-    np.testing.assert_array_equal(a, b)
-np.testing.assert_array_equal(full, fast)
-np.testing.assert_array_equal(greedy, logits.argmax(axis=1))
-assert full.max() < 990
-np.testing.assert_array_equal(one.rank, eight.rank)
-np.testing.assert_array_equal(one.top_ids, eight.top_ids)
-# Only the order of the float32 additions in the normaliser differs.
-np.testing.assert_allclose(one.logprob, eight.logprob, rtol=1e-6, atol=1e-6)
-np.testing.assert_allclose(one.top_logprobs, eight.top_logprobs, rtol=1e-6, atol=1e-6)
-print("equal")
-"""
-
-
 def test_sample_vocabulary_over_eight_devices_yields_same_tokens():
-    paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    done = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "equal"
+    rng = np.random.default_rng(14)
+    logits = random_logits(rng, 32, 1000)
+    logits[:, 990:] = -np.inf
+    numbers, _ = random_settings(rng, 32)
+    position = jnp.arange(32, dtype=jnp.int32)
+
+    def everything(logits, numbers, position):
+        full = sampling.sample_full(logits, numbers, position)
+        fast = sampling.sample_candidates(logits, numbers, position)
+        return sampling.greedy(logits), full, fast, sampling.token_logprobs(logits, full, num_top=20)
+
+    results = []
+    for pipe, tensor in ((1, 1), (2, 4)):
+        mesh = make_mesh(pipeline_parallel_size=pipe, tensor_parallel_size=tensor)
+        specs = (P(None, VOCABULARY), P(), P())
+        call = jax.jit(jax.shard_map(everything, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+        results.append(jax.tree.map(np.asarray, call(logits, numbers, position)))
+    (greedy, full, fast, one), (*other, eight) = results
+    for a, b in zip((greedy, full, fast), other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(full, fast)
+    np.testing.assert_array_equal(greedy, logits.argmax(axis=1))
+    assert full.max() < 990
+    np.testing.assert_array_equal(one.rank, eight.rank)
+    np.testing.assert_array_equal(one.top_ids, eight.top_ids)
+    # Only the order of the float32 additions in the normaliser differs.
+    np.testing.assert_allclose(one.logprob, eight.logprob, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(one.top_logprobs, eight.top_logprobs, rtol=1e-6, atol=1e-6)
 
 
 # Log-probabilities.

@@ -99,7 +99,7 @@ class StepTimes:
 
     Args:
       prefill_s: seconds from the first launch to the last prompt's first token, nothing decoding beside it.
-      decode_s: seconds per decode step with every row decoding.
+      decode_s: seconds for one more token of every row.
       mean_context: KV positions that a row's decode step reads, over those steps.
     """
 
@@ -165,9 +165,7 @@ class Session:
             self._begin(lengths)
             mean_context = sum(lengths.values()) / len(lengths) + (num_steps - 1) / 2
             started = time.perf_counter()
-            for _ in range(num_steps):
-                if len(self.engine.step()) < len(lengths):
-                    raise ValueError(_BATCH_BROKE.format(len(lengths)))
+            self._decode(lengths, num_steps)
             decode_s = (time.perf_counter() - started) / num_steps
         finally:
             self._abort(lengths)
@@ -182,6 +180,15 @@ class Session:
             for event in self.engine.step():
                 waiting.discard(event.request_id)
                 lengths[event.request_id] += 1
+
+    def _decode(self, ids: Mapping[str, int], num_steps: int) -> None:
+        """Steps until every row has num_steps more tokens; in a pipeline a launch brings tokens of some rows only."""
+        counts = dict.fromkeys(ids, 0)
+        while sum(counts.values()) < num_steps * len(ids):
+            if not self.engine.has_unfinished() or max(counts.values()) > min(counts.values()) + 1:
+                raise ValueError(_BATCH_BROKE.format(len(ids)))
+            for event in self.engine.step():
+                counts[event.request_id] += 1
 
     def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
         return max(1, context_length(self.config, self.model_config) - max(map(len, prompts)))

@@ -11,8 +11,8 @@ from wrapper_tools import decode_step, make_random_wrapper, make_wrapper, prefil
 TOLERANCE = 2e-4
 
 
-def test_logits_golden_checkpoints_equal_transformers(golden):
-    wrapper = make_wrapper(golden.path, max_model_len=64)
+def assert_logits_equal_transformers(golden, **fields):
+    wrapper = make_wrapper(golden.path, max_model_len=64, max_num_batched_tokens=48, **fields)
     for number, prompt in enumerate(golden.prompts):
         positions = golden.expected[f"positions_{number}"]
         logits = wrapper.logits(prefill_step(wrapper, prompt, logit_index=positions))
@@ -20,6 +20,18 @@ def test_logits_golden_checkpoints_equal_transformers(golden):
             logits[: len(positions)], golden.expected[f"logits_{number}"], atol=TOLERANCE, rtol=0
         )
     wrapper.close()
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_logits_golden_checkpoints_equal_transformers(golden):
+    assert_logits_equal_transformers(golden)
+
+
+@pytest.mark.usefixtures("one_shape")
+@pytest.mark.parametrize("case", ["olmo2", "phi3", "gpt2"])
+def test_logits_two_tensor_shards_equal_transformers(case):
+    """Families whose storage or norms cut across heads."""
+    assert_logits_equal_transformers(load_golden(case), tensor_parallel_size=2)
 
 
 def test_logits_dynamic_rope_beyond_the_trained_context_equal_transformers():

@@ -155,6 +155,14 @@ def test_info_names_versions_devices_and_what_fits(run):
     assert run("info")[1].count("\n") == 4
 
 
+def test_generate_on_a_mesh_prints_the_text_of_one_device(run):
+    command = ("generate", "In the beginning", "--max-tokens", 40, "--max-model-len", 128)
+    _, alone, _ = run(*command)
+    code, out, _ = run(*command, "--pipeline-parallel-size", 2, "--tensor-parallel-size", 4)
+    assert code == 0 and out == alone
+    assert len(out.split()) > 20
+
+
 def test_info_mesh_names_what_a_device_holds_and_sends(run):
     code, out, _ = run("info", "--model", MODEL, "--mesh", "2x2", "--max-model-len", 32, "--max-num-seqs", 4)
     assert code == 0

@@ -224,3 +224,15 @@ def test_engine_four_stages_keep_nearly_all_launched_rows_useful():
     run_all(engine, [request(name, [name] * prompt, int(output)) for name, (prompt, output) in enumerate(lengths)])
     stats = engine.stats()
     assert stats.num_rows_live / stats.num_rows_launched >= 0.85
+
+
+def test_engine_chunks_of_one_prompt_enter_on_consecutive_ticks():
+    """Five chunks and four stages: the first token leaves with the eighth launch, not with the twentieth."""
+    engine, wrapper = make_engine(
+        max_model_len=128, max_num_batched_tokens=16, pipeline_parallel_size=4, run_ahead=False
+    )
+    engine.add_request(request("long", range(80), max_tokens=1))
+    while engine.has_unfinished():
+        engine.step()
+    assert [int(batch.prefill_len.sum()) for batch in wrapper.batches[:8]] == [16] * 5 + [0] * 3
+    assert len(wrapper.batches) == 8

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,3 +69,11 @@ def one_shape(monkeypatch) -> None:
         return smallest(self, num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_logits)
 
     monkeypatch.setattr(StepShapes, "shape", largest)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -3,7 +3,6 @@
 import _thread
 import logging
 import shutil
-import signal
 import threading
 
 import jax.monitoring
@@ -135,19 +134,16 @@ def test_generate_from_many_threads_equals_one_by_one(llm):
     assert [found[prompt] for prompt in prompts] == expected
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_generate_interrupt_aborts_the_requests_and_not_the_engine(llm):
     def for_ever():
         while True:
             llm.generate(["hello"] * 8, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
 
     timer = threading.Timer(0.3, _thread.interrupt_main)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    try:
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            for_ever()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for_ever()
     timer.join()
     assert llm.generate("hello", GREEDY).finished
     stats = llm.stats()

@@ -179,6 +179,7 @@ def test_process_lost_amid_a_render_is_an_error() -> None:
     sandbox.close()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_wait_does_not_give_the_next_one_a_wrong_answer(sandbox) -> None:
     render(sandbox, "a")
     # A real signal: what a terminal's Ctrl-C is, and what ends a wait for a pipe.

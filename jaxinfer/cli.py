@@ -134,7 +134,13 @@ def info(
 ) -> None:
     """Show versions, devices, memory; with --model, a model's size and what fits; with --mesh, what each device holds
     and sends."""
-    config = EngineConfig.from_keywords(fields | ({} if mesh is None else _parallel_sizes(mesh)))
+    if mesh is not None:
+        if model is None:
+            raise ValueError("--mesh needs --model")
+        for name, size in _parallel_sizes(mesh).items():
+            if fields.setdefault(name, size) != size:
+                raise ValueError(f"--mesh {mesh} contradicts {name} {fields[name]}; pass one of them")
+    config = EngineConfig.from_keywords(fields)
     system = facts.system_facts(config)
     found = None if model is None else facts.model_facts(model, config, system)
     if as_json:

@@ -58,7 +58,7 @@ class ModelFacts:
       num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: of the model.
       max_model_len: tokens of prompt and output together.
       weight_bytes: of all parameters.
-      kv_bytes_per_token: over all layers.
+      kv_bytes_per_token: over all layers, with a mesh's copies of kv heads and padding layers.
       kv_tokens: positions for which keys and values fit beside the weights; negative when the weights do not fit.
       full_requests: requests of max_model_len tokens that fit at once.
       mesh: facts of the mesh it is spread over; None for one device.

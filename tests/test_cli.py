@@ -180,10 +180,16 @@ def test_info_mesh_names_what_a_device_holds_and_sends(run):
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
-    [("4", "such as 2x4, got '4'"), ("0x2", "such as 2x4, got '0x2'"), ("1x3", "tensor_parallel_size must divide")],
+    [
+        (["4", "--model", MODEL], "such as 2x4, got '4'"),
+        (["0x2", "--model", MODEL], "such as 2x4, got '0x2'"),
+        (["1x3", "--model", MODEL], "tensor_parallel_size must divide"),
+        (["1x2"], "--mesh needs --model"),
+        (["1x2", "--model", MODEL, "--tensor-parallel-size", "4"], "--mesh 1x2 contradicts tensor_parallel_size 4"),
+    ],
 )
 def test_info_impossible_mesh_is_one_line(run, mesh, message):
-    code, out, err = run("info", "--model", MODEL, "--mesh", mesh)
+    code, out, err = run("info", "--mesh", *mesh)
     assert code == 1 and not out
     assert message in err and err.count("\n") == 1
 

@@ -67,7 +67,9 @@ def run_among_aborts(llm: LLM, model: str) -> list[RequestOutput]:
             with closing(llm.stream(list(range(length)), params)) as stream:
                 tokens = [len(output.token_ids) for output in itertools.islice(stream, 1 + length % 4)]
             assert tokens == list(range(1, 2 + length % 4))
-        return outputs.result()
+        found = outputs.result()
+    llm.generate([1], SamplingParams(max_tokens=1))  # runs behind the last abort
+    return found
 
 
 @functools.cache
@@ -83,14 +85,16 @@ def sampled_logprobs(output: RequestOutput) -> list[float]:
 
 
 def cases() -> list:
-    """CI runs every layout with every model and both with every feature, step shapes excepted; `-m matrix` the rest."""
+    """CI runs every larger layout with every model and both with every feature, step shapes excepted; `-m matrix` the
+    rest."""
     numbered = itertools.product(enumerate(MODELS), enumerate(LAYOUTS), enumerate(FEATURES))
-    chosen = {("llama", (4, 2)), ("gemma3", (2, 1))}
+    chosen = {("llama", (4, 2), "step shapes"), ("gemma3", (2, 1), "step shapes")}
     marked = []
     for (i, model), (j, layout), (k, feature) in numbered:
-        in_ci = (i + j) % (len(FEATURES) - 1) == k or (feature == "step shapes" and (model, layout) in chosen)
+        in_cover = layout != (1, 1) and (i + j) % (len(FEATURES) - 1) == k
+        marks = () if in_cover or (model, layout, feature) in chosen else pytest.mark.matrix
         name = f"{model}-{layout_name(layout)}-{feature}"
-        marked.append(pytest.param(model, layout, feature, marks=() if in_ci else pytest.mark.matrix, id=name))
+        marked.append(pytest.param(model, layout, feature, marks=marks, id=name))
     return marked
 
 
@@ -107,9 +111,9 @@ def test_generate_layout_gives_the_tokens_of_one_device(model, layout, feature, 
             again = run(llm, model)
             assert [output.token_ids for output in again] == [output.token_ids for output in found]
         stats = llm.stats()
-    expected = alone(model)
+    expected, greedy = alone(model), load_golden(f"mesh/{model}").greedy
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]
-    assert [list(output.token_ids) for output in found[::2]] == load_golden(f"mesh/{model}").greedy
+    assert [list(output.token_ids) for output in found[::2]] == greedy
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(sampled_logprobs(one), sampled_logprobs(other), rtol=0, atol=1e-4)
     assert stats.kv_pages_used == 0

@@ -15,11 +15,8 @@ from jaxinfer.flags import SETTINGS, read_settings
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [
-    line.split("#")[0]
-    for line in TEXT.splitlines()
-    if re.match(r"(cat prompts.txt \| |XLA_FLAGS=\S+ )?jaxinfer ", line)
-]
+BEFORE = r"(cat prompts.txt \| |XLA_FLAGS=\S+ )?"
+COMMANDS = [line.split("#")[0] for line in TEXT.splitlines() if re.match(f"{BEFORE}jaxinfer ", line)]
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))

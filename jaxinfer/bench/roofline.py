@@ -126,13 +126,13 @@ def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsiz
       context: KV positions each row reads, its new one included.
       itemsize: bytes of a weight and of a KV number.
     """
-    weights = _product_weights(config) + _head_weights(config)
+    used, read = (weights + _head_weights(config) for weights in _product_weights(config, batch_size))
     seen = _positions_seen(config, context)
     rows_embedded = batch_size * config.hidden_size
-    num_bytes = (weights + rows_embedded) * itemsize
+    num_bytes = (read + rows_embedded) * itemsize
     num_bytes += batch_size * seen * 2 * config.num_kv_heads * config.head_dim * itemsize
     num_bytes += 2 * 4 * batch_size * config.vocab_size
-    num_ops = batch_size * (2 * weights + 4 * config.num_heads * config.head_dim * seen)
+    num_ops = batch_size * (2 * used + 4 * config.num_heads * config.head_dim * seen)
     return StepCost(num_bytes=round(num_bytes), num_ops=round(num_ops))
 
 
@@ -145,13 +145,13 @@ def prefill_cost(config: ModelConfig, *, batch_size: int, prompt_len: int, items
       prompt_len: tokens of each.
       itemsize: bytes of a weight and of a KV number.
     """
-    weights, head = _product_weights(config), _head_weights(config)
     num_tokens = batch_size * prompt_len
+    (used, read), head = _product_weights(config, num_tokens), _head_weights(config)
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    num_bytes = (weights + head + num_tokens * (config.hidden_size + 2 * kv_per_token)) * itemsize
+    num_bytes = (read + head + num_tokens * (config.hidden_size + 2 * kv_per_token)) * itemsize
     num_bytes += 2 * 4 * batch_size * config.vocab_size
     seen = sum(_positions_seen(config, position + 1) for position in range(prompt_len))
-    num_ops = 2 * weights * num_tokens + batch_size * (2 * head + 4 * config.num_heads * config.head_dim * seen)
+    num_ops = 2 * used * num_tokens + batch_size * (2 * head + 4 * config.num_heads * config.head_dim * seen)
     return StepCost(num_bytes=round(num_bytes), num_ops=round(num_ops))
 
 
@@ -159,10 +159,19 @@ def _head_weights(config: ModelConfig) -> int:
     return config.vocab_size * config.hidden_size
 
 
-def _product_weights(config: ModelConfig) -> int:
-    """Weights without embedding and head; norms and biases, a few in ten thousand, count as products."""
+def _product_weights(config: ModelConfig, num_tokens: int) -> tuple[float, float]:
+    """Weights without embedding and head that one token is multiplied by, and that a step of some tokens reads.
+
+    Norms and biases, a few in ten thousand, count as products. Experts are read if any token asks them; tokens are
+    taken to choose evenly and independently.
+    """
     tables = 1 if config.tie_word_embeddings else 2
-    return config.num_parameters - tables * _head_weights(config)
+    weights = config.num_parameters - tables * _head_weights(config)
+    if not config.num_experts:
+        return weights, weights
+    experts = 3 * len(config.expert_layers) * config.num_experts * config.hidden_size * config.expert_ffn_size
+    share = config.experts_per_token / config.num_experts
+    return weights - experts * (1 - share), weights - experts * (1 - share) ** num_tokens
 
 
 def _positions_seen(config: ModelConfig, context: float) -> float:
@@ -231,8 +240,14 @@ def measure(
       seed: of the prompts.
 
     Raises:
-      ValueError: the context is too short for the steps, or the settings hold no such batch.
+      ValueError: the context is too short for the steps, the settings hold no such batch, or the mesh is larger than
+        one device.
     """
+    for name in ("pipeline_parallel_size", "tensor_parallel_size"):
+        if getattr(session.config, name) != 1:
+            raise ValueError(
+                f"roofline compares with one device: {name} must be 1, got {getattr(session.config, name)}"
+            )
     prompt_len = context - num_steps // 2
     if prompt_len < 1:
         raise ValueError(f"context must be above half of the {num_steps} timed steps, got {context}")

@@ -24,7 +24,7 @@ _ACTIVATIONS = {
 }
 
 
-def activate(gate_up: Float[Array, "T G"], activation: str) -> Float[Array, "T F"]:
+def activate(gate_up: Float[Array, "*T G"], activation: str) -> Float[Array, "*T F"]:
     """act(gate) * up of the two halves of the last axis."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return _ACTIVATIONS[activation](gate) * up

@@ -22,6 +22,8 @@ from jaxinfer.layers.mlp import activate
 _FEW = 8
 """Tokens an expert gets on average below which the CPU multiplies them one by one."""
 _BLOCK = 16
+EXPERT_BLOCK = 256
+"""Tokens at a time where every expert multiplies all of them: bounds what lies between the two products."""
 
 
 class MixtureOfExperts(nnx.Module):
@@ -68,7 +70,7 @@ class MixtureOfExperts(nnx.Module):
             gate_up,
             down,
             cpu=functools.partial(expert_loop, activation=self.activation),
-            default=functools.partial(expert_ragged, activation=self.activation),
+            default=functools.partial(expert_batched, activation=self.activation),
         )
         return sum_over_tensor(y.astype(x.dtype))
 
@@ -136,14 +138,15 @@ def expert_loop(
         start = (i - (ends - blocks)[expert]) * size  # within the expert's tokens
         rows = lax.dynamic_slice_in_dim(token, first[expert] + start, size)
         factor = lax.dynamic_slice_in_dim(share, first[expert] + start, size)
-        factor = jnp.where(start + jnp.arange(size) < counts[expert], factor, 0.0)
         hidden = activate(project(x[rows], gate_up[expert]), activation)
-        return y.at[rows].add(project(hidden, down[expert]).astype(jnp.float32) * factor[:, None])
+        added = project(hidden, down[expert]).astype(jnp.float32) * factor[:, None]
+        own = (start + jnp.arange(size) < counts[expert])[:, None]  # behind them stand the next expert's tokens
+        return y.at[rows].add(jnp.where(own, added, 0.0))
 
     return lax.fori_loop(0, ends[-1], add_block, jnp.zeros(x.shape, jnp.float32))
 
 
-def expert_ragged(
+def expert_batched(
     x: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     shares: Float[Array, "T K"],
@@ -152,17 +155,37 @@ def expert_ragged(
     *,
     activation: str,
 ) -> Float[Array, "T D"]:
-    """As expert_dense, by jax.lax.ragged_dot: no loop, which would break a GPU's command graphs."""
-    order, counts = _by_expert(expert_ids, gate_up.shape[0])
-    token = order // expert_ids.shape[1]
+    """As expert_dense, for GPUs: neither a loop of unknown length nor sums in an order that varies.
+
+    Few tokens read the weights of their experts only; many go through every expert in one product, a block of tokens at
+    a time. XLA's ragged_dot would expand the tokens by the number of experts there (seen in its lowering of jax 0.10).
+    """
+    compute = functools.partial(_by_token if expert_ids.size <= gate_up.shape[0] else _by_every_expert, activation)
+    num_tokens, count = x.shape[0], -(-x.shape[0] // EXPERT_BLOCK)
+    if count <= 1:
+        return compute(gate_up, down, x, expert_ids, shares)
+    padded = [jnp.pad(y, ((0, -num_tokens % EXPERT_BLOCK), (0, 0))) for y in (x, expert_ids, shares)]
+    blocks = [y.reshape(count, EXPERT_BLOCK, -1) for y in padded]
+    return lax.map(lambda block: compute(gate_up, down, *block), tuple(blocks)).reshape(-1, x.shape[1])[:num_tokens]
+
+
+def _by_token(activation: str, gate_up: Array, down: Array, x: Array, expert_ids: Array, shares: Array) -> Array:
+    """A product of one row for every token and expert; a sum of products, into which XLA can draw the gather."""
+    experts = jnp.minimum(expert_ids, gate_up.shape[0] - 1)
+    wide = x.astype(jnp.float32)
+    hidden = activate(jnp.sum(gate_up[experts] * wide[:, None, None], axis=-1).astype(x.dtype), activation)
+    outputs = jnp.sum(down[experts] * hidden[:, :, None].astype(jnp.float32), axis=-1)
+    chosen = (expert_ids < gate_up.shape[0])[:, :, None]
+    return jnp.sum(jnp.where(chosen, outputs * shares[:, :, None], 0.0), axis=1)
+
+
+def _by_every_expert(activation: str, gate_up: Array, down: Array, x: Array, expert_ids: Array, shares: Array) -> Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    product = functools.partial(lax.ragged_dot, group_sizes=counts, precision=precision)
-    hidden = activate(product(x[token], gate_up.swapaxes(1, 2)), activation)
-    y = product(hidden, down.swapaxes(1, 2)).astype(jnp.float32)
-    # Rows of no expert lie behind all groups, where the product is undefined.
-    chosen = (jnp.arange(len(token)) < jnp.sum(counts))[:, None]
-    y = jnp.where(chosen, y * shares.ravel()[order][:, None], 0.0)
-    return jnp.zeros(x.shape, jnp.float32).at[token].add(y)
+    hidden = activate(jnp.einsum("td,egd->etg", x, gate_up, precision=precision), activation)
+    outputs = jnp.einsum("etf,edf->etd", hidden, down, precision=precision)
+    # [E, T, K]: which of a token's choices an expert is; none of them where the expert is not asked.
+    weights = jnp.where(expert_ids == jnp.arange(gate_up.shape[0])[:, None, None], shares, 0.0).sum(axis=-1)
+    return jnp.sum(jnp.where(weights[:, :, None] != 0, outputs * weights[:, :, None], 0.0), axis=0)
 
 
 def _by_expert(expert_ids: Int[Array, "T K"], num_experts: int) -> tuple[Int[Array, " J"], Int[Array, " E"]]:

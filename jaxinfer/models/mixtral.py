@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
+from jaxinfer.models.hf_config import parse_decoder, parse_rope, parse_windows, require_count
 from jaxinfer.models.llama import TENSOR_NAMES, Llama
 from jaxinfer.models.registry import ModelFamily
 
@@ -31,7 +31,8 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     Source: Jiang et al. 2024, "Mixtral of Experts", section 2; transformers' MixtralForCausalLM.
     """
     return parse_decoder(
-        {"rms_norm_eps": 1e-5, **fields},
+        {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, **fields},
+        rope=parse_rope(fields, default_theta=1e6),
         windows=parse_windows(fields, first_layer=0) if fields.get("sliding_window") is not None else (),
         num_experts=require_count(fields, "num_local_experts"),
         experts_per_token=require_count(fields, "num_experts_per_tok"),

@@ -6,18 +6,17 @@ Does not know: the layers, which are Llama's.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import qwen3
-from jaxinfer.models.hf_config import require_count
+from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
 from jaxinfer.models.llama import Llama
+from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
 _EXPERTS = "model.layers.{layer}.mlp.experts.{expert}"
-QWEN3_MOE_TENSOR_NAMES = qwen3.QWEN3_TENSOR_NAMES | {
+QWEN3_MOE_TENSOR_NAMES = QWEN3_TENSOR_NAMES | {
     "layers.{layer}.mlp.router": ("model.layers.{layer}.mlp.gate.weight",),
     "layers.{layer}.mlp.gate_up": (f"{_EXPERTS}.gate_proj.weight", f"{_EXPERTS}.up_proj.weight"),
     "layers.{layer}.mlp.down": (f"{_EXPERTS}.down_proj.weight",),
@@ -39,9 +38,15 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json: mlp_only_layers must be a list of layer numbers, got {dense!r}")
     step = require_count({"decoder_sparse_step": 1, **fields}, "decoder_sparse_step")
     num_layers = require_count(fields, "num_hidden_layers")
-    return dataclasses.replace(
-        qwen3.parse_config(fields),
-        num_experts=require_count({"num_experts": fields.get("num_local_experts"), **fields}, "num_experts"),
+    bias = bool(fields.get("attention_bias", False))
+    count = "num_local_experts" if fields.get("num_experts") is None else "num_experts"
+    return parse_decoder(
+        fields,
+        attention_bias=bias,
+        attention_out_bias=bias,
+        qk_norm="head",
+        windows=parse_windows(fields, first_layer=0) if fields.get("use_sliding_window") else (),
+        num_experts=require_count(fields, count),
         experts_per_token=require_count(fields, "num_experts_per_tok"),
         expert_ffn_size=require_count(fields, "moe_intermediate_size"),
         normalise_experts=bool(fields.get("norm_topk_prob", False)),

@@ -7,6 +7,7 @@ Does not know: requests, queues, text.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Float
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.layers.kv_cache import LayerCache
+from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.models.layout import Layout
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.decoder_step import pack_inputs
@@ -33,6 +35,10 @@ from jaxinfer.wrappers.step_batch import (
     StepShapes,
 )
 from jaxinfer.wrappers.step_programs import StepPrograms
+
+_LAUNCHING = threading.Lock()
+"""Held while programs are enqueued: those of two models on one mesh must come in one order on all its devices, or their
+collectives wait for each other."""
 
 
 class DecoderWrapper(AbstractModelInferenceWrapper):
@@ -121,7 +127,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def launch(self, batch: StepBatch) -> StepHandle:
         """Starts a step: page copies, then forward, then the sampler; nothing here waits for the device."""
-        handle = StepHandle(batch)
+        with _LAUNCHING:
+            return self._launch(StepHandle(batch))
+
+    def _launch(self, handle: StepHandle) -> StepHandle:
         shape, hidden, rows = self._tick(handle)
         leaving = self._in_flight.leaving
         if leaving is not None and leaving.batch.has_logits:
@@ -191,9 +200,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return self._programs.get(name, *arguments)
 
     def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int) -> int:
-        device = self._mesh.devices.flat[0]
-        free = free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization)
-        if device.platform == "cpu":
+        devices = self._mesh.local_devices
+        free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
+        if devices[0].platform == "cpu":
             free //= self._mesh.size  # CPU devices share one memory
         else:
             free -= _activation_bytes(model_config, self._shapes, itemsize)
@@ -218,8 +227,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
 
 def _activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:
-    """A generous estimate of the largest step's temporaries: residual, QKV, feed-forward and float32 logits."""
+    """A generous estimate of a device's ring and largest step: residual, QKV, feed-forward and float32 logits."""
     largest = shapes.all_shapes()[-1]
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    per_token = (4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size) * max(itemsize, 4)
-    return largest.num_tokens * per_token + 4 * largest.num_logits * config.vocab_size * 4
+    per_token = 4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size
+    experts = config.num_experts * (3 * config.expert_ffn_size + 2 * config.hidden_size)
+    numbers = largest.num_tokens * per_token + min(largest.num_tokens, EXPERT_BLOCK) * experts
+    rows = shapes.num_stages * (largest.num_decode + largest.num_prefill) * shapes.table_width
+    return (numbers + 4 * largest.num_logits * config.vocab_size) * max(itemsize, 4) + 4 * rows

@@ -77,8 +77,8 @@ class Ring:
     """The batches in flight, in buffers of one size for all programs; a step uses their beginnings.
 
     Args:
-      tick: int32[], launches so far.
-      flights: arrays with a leading axis of stages; the batch of tick t lies at t % stages.
+      tick: int32[], launches so far, modulo the stages.
+      flights: arrays with a leading axis of stages; the batch of tick t lies at t.
       decode, prefill: [rows, D] and [rows * PREFILL_BLOCK, D], activations that this stage has received.
     """
 
@@ -140,7 +140,7 @@ def enter(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ri
     if ring is None:
         return None, flight, x
     whole = _padded(flight, ring.largest)
-    place = ring.tick % collectives.num_stages()
+    place = ring.tick
     flights = jax.tree.map(
         lambda kept, new: lax.dynamic_update_index_in_dim(kept, new, place, axis=0), ring.flights, whole
     )
@@ -169,7 +169,7 @@ def leave(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ri
     sent = collectives.send_to_next_stage(x)
     decode = lax.dynamic_update_slice(ring.decode, sent[:num_decode], (0, 0))
     prefill = lax.dynamic_update_slice(ring.prefill, sent[num_decode:], (0, 0))
-    return Ring(ring.tick + 1, ring.flights, decode, prefill), leaving
+    return Ring((ring.tick + 1) % collectives.num_stages(), ring.flights, decode, prefill), leaving
 
 
 def _padded(flight: Flight, largest: StepShape) -> Flight:

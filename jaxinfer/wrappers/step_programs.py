@@ -45,7 +45,7 @@ class StepArrays:
 
     @property
     def all(self) -> list[jax.Array]:
-        """Every array once or, where a tied head shares the embedding, twice."""
+        """Every array; the head's are among the leaves as well."""
         return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring]
 
 

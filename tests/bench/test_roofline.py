@@ -52,6 +52,20 @@ def test_decode_cost_window_bounds_the_context():
     assert full.num_ops - less.num_ops == 5 * 16
 
 
+def test_costs_of_experts_count_those_that_are_asked():
+    """Layer 0 has four experts of 2 features, two of them a token: 4 x 3 x 4 x 2 = 96 weights and a router of 16."""
+    config = dataclasses.replace(
+        TINY, num_experts=4, experts_per_token=2, expert_ffn_size=2, dense_layers=(1,), tie_word_embeddings=True
+    )
+    others = 188 + 40 - 36 + 16
+    one, two = (decode_cost(config, batch_size=count, context=5, itemsize=2) for count in (1, 2))
+    attention = 5 * 2 * (2 * 2 * 2 * 2)
+    assert one.num_ops == 2 * (others + 48) + attention and two.num_ops == 2 * one.num_ops
+    kv = 5 * 2 * (2 * 1 * 2)
+    assert one.num_bytes == 2 * (others + 48 + 4 + kv) + 10 * 4 * 2
+    assert two.num_bytes == 2 * (others + 72 + 2 * (4 + kv)) + 2 * 10 * 4 * 2  # three of four experts, on average
+
+
 def test_prefill_cost_equals_hand_count():
     cost = prefill_cost(TINY, batch_size=2, prompt_len=3, itemsize=4)
     kv = 6 * 2 * (2 * 1 * 2)  # tokens, layers, K and V of one head of 2; written and read

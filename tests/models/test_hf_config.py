@@ -327,3 +327,47 @@ def test_parse_gpt2_defaults_are_the_family_s() -> None:
 def test_parse_gpt2_unfit_fields_raise(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_model_config(GPT2 | change)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+def test_mixtral_defaults_are_transformers() -> None:
+    """What MixtralConfig has for fields that a file leaves out."""
+    sizes = {"architectures": ["MixtralForCausalLM"], "num_attention_heads": 8, "hidden_size": 16}
+    config = parse_model_config(FIELDS | EXPERTS | sizes)
+    assert (config.rope.theta, config.num_kv_heads, config.norm_eps) == (1e6, 8, 1e-5)
+    assert (config.num_experts, config.experts_per_token, config.expert_ffn_size) == (4, 2, 12)
+    assert config.normalise_experts and config.expert_layers == {0, 1, 2} and config.windows == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, {"head_dim": 2, "num_experts": 4, "normalise_experts": False, "dense_layers": (), "windows": ()}),
+        ({"num_experts": None, "norm_topk_prob": True}, {"num_experts": 4, "normalise_experts": True}),
+        ({"num_experts": 6}, {"num_experts": 6}),
+        ({"mlp_only_layers": [2], "decoder_sparse_step": 1}, {"dense_layers": (2,)}),
+        ({"decoder_sparse_step": 2}, {"dense_layers": (0, 2)}),
+        ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, {"windows": (7, 7, 7)}),
+    ],
+)
+def test_qwen3_moe_fields_are_transformers(change, expected) -> None:
+    fields = FIELDS | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 5} | change
+    config = parse_model_config(fields)
+    assert config.expert_ffn_size == 5 and config.qk_norm == "head"
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 5}, "experts_per_token must be .* got 5"),
+        ({"mlp_only_layers": "2"}, "mlp_only_layers must be a list of layer numbers, got '2'"),
+        ({"num_local_experts": None}, "num_local_experts"),
+    ],
+)
+def test_qwen3_moe_wrong_fields_are_named(change, message) -> None:
+    fields = FIELDS | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 5} | change
+    with pytest.raises(ValueError, match=message):
+        parse_model_config(fields)

@@ -76,7 +76,7 @@ VARIATIONS = {
 
 
 # Every run compiles programs of its own: CI runs the variations that differ most, `-m matrix` the others.
-MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16"}
+MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16", "page of 64"}
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
 
 
 FAMILY_VARIATIONS = ["crowd", "small chunks", "page of 64", "tight pool", "no run-ahead"]
-FAMILIES_IN_CI = {"gemma3": {"tight pool"}, "gpt2": {"small chunks"}, "qwen2": set()}
-PAIRS = [(family, variation) for family in FAMILIES_IN_CI for variation in FAMILY_VARIATIONS]
+FAMILIES = ["gemma3", "gpt2", "qwen2"]
+PAIRS = [(family, variation) for family in FAMILIES for variation in FAMILY_VARIATIONS]
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +108,8 @@ def family(request) -> tuple[str, list[list[int]], list[tuple[int, ...]]]:
         return request.param, prompts, [llm.generate(prompt, params).token_ids for prompt, params in pairs]
 
 
-@pytest.mark.parametrize(
-    ("family", "variation"),
-    [
-        pytest.param(*pair, marks=() if pair[1] in FAMILIES_IN_CI[pair[0]] else pytest.mark.matrix, id="-".join(pair))
-        for pair in PAIRS
-    ],
-    indirect=["family"],
-    scope="module",
-)
+@pytest.mark.matrix  # test_mesh.py compares families with one device in CI
+@pytest.mark.parametrize(("family", "variation"), PAIRS, ids=map("-".join, PAIRS), indirect=["family"], scope="module")
 def test_generate_other_families_do_not_depend_on_the_engine(variation, family):
     case, prompts, expected = family
     with LLM(load_golden(case).path, **BASE | VARIATIONS[variation]) as llm:

@@ -19,10 +19,10 @@ from jaxinfer import LLM, RequestOutput, SamplingParams
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 1), (4, 2), (2, 4)]
 MODELS = ["llama", "qwen3", "gemma3", "gpt2", "mixtral"]
-BASE = {"max_model_len": 96, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 16}
+BASE = {"max_model_len": 64, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 16}
 FEATURES = {
     "chunked prefill": {"enable_prefix_caching": False},
-    "preemption": {"num_kv_pages": 13, "enable_prefix_caching": False},
+    "preemption": {"num_kv_pages": 10, "enable_prefix_caching": False},
     "prefix cache": {},
     "aborts": {"enable_prefix_caching": False},
     "step shapes": {"enable_prefix_caching": False, "max_num_batched_tokens": 32},
@@ -47,8 +47,8 @@ def requests_of(model: str) -> list[tuple[list[int], SamplingParams]]:
     samplers = [{"temperature": 0.9, "top_k": 20}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.2}]
     pairs = []
     for number, (prompt, sampler) in enumerate(zip(golden.prompts, samplers, strict=True)):
-        pairs.append((prompt, SamplingParams(max_tokens=24, temperature=0.0, logprobs=1, ignore_eos=True)))
-        seeded = SamplingParams(max_tokens=28, seed=number, logprobs=1, ignore_eos=True, **sampler)
+        pairs.append((prompt, SamplingParams(max_tokens=14, temperature=0.0, logprobs=1, ignore_eos=True)))
+        seeded = SamplingParams(max_tokens=18, seed=number, logprobs=1, ignore_eos=True, **sampler)
         pairs.append((beginning + prompt[:9], seeded))
     return pairs
 
@@ -60,7 +60,7 @@ def run(llm: LLM, model: str) -> list[RequestOutput]:
 
 def run_among_aborts(llm: LLM, model: str) -> list[RequestOutput]:
     """As run, while other requests come and leave in mid-flight."""
-    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5, ignore_eos=True)
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=5, ignore_eos=True)
     with ThreadPoolExecutor(1) as pool:
         outputs = pool.submit(run, llm, model)
         for length in (30, 3, 17, 9, 1):
@@ -113,7 +113,7 @@ def test_generate_layout_gives_the_tokens_of_one_device(model, layout, feature, 
         stats = llm.stats()
     expected, greedy = alone(model), load_golden(f"mesh/{model}").greedy
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]
-    assert [list(output.token_ids) for output in found[::2]] == greedy
+    assert [list(output.token_ids) for output in found[::2]] == [tokens[:14] for tokens in greedy]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(sampled_logprobs(one), sampled_logprobs(other), rtol=0, atol=1e-4)
     assert stats.kv_pages_used == 0

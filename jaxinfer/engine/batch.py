@@ -39,19 +39,23 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         if decode.new_page is not None:
             page_index[row], page_id[row] = decode.new_page
 
+    chunk_slots = np.full(shape.num_chunks, dump_slot, np.int32)
+    pages = np.zeros((shape.num_chunks, width), np.int32)
+    numbers = np.zeros((shape.num_chunks, SAMPLING_FIELDS), np.int32)
+    for number, chunk in enumerate(schedule.prefills):
+        chunk_slots[number] = chunk.slot
+        pages[number, : len(chunk.pages)] = chunk.pages
+        numbers[number] = _numbers(chunk.sequence.request)
+
     rows = shape.num_prefill
     slots = np.full(rows, dump_slot, np.int32)
     start, length = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     tokens = np.zeros((rows, PREFILL_BLOCK), np.int32)
-    pages = np.zeros((rows, width), np.int32)
-    numbers = np.zeros((rows, SAMPLING_FIELDS), np.int32)
     ends = []
     for row, (chunk, first) in enumerate(blocks):
         token_ids = chunk.token_ids[first : first + PREFILL_BLOCK]
         slots[row], start[row], length[row] = chunk.slot, chunk.start + first, len(token_ids)
         tokens[row, : length[row]] = token_ids
-        pages[row, : len(chunk.pages)] = chunk.pages
-        numbers[row] = _numbers(chunk.sequence.request)
         if chunk.is_last and first + PREFILL_BLOCK >= len(chunk.token_ids):
             ends.append(row)
 
@@ -69,12 +73,13 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         decode_slots=decode_slots,
         decode_page_index=page_index,
         decode_page_id=page_id,
+        chunk_slots=chunk_slots,
+        chunk_pages=pages,
+        chunk_sampling=numbers,
         prefill_slots=slots,
         prefill_start=start,
         prefill_len=length,
         prefill_tokens=tokens,
-        prefill_pages=pages,
-        prefill_sampling=numbers,
         logit_index=index,
         logit_slots=logit_slots,
         logit_feeds=feeds,

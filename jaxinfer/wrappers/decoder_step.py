@@ -76,12 +76,13 @@ class StepInputs:
     decode_slots: Int[Array, " R"]
     decode_page_index: Int[Array, " R"]
     decode_page_id: Int[Array, " R"]
+    chunk_slots: Int[Array, " N"]
+    chunk_pages: Int[Array, "N W"]
+    chunk_sampling: Int[Array, "N F"]
     prefill_slots: Int[Array, " P"]
     prefill_start: Int[Array, " P"]
     prefill_len: Int[Array, " P"]
     prefill_tokens: Int[Array, "P Q"]
-    prefill_pages: Int[Array, "P W"]
-    prefill_sampling: Int[Array, "P F"]
     logit_index: Int[Array, " M"]
     logit_slots: Int[Array, " M"]
     logit_feeds: Int[Array, " M"]
@@ -90,17 +91,19 @@ class StepInputs:
 def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple[int, ...], int]]:
     """Every input's dimensions, and the value of its padding."""
     rows, blocks, logits = (shape.num_decode,), (shape.num_prefill,), (shape.num_logits,)
+    chunks = (shape.num_chunks,)
     width, dump_slot = shapes.table_width, shapes.num_slots
     return {
         "decode_slots": (rows, dump_slot),
         "decode_page_index": (rows, width),
         "decode_page_id": (rows, 0),
+        "chunk_slots": (chunks, dump_slot),
+        "chunk_pages": ((*chunks, width), 0),
+        "chunk_sampling": ((*chunks, SAMPLING_FIELDS), 0),
         "prefill_slots": (blocks, dump_slot),
         "prefill_start": (blocks, 0),
         "prefill_len": (blocks, 0),
         "prefill_tokens": ((*blocks, PREFILL_BLOCK), 0),
-        "prefill_pages": ((*blocks, width), 0),
-        "prefill_sampling": ((*blocks, SAMPLING_FIELDS), 0),
         "logit_index": (logits, 0),
         "logit_slots": (logits, dump_slot),
         "logit_feeds": (logits, 0),
@@ -175,7 +178,7 @@ class DecoderStep(nnx.Module):
             q_len=(inputs.decode_slots != dump_slot).astype(jnp.int32),
             page_table=state.page_table[inputs.decode_slots],
         )
-        prefill = SegmentRows(inputs.prefill_start, inputs.prefill_len, inputs.prefill_pages)
+        prefill = SegmentRows(inputs.prefill_start, inputs.prefill_len, state.page_table[inputs.prefill_slots])
         positions = jnp.concatenate([_positions(decode, 1).ravel(), _positions(prefill, PREFILL_BLOCK).ravel()])
         logits = LogitRows(
             index=inputs.logit_index,
@@ -220,14 +223,14 @@ def _positions(rows: SegmentRows, num_queries: int) -> Int[Array, "R Q"]:
 
 def _with_changes(state: DecodeState, inputs: StepInputs) -> DecodeState:
     """The state with the step's new page table entries and sampling numbers."""
-    page_table = state.page_table.at[inputs.prefill_slots].set(inputs.prefill_pages)
+    page_table = state.page_table.at[inputs.chunk_slots].set(inputs.chunk_pages)
     # Index W, which padding and rows without a new page carry, is out of bounds and dropped.
     page_table = page_table.at[inputs.decode_slots, inputs.decode_page_index].set(inputs.decode_page_id, mode="drop")
     return DecodeState(
         last_token=state.last_token,
         length=state.length,
         page_table=page_table,
-        sampling=state.sampling.at[inputs.prefill_slots].set(inputs.prefill_sampling),
+        sampling=state.sampling.at[inputs.chunk_slots].set(inputs.chunk_sampling),
     )
 
 

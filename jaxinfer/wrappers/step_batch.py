@@ -48,6 +48,11 @@ class StepShape:
     num_logits: int
 
     @property
+    def num_chunks(self) -> int:
+        """N, chunks that the prefill segment can have."""
+        return min(self.num_prefill, MAX_CHUNKS)
+
+    @property
     def num_tokens(self) -> int:
         """T, the padded tokens of both segments."""
         return self.num_decode + self.num_prefill * PREFILL_BLOCK
@@ -65,11 +70,12 @@ class StepBatch:
       dump_slot: the last slot, which no sequence has.
       decode_slots: int32[R].
       decode_page_index, decode_page_id: int32[R], page table entry to set before the step; index W sets none.
+      chunk_slots: int32[N], whose prompts the prefill segment is about.
+      chunk_pages: int32[N, W], the slot's whole page table.
+      chunk_sampling: int32[N, SAMPLING_FIELDS].
       prefill_slots: int32[P]; rows of one chunk follow each other.
       prefill_start, prefill_len: int32[P], position of the row's first token and its live tokens.
       prefill_tokens: int32[P, Q].
-      prefill_pages: int32[P, W], the slot's whole page table.
-      prefill_sampling: int32[P, SAMPLING_FIELDS].
       logit_index: int32[M], which tokens: r is decode row r, max_decode + p * Q + q is token q of prefill row p.
       logit_slots: int32[M], whose sampling numbers and seed apply; the dump slot for padding.
       logit_feeds: bool[M], the sampled token becomes its slot's last token.
@@ -83,12 +89,13 @@ class StepBatch:
     decode_slots: Int32[np.ndarray, " R"]
     decode_page_index: Int32[np.ndarray, " R"]
     decode_page_id: Int32[np.ndarray, " R"]
+    chunk_slots: Int32[np.ndarray, " N"]
+    chunk_pages: Int32[np.ndarray, "N W"]
+    chunk_sampling: Int32[np.ndarray, "N F"]
     prefill_slots: Int32[np.ndarray, " P"]
     prefill_start: Int32[np.ndarray, " P"]
     prefill_len: Int32[np.ndarray, " P"]
     prefill_tokens: Int32[np.ndarray, "P Q"]
-    prefill_pages: Int32[np.ndarray, "P W"]
-    prefill_sampling: Int32[np.ndarray, "P F"]
     logit_index: Int32[np.ndarray, " M"]
     logit_slots: Int32[np.ndarray, " M"]
     logit_feeds: Bool[np.ndarray, " M"]
@@ -120,12 +127,13 @@ class StepBatch:
             decode_slots=full(shape.num_decode, value=shapes.num_slots),
             decode_page_index=full(shape.num_decode, value=shapes.table_width),
             decode_page_id=full(shape.num_decode),
+            chunk_slots=full(0),
+            chunk_pages=full(0, shapes.table_width),
+            chunk_sampling=full(0, SAMPLING_FIELDS),
             prefill_slots=full(0),
             prefill_start=full(0),
             prefill_len=full(0),
             prefill_tokens=full(0, PREFILL_BLOCK),
-            prefill_pages=full(0, shapes.table_width),
-            prefill_sampling=full(0, SAMPLING_FIELDS),
             logit_index=full(shape.num_logits),
             logit_slots=full(shape.num_logits, value=shapes.num_slots),
             logit_feeds=np.zeros(shape.num_logits, bool),

@@ -72,10 +72,10 @@ class FakeWrapper(AbstractModelInferenceWrapper):
             self._write(self.table[slot], self.length[slot], self.last_token[slot])
             self.length[slot] += 1
             texts[row] = slot
+        self.table[batch.chunk_slots] = batch.chunk_pages
         for row, slot in enumerate(batch.prefill_slots):
             if slot == dump:
                 continue
-            self.table[slot] = batch.prefill_pages[row]
             start, length = batch.prefill_start[row], batch.prefill_len[row]
             for offset in range(length):
                 self._write(self.table[slot], start + offset, batch.prefill_tokens[row, offset])

@@ -37,9 +37,9 @@ def test_make_batch_lays_out_decodes_then_last_chunks():
     assert batch.prefill_len.tolist() == [16, 2, 2, 0]
     assert batch.prefill_tokens[0].tolist() == list(range(5, 21))
     assert batch.prefill_tokens[1, :3].tolist() == [21, 22, 0]
-    assert batch.prefill_pages[:2].tolist() == [[4, 5, 0, 0, 0, 0, 0, 0]] * 2
+    assert batch.chunk_pages[0].tolist() == [4, 5, 0, 0, 0, 0, 0, 0]
     np.testing.assert_array_equal(
-        batch.prefill_sampling[2], pack_sampling(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, seed=9)
+        batch.chunk_sampling[1], pack_sampling(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, seed=9)
     )
     # Logit rows: the two decodes, then the last token of the finished prompt; the rest is padding.
     assert batch.logit_index[:3].tolist() == [0, 1, 4 + 32 + 1]

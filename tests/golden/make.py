@@ -197,7 +197,9 @@ CASES: dict[str, Case] = {
     ),
     # For meshes of up to 4 stages and 8 shards: uneven layers, a vocabulary and kv heads that do not divide.
     "mesh/llama": Case(config=MESH),
-    "mesh/qwen3": Case(family="qwen3", config=MESH | {"num_key_value_heads": 4, "head_dim": 16}),
+    "mesh/qwen3": Case(
+        family="qwen3", config=MESH | {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 16}
+    ),
     "mesh/gemma3": Case(
         family="gemma3_text",
         config=MESH
@@ -219,7 +221,7 @@ CASES: dict[str, Case] = {
         config={
             "vocab_size": 301,
             "n_embd": 64,
-            "n_layer": 5,
+            "n_layer": 4,
             "n_head": 8,
             "n_positions": 256,
             "n_inner": 64,
@@ -228,7 +230,9 @@ CASES: dict[str, Case] = {
         },
     ),
     "mesh/mixtral": Case(
-        family="mixtral", config=MESH | {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2}
+        family="mixtral",
+        config=MESH
+        | {"num_hidden_layers": 4, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
 }
 

@@ -65,21 +65,22 @@ def prefill_step(
     rows = shape.num_prefill
     blocks = np.zeros((rows, PREFILL_BLOCK), np.int32)
     blocks.ravel()[: len(tokens)] = tokens
-    table = np.zeros((rows, shapes.table_width), np.int32)
+    table = np.zeros((1, shapes.table_width), np.int32)
     pages = range(1, 1 + pages_for(start + len(tokens), 8)) if pages is None else pages
-    table[: len(starts), : len(pages)] = pages
+    table[0, : len(pages)] = pages
     return StepBatch(
         shape=shape,
         dump_slot=shapes.num_slots,
         decode_slots=np.zeros(0, np.int32),
         decode_page_index=np.zeros(0, np.int32),
         decode_page_id=np.zeros(0, np.int32),
+        chunk_slots=np.array([slot], np.int32),
+        chunk_pages=table,
+        chunk_sampling=GREEDY[None],
         prefill_slots=_padded([slot] * len(starts), rows, shapes.num_slots),
         prefill_start=_padded(start + starts, rows, 0),
         prefill_len=_padded(np.minimum(PREFILL_BLOCK, len(tokens) - starts), rows, 0),
         prefill_tokens=blocks,
-        prefill_pages=table,
-        prefill_sampling=np.tile(GREEDY, (rows, 1)),
         logit_index=_padded(shapes.max_decode + np.array(index), shape.num_logits, 0),
         logit_slots=_padded([slot] * len(index), shape.num_logits, shapes.num_slots),
         logit_feeds=np.arange(shape.num_logits) == len(index) - 1,
@@ -101,12 +102,13 @@ def decode_step(wrapper: DecoderWrapper, slots, *, new_pages=None) -> StepBatch:
         decode_slots=_padded(slots, rows, shapes.num_slots),
         decode_page_index=_padded([index for index, _ in entries], rows, shapes.table_width),
         decode_page_id=_padded([page for _, page in entries], rows, 0),
+        chunk_slots=np.zeros(0, np.int32),
+        chunk_pages=np.zeros((0, shapes.table_width), np.int32),
+        chunk_sampling=np.zeros((0, GREEDY.size), np.int32),
         prefill_slots=np.zeros(0, np.int32),
         prefill_start=np.zeros(0, np.int32),
         prefill_len=np.zeros(0, np.int32),
         prefill_tokens=np.zeros((0, PREFILL_BLOCK), np.int32),
-        prefill_pages=np.zeros((0, shapes.table_width), np.int32),
-        prefill_sampling=np.zeros((0, GREEDY.size), np.int32),
         logit_index=np.arange(rows, dtype=np.int32),
         logit_slots=_padded(slots, rows, shapes.num_slots),
         logit_feeds=np.arange(rows) < len(slots),

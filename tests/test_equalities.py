@@ -76,7 +76,7 @@ VARIATIONS = {
 
 
 # Every run compiles programs of its own: CI runs the variations that differ most, `-m matrix` the others.
-MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16", "page of 64"}
+MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16", "page of 64", "no run-ahead"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,11 @@ def test_generate_other_families_do_not_depend_on_the_engine(variation, family):
         assert outputs_of(llm, prompts=prompts) == expected
 
 
-@pytest.mark.parametrize("fields", [{}, {"enable_prefix_caching": False}, {"run_ahead": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"enable_prefix_caching": False}, pytest.param({"run_ahead": False}, marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):
     """Four requests that grow to 9 pages each share 10 pages."""
     prompts = PROMPTS[1:5]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import load_golden
 from jax.sharding import NamedSharding
-from test_mesh import LAYOUTS, layout_name, on_mesh, run
+from mesh_tools import LAYOUTS, MODELS, layout_name, on_mesh, run
 from wrapper_tools import make_random_wrapper
 
 from jaxinfer.checkpoint.directory import read_json
@@ -49,11 +49,9 @@ def volumes_of(programs: StepPrograms, shapes: StepShapes, *, num_prefill: int =
     return {volume.name: volume for volume in collective_volumes(jaxpr, programs._mesh.shape)}
 
 
-@pytest.mark.parametrize("num_prefill", [0, 1])
 @pytest.mark.parametrize(
-    ("model", "layout"),
-    [("llama", layout) for layout in LAYOUTS] + [(model, (2, 4)) for model in ("qwen3", "gemma3", "gpt2", "mixtral")],
-    ids=lambda value: value if isinstance(value, str) else layout_name(value),
+    ("model", "layout", "num_prefill"),
+    [("llama", layout, 0) for layout in LAYOUTS] + [(model, (2, 4), 1) for model in MODELS],
 )
 def test_forward_sends_two_sums_a_layer_and_activations_once(model, layout, num_prefill):
     """4 decode rows a stage and a prefill row of 16 tokens, 64 float32 features; five layers, or four."""

@@ -47,10 +47,16 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """Takes new text; returns what is certain not to belong to a stop string, up to the first match."""
+    def push(self, text: str, *, suspended: bool = False) -> str:
+        """Takes new text; returns what is certain not to belong to a stop string, up to the first match.
+
+        Args:
+          text: what is new.
+          suspended: a stop string that ends in it does not count.
+        """
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stop_strings if stop in self._held]
+        stop_strings = () if suspended else self._stop_strings
+        found = [(self._held.find(stop), stop) for stop in stop_strings if stop in self._held]
         if found:
             start, self.matched = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
             released = self._held[: start + len(self.matched) * self._include]
@@ -183,7 +189,9 @@ class TextGenerationController:
             seed=self._derived_seed(number) if params.seed is None else params.seed,
             logprobs=params.logprobs,
             priority=params.priority,
+            edits=params.edits,
         )
+        self._check_edits(params, request)
         self._engine.check_request(request)
         return Submission(prompt=prompt if isinstance(prompt, str) else None, params=params, request=request)
 
@@ -297,6 +305,20 @@ class TextGenerationController:
                 )
         return token_ids
 
+    def _check_edits(self, params: SamplingParams, request: Request) -> None:
+        """Refuses token ids outside the vocabulary, and a mask that leaves no token."""
+        for name in ("logit_bias", "allowed_token_ids"):
+            beyond = [token_id for token_id in getattr(params, name) or () if token_id >= self._vocab_size]
+            if beyond:
+                raise ValueError(
+                    f"{name} has token {beyond[0]}, expected ids in 0..{self._vocab_size - 1} (the model's vocabulary)"
+                )
+        allowed = params.allowed_token_ids
+        if params.min_tokens and allowed is not None and request.stop_token_ids.issuperset(allowed):
+            raise ValueError(
+                f"min_tokens {params.min_tokens} holds back all of allowed_token_ids, which are stop tokens; allow more"
+            )
+
     def _stop_token_ids(self, params: SamplingParams) -> set[int]:
         own = set(params.stop_token_ids or ())
         return own if params.ignore_eos else own | self._eos_token_ids
@@ -320,7 +342,9 @@ class TextGenerationController:
             self._finish(generation, "stop")
             return
         if generation.detokenizer is not None:
-            generation.text += generation.matcher.push(generation.detokenizer.push([event.token_id]))
+            too_early = len(generation.token_ids) < generation.submission.params.min_tokens
+            text = generation.detokenizer.push([event.token_id])
+            generation.text += generation.matcher.push(text, suspended=too_early)
         if generation.matcher.matched is not None:
             generation.stop_reason = generation.matcher.matched
             if event.finish_reason is None:

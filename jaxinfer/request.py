@@ -8,6 +8,7 @@ Does not know: jax, text processing, the scheduler.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,7 @@ FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 _NOT_BUILT = {
     "n": 1,
-    "min_tokens": 0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": None,
     "bad_words": None,
-    "allowed_token_ids": None,
     "prompt_logprobs": None,
 }
 
@@ -53,6 +48,31 @@ def _require_logit_bias(name: str, value: object) -> dict[int, float]:
         require_int(f"{name} key", token_id, 0): require_float(f"{name}[{token_id}]", bias, "in [-100, 100]", -100, 100)
         for token_id, bias in value.items()
     }
+
+
+class EditKind(enum.IntEnum):
+    """What the device is told of a token of a slot: its bias; that it must not come yet; that it is in the prompt; that
+    it was sampled once."""
+
+    BIAS = 0
+    HELD_BACK = 1
+    PROMPT = 2
+    OUTPUT = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogitEdits:
+    """What a request does to its logits before temperature and filters; fields as in SamplingParams.
+
+    The engine masks the request's stop tokens until min_tokens tokens exist.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +170,19 @@ class SamplingParams:
         """The stop strings as a tuple, empty when there are none."""
         return tuple(self.stop or ())
 
+    @property
+    def edits(self) -> LogitEdits | None:
+        """What they do to logits; None for nothing."""
+        edits = LogitEdits(
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            min_tokens=self.min_tokens,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+        return None if edits == LogitEdits() else edits
+
     def require_built(self) -> None:
         """Refuses fields that this version cannot honour yet, so that none is ever ignored.
 
@@ -187,6 +220,7 @@ class Request:
       seed: of the sampling noise, 0 .. 2**63 - 1.
       logprobs: None, or how many of the most likely tokens to report beside the sampled one.
       priority: lower runs first.
+      edits: what is done to its logits; None for nothing.
     """
 
     request_id: str
@@ -200,6 +234,7 @@ class Request:
     seed: int = 0
     logprobs: int | None = None
     priority: int = 0
+    edits: LogitEdits | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

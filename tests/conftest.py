@@ -14,7 +14,17 @@ if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
     # The rooms that handle arrays; those that face the user check their arguments themselves.
-    rooms = ("checkpoint", "communication", "engine", "kernels", "layers", "models", "sampling", "wrappers")
+    rooms = (
+        "checkpoint",
+        "communication",
+        "engine",
+        "kernels",
+        "layers",
+        "logit_edits",
+        "models",
+        "sampling",
+        "wrappers",
+    )
     install_import_hook([f"jaxinfer.{room}" for room in rooms], "shape_checker.check")
 
 # The mesh's tests take eight devices, all others the first. Nearly all time goes into compiling programs that run once.

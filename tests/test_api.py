@@ -83,6 +83,16 @@ def test_generate_errors_come_before_anything_is_queued(llm):
     assert llm.generate("fine", GREEDY).finished
 
 
+def test_generate_min_tokens_suspends_stop_strings(llm):
+    wishes = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    text = llm.generate("hello", SamplingParams(**wishes)).text
+    early = llm.generate("hello", SamplingParams(**wishes, stop=text[0]))
+    late = llm.generate("hello", SamplingParams(**wishes, stop=text[0], min_tokens=6))
+    assert early.text == "" and early.finish_reason == "stop"
+    assert len(early.token_ids) < 6 <= len(late.token_ids)
+    assert text.startswith(late.text) and late.text.startswith(text[0])
+
+
 def test_stream_grows_and_equals_generate(llm):
     params = SamplingParams(temperature=0.8, seed=4, max_tokens=12, ignore_eos=True)
     outputs = list(llm.stream("hello", params))

@@ -36,6 +36,12 @@ def test_stop_matcher_equals_reading_character_by_character(text, stops, sizes):
     assert (released + matcher.finish(), matcher.matched) == first_match(text, stops)
 
 
+def test_stop_matcher_suspended_ignores_what_ends_there_but_not_what_begins():
+    matcher = StopMatcher(["stop"], include=False)
+    assert matcher.push("a stop b st", suspended=True) == "a stop b "
+    assert matcher.push("op c") == "" and matcher.matched == "stop"
+
+
 def test_stop_matcher_holds_back_only_what_may_begin_a_stop_string():
     matcher = StopMatcher(["stop"], include=False)
     assert [matcher.push(piece) for piece in ("a s", "t", "e", "sto")] == ["a ", "", "ste", ""]
@@ -164,8 +170,7 @@ BAD = [
     (7, SamplingParams(), TypeError, "int"),
     ([1] * 64, SamplingParams(), ValueError, "prompt has 64 tokens"),
     ([1], SamplingParams(n=2), NotImplementedError, "n is not supported"),
-    ([1], SamplingParams(min_tokens=1), NotImplementedError, "min_tokens"),
-    ([1], SamplingParams(logit_bias={1: 1.0}), NotImplementedError, "logit_bias"),
+    ([1], SamplingParams(bad_words=["x"]), NotImplementedError, "bad_words"),
     ([1], SamplingParams(prompt_logprobs=1), NotImplementedError, "prompt_logprobs"),
 ]
 

@@ -19,6 +19,8 @@ ROW_PARALLEL = PartitionSpec(PIPE, None, TENSOR)
 """[pp, out, in]: the input features are split over the shards."""
 VOCABULARY_PARALLEL = PartitionSpec((PIPE, TENSOR))
 """[V, ...]: rows of the vocabulary are split over the whole mesh."""
+VOCABULARY_COLUMNS = PartitionSpec(None, (PIPE, TENSOR))
+"""[.., V]: columns of the vocabulary are split over the whole mesh."""
 KV_PAGES = PartitionSpec(PIPE, TENSOR)
 """[pp * P, K, C, H]: every stage has P pages, kv heads are split over its shards."""
 

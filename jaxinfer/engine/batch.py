@@ -6,16 +6,18 @@ Does not know: queues, devices. Never imports jax.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jaxinfer.engine.scheduler import PrefillChunk, Schedule
-from jaxinfer.request import Request
+from jaxinfer.engine.scheduler import PrefillChunk, Schedule, SequenceState
+from jaxinfer.request import EditKind, Request
 from jaxinfer.wrappers.step_batch import (
     PREFILL_BLOCK,
     SAMPLING_FIELDS,
     SamplerVariant,
+    SlotEdits,
     StepBatch,
     StepShapes,
     pack_sampling,
@@ -86,6 +88,8 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         page_copies=np.array(schedule.page_copies, np.int32).reshape(-1, 2),
         variant=needed_variant(sequence.request for sequence in sampling),
         logprobs=any(sequence.request.logprobs is not None for sequence in sampling),
+        edited=any(sequence.request.edits is not None for sequence in sampling),
+        new_edits={chunk.slot: _edits(chunk.sequence) for chunk in schedule.prefills if chunk.is_last},
     )
 
 
@@ -107,6 +111,33 @@ def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
             return SamplerVariant.FULL
         variant = SamplerVariant.CANDIDATES
     return variant
+
+
+def _edits(sequence: SequenceState) -> SlotEdits | None:
+    """What a sequence's slot has to know, the tokens it has so far included."""
+    request, edits = sequence.request, sequence.request.edits
+    if edits is None:
+        return None
+    num_prompt = len(request.prompt_token_ids)
+    bias = dict(edits.logit_bias)
+    if edits.allowed_token_ids is not None:
+        bias = {token_id: bias.get(token_id, 0.0) for token_id in edits.allowed_token_ids}
+    tokens = {
+        EditKind.BIAS: list(bias),
+        EditKind.HELD_BACK: list(request.stop_token_ids) if edits.min_tokens else [],
+        EditKind.PROMPT: list(set(request.prompt_token_ids)) if edits.repetition_penalty != 1 else [],
+        EditKind.OUTPUT: sequence.token_ids[num_prompt:],
+    }
+    values = np.zeros(sum(map(len, tokens.values())), np.float32)
+    values[: len(bias)] = list(bias.values())
+    return SlotEdits(
+        bias_of_others=0.0 if edits.allowed_token_ids is None else -math.inf,
+        penalties=np.array([edits.repetition_penalty, edits.presence_penalty, edits.frequency_penalty], np.float32),
+        min_position=num_prompt + edits.min_tokens,
+        kinds=np.repeat(np.array(list(tokens), np.int32), list(map(len, tokens.values()))),
+        token_ids=np.array([token_id for ids in tokens.values() for token_id in ids], np.int32),
+        values=values,
+    )
 
 
 def _numbers(request: Request) -> np.ndarray:

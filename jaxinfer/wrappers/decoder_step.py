@@ -19,11 +19,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxinfer import sampling
+from jaxinfer import logit_edits, sampling
 from jaxinfer.communication.collectives import share_from_last_stage
 from jaxinfer.layers.attention import Segment, TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
+from jaxinfer.logit_edits import EditState
 from jaxinfer.models.registry import Decoder
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling import SamplingNumbers
@@ -248,28 +249,31 @@ def _advanced(state: DecodeState, inputs: StepInputs) -> DecodeState:
 def sample_step(
     head: VocabularyEmbedding,
     state: DecodeState,
+    edits: EditState | None,
     hidden: Float[Array, "M D"],
     rows: LogitRows,
     *,
     variant: SamplerVariant,
     logprobs: bool,
-) -> tuple[DecodeState, Int[Array, "M J"]]:
+) -> tuple[DecodeState, EditState | None, Int[Array, "M J"]]:
     """The sampling half of a step, per shard.
 
     Args:
       head: scores hidden states; holds this device's slice of the vocabulary.
       state: of the slots.
+      edits: of the slots; None for a step without edited rows.
       hidden, rows: what the forward half returned.
       variant: which sampler.
-      logprobs: report them.
+      logprobs: report them, before any edit.
 
     Returns:
-      The state with the new last tokens, and int32[M, 1] token ids, followed with logprobs by the bits of
+      The states with the new last tokens, and int32[M, 1] token ids, followed with logprobs by the bits of
       [logprob, rank, top ids.., top logprobs..].
     """
-    logits = head.logits(hidden)
+    raw = head.logits(hidden)
     # A diverged model must not crash the engine: NaN never wins, and a row of nothing yields token 0.
-    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    raw = jnp.where(jnp.isnan(raw), -jnp.inf, raw)
+    logits = raw if edits is None else logit_edits.edited(raw, edits, rows.slot, rows.position)
     if variant is SamplerVariant.GREEDY:
         tokens = sampling.greedy(logits)
     else:
@@ -282,11 +286,13 @@ def sample_step(
     state = DecodeState(
         last_token=last_token, length=state.length, page_table=state.page_table, sampling=state.sampling
     )
+    if edits is not None:
+        edits = logit_edits.count_outputs(edits, rows.slot, tokens, rows.feeds == 1)
     columns = [tokens[:, None]]
     if logprobs:
-        found = sampling.token_logprobs(logits, tokens, num_top=MAX_LOGPROBS)
+        found = sampling.token_logprobs(raw, tokens, num_top=MAX_LOGPROBS)
         columns += [_bits(found.logprob[:, None]), found.rank[:, None], found.top_ids, _bits(found.top_logprobs)]
-    return state, jnp.concatenate(columns, axis=1)
+    return state, edits, jnp.concatenate(columns, axis=1)
 
 
 def _bits(x: Float[Array, "M J"]) -> Int[Array, "M J"]:

@@ -22,6 +22,7 @@ from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.models.layout import Layout
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.decoder_step import pack_inputs
+from jaxinfer.wrappers.edit_words import pack_edits
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache
@@ -29,6 +30,7 @@ from jaxinfer.wrappers.step_batch import (
     LogprobArrays,
     RowUsage,
     SamplerVariant,
+    SlotEdits,
     StepBatch,
     StepResult,
     StepShape,
@@ -81,12 +83,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             mesh=mesh,
         )
         self._arrays = self._step_programs.allocate(parameters)
+        self._edited_slots: set[int] = set()
         self._programs = ProgramCache(
             {
                 "forward": self._step_programs.forward,
                 "sample": self._step_programs.sample,
                 "logits": self._step_programs.logits,
                 "copy": self._step_programs.copy,
+                "sample_edited": self._step_programs.sample_edited,
+                "edit": self._step_programs.edit,
             }
         )
 
@@ -134,14 +139,35 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         shape, hidden, rows = self._tick(handle)
         leaving = self._in_flight.leaving
         if leaving is not None and leaving.batch.has_logits:
-            variant, logprobs = leaving.batch.variant, leaving.batch.logprobs
-            program = self._programs.get("sample", shape.num_logits, variant, logprobs)
-            arrays = self._arrays
-            arrays.state, leaving.result = program(arrays.head_leaves, arrays.state, hidden, rows)
+            self._set_edits(leaving.batch)
+            leaving.result = self._sample(leaving.batch, shape.num_logits, hidden, rows)
             leaving.result.copy_to_host_async()
         elif leaving is not None:
             leaving.result = rows[0]  # something to wait for
         return handle
+
+    def _sample(self, batch: StepBatch, num_logits: int, hidden: jax.Array, rows: list[jax.Array]) -> jax.Array:
+        arrays = self._arrays
+        if batch.edited:
+            program = self._programs.get("sample_edited", num_logits, batch.logprobs)
+            arrays.state, arrays.edits, result = program(arrays.head_leaves, arrays.state, arrays.edits, hidden, rows)
+        else:
+            program = self._programs.get("sample", num_logits, batch.variant, batch.logprobs)
+            arrays.state, result = program(arrays.head_leaves, arrays.state, hidden, rows)
+        return result
+
+    def _set_edits(self, batch: StepBatch) -> None:
+        """Sets the edits of slots whose sequence is sampled for the first time, right before that.
+
+        Earlier, steps on their way would still count their tokens in a slot that somebody else had before.
+        """
+        for slot, edits in batch.new_edits.items():
+            if edits is None and slot not in self._edited_slots:
+                continue
+            (self._edited_slots.discard if edits is None else self._edited_slots.add)(slot)
+            self._arrays.edits = self._arrays.edits or self._step_programs.allocate_edits()
+            for words in pack_edits(slot, edits or SlotEdits.none()):
+                self._arrays.edits = self._programs.get("edit")(self._arrays.edits, words)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step that is through and returns its tokens, none if it samples none.
@@ -182,8 +208,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def warmup(self) -> None:
         """Compiles the forward program of every shape and every sampler."""
         shapes = self._shapes.all_shapes()
-        wanted = [("forward", shape) for shape in shapes]
+        wanted: list[tuple[Any, ...]] = [("edit",), *(("forward", shape) for shape in shapes)]
         for num_logits in sorted({shape.num_logits for shape in shapes}):
+            wanted += [("sample_edited", num_logits, logprobs) for logprobs in (False, True)]
             for variant in SamplerVariant:
                 wanted += [("sample", num_logits, variant, logprobs) for logprobs in (False, True)]
         self._programs.compile_all(wanted)

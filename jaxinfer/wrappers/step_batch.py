@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from jaxinfer.config import EngineConfig
 
@@ -59,6 +60,39 @@ class StepShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotEdits:
+    """The logit edits of a sequence, as its first token since admission is sampled.
+
+    Args:
+      bias_of_others: of tokens without an entry of their own; -inf allows only those that have one.
+      penalties: float32[3], repetition, presence, frequency.
+      min_position: index in its text from which its stop tokens may come.
+      kinds, token_ids, values: int32[J], int32[J], float32[J], as logit_edits.EditEntries'.
+    """
+
+    bias_of_others: float
+    penalties: Float32[np.ndarray, " 3"]
+    min_position: int
+    kinds: Int32[np.ndarray, " J"]
+    token_ids: Int32[np.ndarray, " J"]
+    values: Float32[np.ndarray, " J"]
+
+    @classmethod
+    def none(cls) -> SlotEdits:
+        """Edits that change nothing."""
+        ids = np.zeros(0, np.int32)
+        penalties = np.array([1, 0, 0], np.float32)
+        return cls(
+            bias_of_others=0.0,
+            penalties=penalties,
+            min_position=0,
+            kinds=ids,
+            token_ids=ids,
+            values=np.zeros(0, np.float32),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepBatch:
     """One step's work, padded to its shape.
 
@@ -82,6 +116,8 @@ class StepBatch:
       page_copies: int32[n, 2], source and destination pages, copied before anything is written.
       variant: the sampler to run.
       logprobs: also report log-probabilities.
+      edited: some row's logits are edited.
+      new_edits: slot -> edits of the sequences whose first token since admission is sampled; None for none.
     """
 
     shape: StepShape
@@ -102,6 +138,8 @@ class StepBatch:
     page_copies: Int32[np.ndarray, "J 2"]
     variant: SamplerVariant
     logprobs: bool
+    edited: bool = False
+    new_edits: Mapping[int, SlotEdits | None] = field(default_factory=dict)
 
     @property
     def num_live_rows(self) -> int:

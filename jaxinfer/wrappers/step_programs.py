@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,12 +18,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
-from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
+from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_COLUMNS
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
+from jaxinfer.logit_edits import EditState, set_slot
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decoder_step import DecoderStep, DecodeState, num_input_words, sample_step, unpack_inputs
+from jaxinfer.wrappers.edit_words import NUM_WORDS, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepShape, StepShapes
 
@@ -35,6 +37,7 @@ class StepArrays:
     Args:
       leaves, head_leaves: parameters of the step and of the head.
       state, caches, ring: donated to every step, which returns them.
+      edits: the same of steps with edited rows; empty until there was one.
     """
 
     leaves: list[jax.Array]
@@ -42,11 +45,12 @@ class StepArrays:
     state: list[jax.Array]
     caches: list[jax.Array]
     ring: list[jax.Array]
+    edits: list[jax.Array] = field(default_factory=list)
 
     @property
     def all(self) -> list[jax.Array]:
         """Every array; the head's are among the leaves as well."""
-        return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring]
+        return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring, *self.edits]
 
 
 class StepPrograms:
@@ -83,6 +87,10 @@ class StepPrograms:
             )
         )
         self._ring_specs = pipeline.specs(len(self._ring))
+        self._edits, self._edit_tree = _flat(lambda: EditState.zeros(shapes.num_slots + 1, weight.shape[0]))
+        self._edit_specs = [
+            VOCABULARY_COLUMNS if len(x.shape) == 2 and x.shape[1] > 3 else REPLICATED for x in self._edits
+        ]
 
     @property
     def parameter_bytes(self) -> int:
@@ -109,6 +117,13 @@ class StepPrograms:
                 for x, spec in zip(self._ring, self._ring_specs, strict=True)
             ],
         )
+
+    def allocate_edits(self) -> list[jax.Array]:
+        """The leaves of an EditState for all slots, which only some requests need."""
+        return [
+            jnp.zeros(x.shape, x.dtype, device=self._on_mesh(spec))
+            for x, spec in zip(self._edits, self._edit_specs, strict=True)
+        ]
 
     def caches(self, leaves: list[jax.Array]) -> list[LayerCache]:
         """The KV pages of every local layer."""
@@ -142,9 +157,9 @@ class StepPrograms:
         """(head_leaves, state, hidden, rows) -> (state, result); donates the state."""
 
         def sample(leaves, state, hidden, rows):
-            head = self._head.merge(leaves)
             state = jax.tree.unflatten(self._state_tree, state)
-            state, result = sample_step(head, state, hidden, LogitRows(*rows), variant=variant, logprobs=logprobs)
+            head, rows = self._head.merge(leaves), LogitRows(*rows)
+            state, _, result = sample_step(head, state, None, hidden, rows, variant=variant, logprobs=logprobs)
             return jax.tree.leaves(state), result
 
         mapped = self._sharded(
@@ -152,14 +167,46 @@ class StepPrograms:
             in_specs=(self._head.specs, REPLICATED, REPLICATED, REPLICATED),
             out_specs=(REPLICATED, REPLICATED),
         )
-        words = (num_logits, SAMPLING_FIELDS)
-        dims = [words if name == "sampling" else words[:1] for name in LogitRows.__dataclass_fields__]
         return jax.jit(mapped, donate_argnums=(1,)).trace(
             self._placed(self._head.leaves, self._head.specs),
             self._placed(self._state, [REPLICATED] * len(self._state)),
             self._hidden(num_logits),
-            [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._on_mesh(REPLICATED)) for shape in dims],
+            self._rows(num_logits),
         )
+
+    def sample_edited(self, num_logits: int, logprobs: bool) -> jax.stages.Traced:
+        """(head_leaves, state, edits, hidden, rows) -> (state, edits, result), for rows of any kind; donates both."""
+
+        def sample(leaves, state, edits, hidden, rows):
+            state = jax.tree.unflatten(self._state_tree, state)
+            edits = jax.tree.unflatten(self._edit_tree, edits)
+            head, rows = self._head.merge(leaves), LogitRows(*rows)
+            full = SamplerVariant.FULL
+            state, edits, result = sample_step(head, state, edits, hidden, rows, variant=full, logprobs=logprobs)
+            return jax.tree.leaves(state), jax.tree.leaves(edits), result
+
+        mapped = self._sharded(
+            sample,
+            in_specs=(self._head.specs, REPLICATED, self._edit_specs, REPLICATED, REPLICATED),
+            out_specs=(REPLICATED, self._edit_specs, REPLICATED),
+        )
+        return jax.jit(mapped, donate_argnums=(1, 2)).trace(
+            self._placed(self._head.leaves, self._head.specs),
+            self._placed(self._state, [REPLICATED] * len(self._state)),
+            self._placed(self._edits, self._edit_specs),
+            self._hidden(num_logits),
+            self._rows(num_logits),
+        )
+
+    def edit(self) -> jax.stages.Traced:
+        """(edits, words) -> edits, with the entries of one upload; donates them."""
+
+        def edit(edits, words):
+            return jax.tree.leaves(set_slot(jax.tree.unflatten(self._edit_tree, edits), unpack_edits(words)))
+
+        mapped = self._sharded(edit, in_specs=(self._edit_specs, REPLICATED), out_specs=self._edit_specs)
+        words = jax.ShapeDtypeStruct((NUM_WORDS,), jnp.int32)
+        return jax.jit(mapped, donate_argnums=(0,)).trace(self._placed(self._edits, self._edit_specs), words)
 
     def logits(self, num_logits: int) -> jax.stages.Traced:
         """(head_leaves, hidden) -> float32 logits, the vocabulary spread over the mesh."""
@@ -196,6 +243,12 @@ class StepPrograms:
     def _hidden(self, num_logits: int) -> jax.ShapeDtypeStruct:
         dims = (num_logits, self._hidden_size)
         return jax.ShapeDtypeStruct(dims, self._hidden_dtype, sharding=self._on_mesh(REPLICATED))
+
+    def _rows(self, num_logits: int) -> list[jax.ShapeDtypeStruct]:
+        """The leaves of LogitRows."""
+        words = (num_logits, SAMPLING_FIELDS)
+        dims = [words if name == "sampling" else words[:1] for name in LogitRows.__dataclass_fields__]
+        return [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._on_mesh(REPLICATED)) for shape in dims]
 
     def _sharded(self, function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
         # check_vma cannot see that a psum makes the outputs equal on all devices.

@@ -1,0 +1,147 @@
+"""What requests do to their logits before temperature and filters: masks, bias, penalties.
+
+Owns: what the device keeps of every slot for that, and the arithmetic.
+Does not know: requests, samplers. All functions run inside a shard_map over ("pipe", "tensor"); a slot's row is spread
+over the mesh like the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxinfer.communication.collectives import vocabulary_shard
+from jaxinfer.request import EditKind
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EditState:
+    """The edits of S slots.
+
+    Args:
+      bias: float32[S, V], added; -inf where a token is not allowed.
+      held_back: bool[S, V], tokens that may not come before min_position.
+      in_prompt: bool[S, V].
+      output_count: int32[S, V], how often each token was sampled.
+      penalties: float32[S, 3], repetition (1 is none, 0 a slot that was never set), presence and frequency.
+      min_position: int32[S].
+    """
+
+    bias: Float[Array, "S V"]
+    held_back: Bool[Array, "S V"]
+    in_prompt: Bool[Array, "S V"]
+    output_count: Int[Array, "S V"]
+    penalties: Float[Array, "S 3"]
+    min_position: Int[Array, " S"]
+
+    @classmethod
+    def zeros(cls, num_slots: int, vocab_size: int) -> EditState:
+        """Slots that were never set."""
+        shape = (num_slots, vocab_size)
+        return cls(
+            bias=jnp.zeros(shape, jnp.float32),
+            held_back=jnp.zeros(shape, bool),
+            in_prompt=jnp.zeros(shape, bool),
+            output_count=jnp.zeros(shape, jnp.int32),
+            penalties=jnp.zeros((num_slots, 3), jnp.float32),
+            min_position=jnp.zeros(num_slots, jnp.int32),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EditEntries:
+    """Some edits of one slot.
+
+    Args:
+      slot: int32[].
+      first: bool[], forget what the slot had before.
+      bias_of_others: float32[], of all tokens without a bias entry.
+      penalties, min_position: as in EditState, of the slot.
+      kinds: int32[J], EditKind; another number is padding.
+      token_ids: int32[J].
+      values: float32[J], the bias.
+    """
+
+    slot: Int[Array, ""]
+    first: Bool[Array, ""]
+    bias_of_others: Float[Array, ""]
+    penalties: Float[Array, " 3"]
+    min_position: Int[Array, ""]
+    kinds: Int[Array, " J"]
+    token_ids: Int[Array, " J"]
+    values: Float[Array, " J"]
+
+
+def set_slot(state: EditState, entries: EditEntries) -> EditState:
+    """The state with a slot's entries; the first ones of a sequence clear what the slot had."""
+    size = state.bias.shape[1]
+    local = entries.token_ids - vocabulary_shard() * size
+    local = jnp.where((local >= 0) & (local < size), local, size)  # out of bounds, hence dropped
+
+    def of(kind: EditKind) -> Array:
+        return jnp.where(entries.kinds == kind, local, size)
+
+    def row(rows: Array, cleared: float | Array) -> Array:
+        return jnp.where(entries.first, jnp.full(size, cleared, rows.dtype), rows[entries.slot])
+
+    def put(rows: Array, new: Array) -> Array:
+        return rows.at[entries.slot].set(new)
+
+    bias = row(state.bias, entries.bias_of_others).at[of(EditKind.BIAS)].set(entries.values, mode="drop")
+    held_back = row(state.held_back, 0).at[of(EditKind.HELD_BACK)].set(True, mode="drop")
+    in_prompt = row(state.in_prompt, 0).at[of(EditKind.PROMPT)].set(True, mode="drop")
+    output_count = row(state.output_count, 0).at[of(EditKind.OUTPUT)].add(1, mode="drop")
+    return EditState(
+        bias=put(state.bias, bias),
+        held_back=put(state.held_back, held_back),
+        in_prompt=put(state.in_prompt, in_prompt),
+        output_count=put(state.output_count, output_count),
+        penalties=put(state.penalties, entries.penalties),
+        min_position=put(state.min_position, entries.min_position),
+    )
+
+
+def edited(
+    logits: Float[Array, "R V"], state: EditState, slots: Int[Array, " R"], position: Int[Array, " R"]
+) -> Float[Array, "R V"]:
+    """Logits as their slots ask for: masks, bias, repetition penalty, presence and frequency penalties.
+
+    Args:
+      logits: float32[R, V / devices], this device's slice.
+      state: of all slots.
+      slots: int32[R].
+      position: int32[R], index in its text of the token to be sampled.
+
+    Source: Keskar et al. 2019, "CTRL", section 4.1, for the repetition penalty, which divides positive and multiplies
+    negative logits; presence and frequency as in OpenAI's API.
+    """
+    count, penalties = state.output_count[slots], state.penalties[slots]
+    too_early = state.held_back[slots] & (position < state.min_position[slots])[:, None]
+    logits = jnp.where(too_early, -jnp.inf, logits) + state.bias[slots]
+    repetition, presence, frequency = (penalties[:, i, None] for i in range(3))
+    seen = state.in_prompt[slots] | (count > 0)
+    penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen & (repetition != 0), penalised, logits)
+    return logits - jnp.where(count > 0, presence + frequency * count.astype(jnp.float32), 0.0)
+
+
+def count_outputs(
+    state: EditState, slots: Int[Array, " R"], token_ids: Int[Array, " R"], is_live: Bool[Array, " R"]
+) -> EditState:
+    """The state after tokens were sampled."""
+    size = state.bias.shape[1]
+    local = token_ids - vocabulary_shard() * size
+    local = jnp.where((local >= 0) & (local < size) & is_live, local, size)
+    return EditState(
+        bias=state.bias,
+        held_back=state.held_back,
+        in_prompt=state.in_prompt,
+        output_count=state.output_count.at[slots, local].add(1, mode="drop"),
+        penalties=state.penalties,
+        min_position=state.min_position,
+    )

@@ -1,0 +1,55 @@
+"""A slot's logit edits on their way to the device.
+
+Owns: their words: uploads of one size, so that there is one program for them, as many as the entries need.
+Does not know: what the edits do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Int32
+
+from jaxinfer.logit_edits import EditEntries
+from jaxinfer.wrappers.step_batch import SlotEdits
+
+NUM_ENTRIES = 1024
+"""Entries of one upload."""
+_HEADER = 7
+NUM_WORDS = _HEADER + 3 * NUM_ENTRIES
+_PADDING = -1
+
+
+def pack_edits(slot: int, edits: SlotEdits) -> Iterator[Int32[np.ndarray, " J"]]:
+    """The uploads that set a slot, in order."""
+    numbers = np.array([edits.bias_of_others, *edits.penalties], np.float32).view(np.int32)
+    for start in range(0, max(len(edits.kinds), 1), NUM_ENTRIES):
+        part = slice(start, start + NUM_ENTRIES)
+        columns = np.full((3, NUM_ENTRIES), _PADDING, np.int32)
+        for column, entries in zip(columns, (edits.kinds, edits.token_ids, edits.values.view(np.int32)), strict=True):
+            column[: len(entries[part])] = entries[part]
+        header = np.array([slot, start == 0, edits.min_position], np.int32)
+        yield np.concatenate([header, numbers, columns.ravel()])
+
+
+def unpack_edits(words: Int[Array, " J"]) -> EditEntries:
+    """The inverse of pack_edits for one upload, on the device."""
+    numbers = _floats(words[3:_HEADER])
+    kinds, token_ids, values = words[_HEADER:].reshape(3, NUM_ENTRIES)
+    return EditEntries(
+        slot=words[0],
+        first=words[1] == 1,
+        bias_of_others=numbers[0],
+        penalties=numbers[1:],
+        min_position=words[2],
+        kinds=kinds,
+        token_ids=token_ids,
+        values=_floats(values),
+    )
+
+
+def _floats(words: Int[Array, " J"]) -> Float[Array, " J"]:
+    return lax.bitcast_convert_type(words, jnp.float32)

@@ -76,7 +76,7 @@ VARIATIONS = {
 
 
 # Every run compiles programs of its own: CI runs the variations that differ most, `-m matrix` the others.
-MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16", "page of 64", "no run-ahead"}
+MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16", "page of 64", "no run-ahead", "no prefix cache"}
 
 
 @pytest.mark.parametrize(

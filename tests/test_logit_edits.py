@@ -71,7 +71,7 @@ def expected() -> list[list[int]]:
         ((1, 1), {"max_num_seqs": 1}),
         ((1, 1), {"num_kv_pages": 9, "enable_prefix_caching": False}),
         ((4, 2), {"run_ahead": False}),
-        ((2, 2), {}),
+        pytest.param((2, 2), {}, marks=pytest.mark.matrix),
     ],
     ids=str,
 )

@@ -88,3 +88,9 @@ def test_generate_layout_gives_the_tokens_of_one_device(model, layout, feature, 
     assert stats.kv_pages_used == 0
     assert (stats.num_preemptions > 0) == (feature == "preemption")
     assert (stats.prefix_cache_hits > 0) == (feature == "prefix cache")
+
+
+def test_too_few_devices_says_how_to_simulate_more():
+    message = r"4 pipeline x 4 tensor needs 16 devices, found 8 .*device_count=16 to simulate them"
+    with pytest.raises(ValueError, match=message):
+        on_mesh("llama", (4, 4))

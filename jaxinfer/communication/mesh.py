@@ -29,9 +29,11 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1)
     needed = pipeline_parallel_size * tensor_parallel_size
     devices = jax.devices()
     if needed > len(devices):
+        simulate = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={needed} to simulate them"
         raise ValueError(
             f"a mesh of {pipeline_parallel_size} pipeline x {tensor_parallel_size} tensor needs {needed} devices, "
             f"found {len(devices)} ({devices[0].platform}); lower pipeline_parallel_size or tensor_parallel_size"
+            f"{simulate if devices[0].platform == 'cpu' else ''}"
         )
     return jax.make_mesh(
         (pipeline_parallel_size, tensor_parallel_size),

@@ -27,6 +27,9 @@ if importlib.util.find_spec("beartype"):
     )
     install_import_hook([f"jaxinfer.{room}" for room in rooms], "shape_checker.check")
 
+# Golden files are compared in float32 on the CPU, also where there is a GPU (`jaxinfer bench gpu` is for that).
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # The mesh's tests take eight devices, all others the first. Nearly all time goes into compiling programs that run once.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()

@@ -267,6 +267,8 @@ def test_warmup_then_300_random_requests_compile_nothing(path):
                 top_k=int(random.choice([0, 5, 100])),
                 top_p=float(random.choice([0.5, 1.0])),
                 min_p=float(random.choice([0.0, 0.1])),
+                presence_penalty=float(random.choice([0.0, 0.0, 0.5])),
+                logit_bias=[None, None, {int(random.integers(320)): 5.0}][random.integers(3)],
                 logprobs=[None, 0, 3][random.integers(3)],
             )
             for _ in prompts

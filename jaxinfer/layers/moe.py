@@ -122,7 +122,7 @@ def expert_loop(
     """As expert_dense, in a loop over blocks of tokens of one expert, as many as the tokens need.
 
     On two CPU cores, 32 experts of 512 x 1024 and four of them a token: 0.7, 11 and 47 ms for 1, 32 and 256 tokens,
-    where ragged_dot takes 97, 163 and 636 ms (it multiplies by every expert).
+    where jax.lax.ragged_dot takes 97, 163 and 636 ms.
     """
     num_tokens, num_chosen = expert_ids.shape
     num_experts = gate_up.shape[0]
@@ -158,7 +158,8 @@ def expert_batched(
     """As expert_dense, for GPUs: neither a loop of unknown length nor sums in an order that varies.
 
     Few tokens read the weights of their experts only; many go through every expert in one product, a block of tokens at
-    a time. XLA's ragged_dot would expand the tokens by the number of experts there (seen in its lowering of jax 0.10).
+    a time. Not jax.lax.ragged_dot: on GPUs XLA is reported to expand its tokens by the number of experts (jaxlib 0.10.1
+    and 0.10.2, marin-community/marin issue 7012).
     """
     compute = functools.partial(_by_token if expert_ids.size <= gate_up.shape[0] else _by_every_expert, activation)
     num_tokens, count = x.shape[0], -(-x.shape[0] // EXPERT_BLOCK)

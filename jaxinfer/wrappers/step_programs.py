@@ -121,7 +121,7 @@ class StepPrograms:
     def allocate_edits(self) -> list[jax.Array]:
         """The leaves of an EditState for all slots, which only some requests need."""
         return [
-            jnp.zeros(x.shape, x.dtype, device=self._on_mesh(spec))
+            jax.device_put(np.zeros(x.shape, x.dtype), self._on_mesh(spec))  # unlike jnp.zeros, compiles nothing
             for x, spec in zip(self._edits, self._edit_specs, strict=True)
         ]
 

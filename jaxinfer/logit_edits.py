@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import vocabulary_shard
+from jaxinfer.communication.sharding import REPLICATED, VOCABULARY_COLUMNS
 from jaxinfer.request import EditKind
 
 
@@ -50,6 +52,11 @@ class EditState:
             penalties=jnp.zeros((num_slots, 3), jnp.float32),
             min_position=jnp.zeros(num_slots, jnp.int32),
         )
+
+    @staticmethod
+    def specs() -> list[PartitionSpec]:
+        """How the leaves lie on the mesh, in order: what has a column a token is spread like the vocabulary."""
+        return [VOCABULARY_COLUMNS] * 4 + [REPLICATED] * 2
 
 
 @jax.tree_util.register_dataclass

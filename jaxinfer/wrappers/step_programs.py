@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
-from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_COLUMNS
+from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
@@ -88,9 +88,7 @@ class StepPrograms:
         )
         self._ring_specs = pipeline.specs(len(self._ring))
         self._edits, self._edit_tree = _flat(lambda: EditState.zeros(shapes.num_slots + 1, weight.shape[0]))
-        self._edit_specs = [
-            VOCABULARY_COLUMNS if len(x.shape) == 2 and x.shape[1] > 3 else REPLICATED for x in self._edits
-        ]
+        self._edit_specs = EditState.specs()
 
     @property
     def parameter_bytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +27,9 @@ MAX_HELD = 3
 MAX_WINDOW = 64
 KEPT_WINDOW = 32
 MATCHED_TAIL = 6
+ANCHOR = "a"  # a piece that every decoder leaves as it is
+BYTE_LEVEL_SPACE = "\u0120"
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 SPECIAL_TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 BYTE_SPECIAL_NAMES = {256: b"<s>", 257: b"</s>"}
@@ -157,6 +160,12 @@ class FileTokenizer:
         """Text of one token alone; a Llama-2 style tokenizer drops the leading space."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes that each token adds in the middle of a text; b"" for special tokens and ids without a token."""
+        pieces = [None if i in self._special_token_ids else self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
+        piece_bytes = _piece_reader(self._tokenizer)
+        return tuple(b"" if piece is None else piece_bytes(piece) for piece in pieces)
+
 
 class SentencePieceTokenizer:
     """The tokenizer of a checkpoint directory that has a sentencepiece tokenizer.model and no tokenizer.json.
@@ -226,6 +235,16 @@ class SentencePieceTokenizer:
         """Text of one token alone, without the space that a text's first word would lose."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes that each token adds in the middle of a text; b"" for special and unused pieces."""
+        return tuple(self._piece_bytes(token_id) for token_id in range(self.vocab_size))
+
+    def _piece_bytes(self, token_id: int) -> bytes:
+        if token_id in self.special_token_ids or self._model.is_unused(token_id):
+            return b""
+        piece = self._model.id_to_piece(token_id)
+        return _byte_of(piece) if self._model.is_byte(token_id) else piece.replace(SPACE, " ").encode()
+
     def _run_text(self, token_ids: list[int], is_first: bool) -> str:
         """Text of ordinary tokens; sentencepiece drops the first one's space, which is right at the beginning only."""
         space = "" if is_first or not self._model.id_to_piece(token_ids[0]).startswith(SPACE) else " "
@@ -271,6 +290,10 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of one byte alone; U+FFFD for a byte that is no character by itself."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes that each token adds in the middle of a text; b"" for BOS and EOS."""
+        return (*(bytes([byte]) for byte in range(256)), b"", b"")
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer | None:
@@ -461,6 +484,50 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _piece_reader(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    """What turns a token as tokenizer.json writes it into the bytes that it adds in the middle of a text.
+
+    The decoder is asked how it reads pieces, because it may be a sequence of several: whether it knows ByteLevel's
+    letters for bytes, ByteFallback's <0xNN>, and what a piece becomes between two others.
+    """
+    join = " ".join if tokenizer.decoder is None else tokenizer.decoder.decode
+    if join([ANCHOR, BYTE_LEVEL_SPACE]) == ANCHOR + " ":
+        return _byte_level_bytes
+    has_byte_fallback = join([ANCHOR, "<0x41>"]) == ANCHOR + "A"
+    before, behind = len(ANCHOR), len(join([ANCHOR, ANCHOR])) - len(ANCHOR)
+
+    def between(piece: str) -> bytes:
+        if has_byte_fallback and BYTE_PIECE.fullmatch(piece):
+            return _byte_of(piece)
+        text = join([ANCHOR, piece, ANCHOR])
+        return text[before : len(text) - behind].encode()
+
+    return between
+
+
+def _byte_of(piece: str) -> bytes:
+    """The byte of a piece <0xNN>."""
+    return bytes([int(piece[3:-1], 16)])
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    """The bytes of a ByteLevel piece; an added token with other letters than ByteLevel's is plain text."""
+    if all(letter in BYTE_LEVEL_LETTERS for letter in piece):
+        return bytes(BYTE_LEVEL_LETTERS[letter] for letter in piece)
+    return piece.encode()
+
+
+def _byte_level_letters() -> dict[str, int]:
+    """ByteLevel's letter of each byte: printable Latin-1 is itself, the others follow in order from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL_LETTERS = _byte_level_letters()
 
 
 def _read_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:

@@ -1,0 +1,111 @@
+"""Which tokens may come next: what a rule about the text is to the engine, which knows only ids.
+
+Owns: the two protocols (a rule, and where one sequence stands in it), the packed mask, the conjunction of rules.
+Does not know: text, tokenizers, requests, jax, what any rule says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+WORD_BITS = 32
+
+
+class ConstraintState(Protocol):
+    """Where one sequence stands in a constraint; changes with every token."""
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next.
+
+        Returns:
+          uint32[W], W = ceil(vocab_size / 32): bit t % 32 of word t // 32 is set for an allowed token t. It may be the
+          state's own memory: not to be written to, and valid until the next advance. All zeros if nothing may follow.
+        """
+        ...
+
+    def advance(self, token_id: int) -> None:
+        """Takes the token that came."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow any more: the text must end here."""
+        ...
+
+
+class TokenConstraint(Protocol):
+    """A rule about which tokens may come; immutable, shared by any number of sequences."""
+
+    def start(self) -> ConstraintState:
+        """The state of a sequence that has no output yet."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AllOf:
+    """The constraint that holds where all of several hold; complete when one of them is.
+
+    Constraints that each leave tokens may leave none together: then allowed() is all zeros.
+
+    Args:
+      constraints: at least one, all for the same vocabulary size.
+    """
+
+    constraints: Sequence[TokenConstraint]
+
+    def __post_init__(self) -> None:
+        if not self.constraints:
+            raise ValueError("AllOf needs at least one constraint, got none")
+
+    def start(self) -> ConstraintState:
+        """A state that starts each of the constraints."""
+        return _AllOfState([constraint.start() for constraint in self.constraints])
+
+
+class _AllOfState:
+    def __init__(self, states: list[ConstraintState]) -> None:
+        self._states = states
+
+    def allowed(self) -> np.ndarray:
+        return np.bitwise_and.reduce([state.allowed() for state in self._states])
+
+    def advance(self, token_id: int) -> None:
+        for state in self._states:
+            state.advance(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        return any(state.is_complete for state in self._states)
+
+
+def packed_len(vocab_size: int) -> int:
+    """Words in the mask of a vocabulary.
+
+    Example:
+      >>> packed_len(32), packed_len(33)
+      (1, 2)
+    """
+    return -(-vocab_size // WORD_BITS)
+
+
+def pack_ids(token_ids: Collection[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """The mask that allows just these tokens.
+
+    Args:
+      token_ids: each in 0 .. vocab_size - 1, in any order.
+      vocab_size: tokens of the model.
+
+    Returns:
+      uint32[ceil(vocab_size / 32)]
+
+    Example:
+      >>> pack_ids([0, 33], 40).tolist()
+      [1, 2]
+    """
+    bits = np.zeros(packed_len(vocab_size) * WORD_BITS, np.bool_)
+    bits[np.asarray(token_ids, np.intp)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)

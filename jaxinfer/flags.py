@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import types
 import typing
@@ -133,6 +134,8 @@ def _parameter(name: str, kind: Any, text: str, panel: str | None = None) -> ins
 def _flag_type(hint: Any) -> Any:
     """What typer parses for a field's type; None when the flag is not given."""
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if any(map(dataclasses.is_dataclass, parts)):
+        return str | None  # its fields as JSON
     for part in parts:
         if typing.get_origin(part) is Sequence:
             return list[typing.get_args(part)[0]] | None
@@ -142,10 +145,27 @@ def _flag_type(hint: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """The field's value; a mapping is given as repeated KEY=VALUE."""
-    if name != "logit_bias":
-        return value
+    """The field's value from what its flag was given."""
+    return _READERS[name](value) if name in _READERS else value
+
+
+def _logit_bias(entries: Sequence[str]) -> dict[int, float]:
     try:
-        return {int(key): float(bias) for key, bias in (entry.split("=") for entry in value)}
+        return {int(key): float(bias) for key, bias in (entry.split("=") for entry in entries)}
     except ValueError as error:
-        raise ValueError(f"logit_bias must be TOKEN_ID=BIAS, got {' '.join(value)}") from error
+        raise ValueError(f"logit_bias must be TOKEN_ID=BIAS, got {' '.join(entries)}") from error
+
+
+def _structured(text: str) -> dict[str, Any]:
+    expected = f"""structured must be a JSON object such as {{"regex": "[0-9]+"}}, got {text}"""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{expected}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(expected)
+    return fields
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {"logit_bias": _logit_bias, "structured": _structured}
+"""Fields whose flag is not the value itself: repeated KEY=VALUE, or JSON."""

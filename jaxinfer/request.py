@@ -1,6 +1,6 @@
 """The values that travel between the rooms: what is asked, what is computed, what comes back.
 
-Owns: SamplingParams (the user's wishes), Request (the engine's view: ids and numbers), TokenEvent (one new token),
+Owns: SamplingParams and StructuredOutput (the user's wishes), Request (the engine's view: ids and numbers), TokenEvent (one new token),
 RequestOutput and its parts (the answer).
 Does not know: jax, text processing, the scheduler.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,84 @@ def _require_logit_bias(name: str, value: object) -> dict[int, float]:
         require_int(f"{name} key", token_id, 0): require_float(f"{name}[{token_id}]", bias, "in [-100, 100]", -100, 100)
         for token_id, bias in value.items()
     }
+
+
+def _require_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} of type {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} must be a non-empty string, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be text that UTF-8 can write, got a lone surrogate in {value!r}") from error
+    return value
+
+
+def _require_schema(name: str, value: object) -> str:
+    """A JSON schema as JSON text."""
+    expected = f"{name} must be a JSON object, as a dict or as its text"
+    if not isinstance(value, (str, Mapping)):
+        raise TypeError(f"{expected}, got {value!r} of type {type(value).__name__}")
+    try:
+        schema = json.loads(value) if isinstance(value, str) else dict(value)
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{expected}, got {value!r:.200}, which is none: {error}") from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"{expected}, got {value!r:.200}")
+    return text
+
+
+def _require_choices(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of non-empty strings, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} must be a sequence of at least one non-empty string, got {value!r}")
+    return tuple(_require_text(f"{name} entry", entry) for entry in value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutput:
+    """What the whole output must look like; exactly one of the fields is given.
+
+    Args:
+      json: a JSON schema, as a dict or as its text (kept as text); {} is any JSON object.
+      regex: a regular expression in the syntax of Rust's regex crate; it must match the output from end to end.
+      choice: non-empty strings, at least one; the output is one of them.
+      lark: a context-free grammar in llguidance's dialect of Lark; its rule `start` is the output.
+
+    Raises:
+      TypeError, ValueError: none or several are given, or one is not what it must be; the message names the field.
+
+    Example:
+      >>> StructuredOutput(json={"type": "integer"}).json
+      '{"type": "integer"}'
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    lark: str | None = None
+
+    def __post_init__(self) -> None:
+        require = {"json": _require_schema, "regex": _require_text, "choice": _require_choices, "lark": _require_text}
+        given = [name for name in require if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"structured must have exactly one of {', '.join(require)}, got {', '.join(given) or 'none'}")
+        object.__setattr__(self, given[0], require[given[0]](f"structured.{given[0]}", getattr(self, given[0])))
+
+
+def _require_structured(name: str, value: object) -> StructuredOutput:
+    if isinstance(value, StructuredOutput):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a StructuredOutput or a mapping of its fields, got {value!r}")
+    known = [entry.name for entry in dataclasses.fields(StructuredOutput)]
+    for key in value:
+        if key not in known:
+            raise unknown_keyword(str(key), known)
+    return StructuredOutput(**value)
 
 
 class EditKind(enum.IntEnum):
@@ -98,6 +177,8 @@ class SamplingParams:
       logit_bias: token id -> [-100, 100], added to its logit.
       bad_words: strings whose tokens never come.
       allowed_token_ids: only these may come.
+      structured: what the whole output must look like, a StructuredOutput or a mapping of its one field: json (a
+        schema), regex, choice or lark.
       logprobs: 0 .. 20; the sampled token's log-probability and those of the k most likely.
       prompt_logprobs: 0 .. 20, the same for the prompt.
       truncate_prompt_tokens: >= 1; keep only the last k tokens of the prompt.
@@ -126,6 +207,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured: StructuredOutput | Mapping[str, Any] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
@@ -160,6 +242,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name at least one token, got none")
         keep_unless_none("logit_bias", _require_logit_bias)
+        keep_unless_none("structured", _require_structured)
         for name in ("logprobs", "prompt_logprobs"):
             keep_unless_none(name, require_int, 0, MAX_LOGPROBS)
         keep_unless_none("truncate_prompt_tokens", require_int, 1)

@@ -56,6 +56,14 @@ def test_takes_settings_mapping_is_repeated_pairs(run):
         run("--logit-bias", "3:4")
 
 
+def test_takes_settings_structured_is_json(run):
+    run("--structured", '{"regex": "[0-9]+"}')
+    assert received["structured"] == {"regex": "[0-9]+"}
+    for wrong in ("[0-9]+", "[1]"):
+        with pytest.raises(ValueError, match=r"structured must be a JSON object such as .*, got \["):
+            run("--structured", wrong)
+
+
 def test_takes_settings_flags_win_over_the_file(run, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("model: here\ntop_k: 7\nstop: [a]\nmax_tokens: null\n")

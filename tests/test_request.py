@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import re
 from fractions import Fraction
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 
-from jaxinfer.request import CompletionOutput, Logprob, Request, RequestMetrics, RequestOutput, SamplingParams
+from jaxinfer.request import (
+    CompletionOutput,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutput,
+)
 
 SEED = "in 0..9223372036854775807"
 PRIORITY = "in -2147483648..2147483647"
@@ -68,6 +77,46 @@ WRONG = [
     ("logit_bias", {-1: 1.0}, ValueError, ">= 0"),
     *(("logit_bias", {1: value}, ValueError, "in [-100, 100]") for value in (100.5, -101, math.nan, math.inf)),
 ]
+
+
+WRONG_STRUCTURED = [
+    ("a+", TypeError, "structured must be a StructuredOutput or a mapping of its fields, got 'a+'"),
+    ({}, ValueError, "structured must have exactly one of json, regex, choice, lark, got none"),
+    ({"regex": "a", "lark": "b"}, ValueError, "exactly one of json, regex, choice, lark, got regex, lark"),
+    ({"regx": "a"}, TypeError, "unknown argument 'regx'; did you mean 'regex'?"),
+    ({3: "a"}, TypeError, "unknown argument '3'"),
+    ({"regex": 3}, TypeError, "structured.regex must be a string, got 3 of type int"),
+    ({"lark": ""}, ValueError, "structured.lark must be a non-empty string, got ''"),
+    ({"regex": "\ud800"}, ValueError, "structured.regex must be text that UTF-8 can write"),
+    ({"choice": "ab"}, TypeError, "structured.choice must be a sequence of non-empty strings, got 'ab'"),
+    ({"choice": []}, ValueError, "structured.choice must be a sequence of at least one non-empty string, got []"),
+    ({"choice": ["a", ""]}, ValueError, "structured.choice entry must be a non-empty string, got ''"),
+    ({"choice": ["a", 1]}, TypeError, "structured.choice entry must be a string, got 1"),
+    ({"json": 3}, TypeError, "structured.json must be a JSON object, as a dict or as its text, got 3 of type int"),
+    ({"json": "[1]"}, ValueError, "structured.json must be a JSON object, as a dict or as its text, got '[1]'"),
+    ({"json": "{"}, ValueError, "got '{', which is none: Expecting property name"),
+    ({"json": {"a": {1}}}, ValueError, "which is none: Object of type set is not JSON serializable"),
+    ({"json": '{"minimum": NaN}'}, ValueError, "which is none: Out of range float"),
+    ({"json": "[" * 100_000}, ValueError, "which is none: maximum recursion depth"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), WRONG_STRUCTURED)
+def test_sampling_params_structured_wrong_value_names_field_value_and_range(value, error, message) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        SamplingParams(structured=value)
+
+
+def test_sampling_params_structured_mapping_becomes_a_plain_structured_output() -> None:
+    schema = {"type": "object"}
+    params = SamplingParams(structured=MappingProxyType({"json": schema}))
+    assert params.structured == StructuredOutput(json='{"type": "object"}')
+    assert SamplingParams(structured=params.structured) == params
+    schema["type"] = "array"
+    assert params.structured == StructuredOutput(json=' {"type":"object"} ')
+    assert StructuredOutput(choice=["a", "b"]).choice == ("a", "b")
+    assert StructuredOutput(json={}).json == StructuredOutput(json="{}").json == "{}"
+    assert hash(params.structured) == hash(StructuredOutput(json={"type": "object"}))
 
 
 @pytest.mark.parametrize(("name", "value", "error", "allowed"), WRONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -49,8 +50,8 @@ class Foreign:
         self.decode, self.token_text = tokenizer.decode, tokenizer.token_text
 
 
-def without_first_space(text: str) -> str:
-    return text.removeprefix(" ")
+def equal_up_to_first_space(joined: str, text: str) -> bool:
+    return text in (joined, joined.removeprefix(" "))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -82,7 +83,7 @@ def test_token_bytes_with_byte_fallback_joined_is_the_decoded_text(name: str, da
     whole = st.characters(codec="utf-8").map(lambda letter: [byte_ids[bytes([b])] for b in letter.encode()])
     ids = [i for part in data.draw(st.lists(pieces | whole, max_size=20)) for i in part]
     joined = b"".join(table[i] for i in ids).decode()
-    assert without_first_space(joined) == without_first_space(tokenizer.decode(ids))
+    assert equal_up_to_first_space(joined, tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize("name", FALLBACK)
@@ -96,9 +97,7 @@ def test_token_bytes_malformed_byte_tokens_leave_the_text_around_them_equal(name
     run = data.draw(st.lists(st.integers(0x80 + 3, 0xBF + 3), min_size=1, max_size=4))  # continuation bytes alone
     joined = b"".join(table[i] for i in left + run + right).decode(errors="replace")
     text = tokenizer.decode(left + run + right)
-    assert [*filter(None, without_first_space(joined).split(REPLACEMENT))] == [
-        *filter(None, without_first_space(text).split(REPLACEMENT))
-    ]
+    assert equal_up_to_first_space(re.sub("\ufffd+", REPLACEMENT, joined), re.sub("\ufffd+", REPLACEMENT, text))
 
 
 @pytest.mark.parametrize("name", ALL)

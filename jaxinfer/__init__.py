@@ -9,13 +9,22 @@ from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.llm import LLM
 from jaxinfer.models.registry import ModelFamily, register_model
-from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams, TokenEvent
+from jaxinfer.request import (
+    BeamSearchParams,
+    CompletionOutput,
+    Logprob,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenEvent,
+)
 
 __version__ = version("jaxinfer")
 
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "DynamicEngine",
     "EngineClosedError",

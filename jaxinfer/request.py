@@ -1,7 +1,7 @@
 """The values that travel between the rooms: what is asked, what is computed, what comes back.
 
-Owns: SamplingParams and StructuredOutput (the user's wishes), Request (the engine's view: ids and numbers), TokenEvent (one new token),
-RequestOutput and its parts (the answer).
+Owns: SamplingParams, StructuredOutput and BeamSearchParams (the user's wishes), Request (the engine's view: ids and
+numbers), TokenEvent (one new token), RequestOutput and its parts (the answer).
 Does not know: jax, text processing, the scheduler.
 """
 
@@ -13,13 +13,18 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from jaxinfer.config import require_bool, require_float, require_int, unknown_keyword
 from jaxinfer.output_html import OutputView, TokenView, render
 
 FinishReason = Literal["stop", "length", "abort"]
+EarlyStopping = bool | Literal["never"]
 MAX_LOGPROBS = 20
+MAX_BEAM_WIDTH = 32
+MAX_LENGTH_PENALTY = 50.0
+"""Either sign: a million tokens to this power is still a float."""
 _NOT_BUILT = {
     "n": 1,
     "bad_words": None,
@@ -127,6 +132,22 @@ def _require_structured(name: str, value: object) -> StructuredOutput:
         if key not in known:
             raise unknown_keyword(str(key), known)
     return StructuredOutput(**value)
+def _require_early_stopping(name: str, value: object) -> EarlyStopping:
+    if not isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be True, False or 'never', got {value!r} of type {type(value).__name__}")
+    if isinstance(value, bool) or value == "never":
+        return value
+    raise ValueError(f"{name} must be True, False or 'never', got {value!r}")
+
+
+def _keep(params: object, name: str, require: Callable[..., Any], *limits: Any, **options: Any) -> None:
+    """Checks a field and keeps it, whatever it was given as (a numpy number, a list), as a plain, immutable value."""
+    object.__setattr__(params, name, require(name, getattr(params, name), *limits, **options))
+
+
+def _keep_unless_none(params: object, name: str, require: Callable[..., Any], *limits: Any) -> None:
+    if getattr(params, name) is not None:
+        _keep(params, name, require, *limits)
 
 
 class EditKind(enum.IntEnum):
@@ -214,14 +235,7 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        # Whatever a field was given as (a numpy number, a list), it is kept as a plain, immutable value.
-        def keep(name: str, require: Callable[..., Any], *limits: Any, **options: Any) -> None:
-            object.__setattr__(self, name, require(name, getattr(self, name), *limits, **options))
-
-        def keep_unless_none(name: str, require: Callable[..., Any], *limits: Any) -> None:
-            if getattr(self, name) is not None:
-                keep(name, require, *limits)
-
+        keep, keep_unless_none = partial(_keep, self), partial(_keep_unless_none, self)
         keep("n", require_int, 1)
         keep("temperature", require_float, ">= 0", 0, math.inf)
         keep("top_p", require_float, "in (0, 1]", 0, 1, open_low=True)
@@ -288,6 +302,56 @@ class SamplingParams:
             if keyword not in known:
                 raise unknown_keyword(keyword, known)
         return cls(**keywords)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeamSearchParams:
+    """How beam search looks for the most likely texts of one prompt.
+
+    Args:
+      beam_width: texts that are continued side by side, 1 .. 32.
+      max_tokens: new tokens at most, >= 1.
+      length_penalty: a text's score is its log-probability / (new tokens, end token included) ** length_penalty,
+        [-50, 50]; above 0 favours long texts, 0 scores by the log-probability alone.
+      early_stopping: when to end once beam_width texts have: True at once; False when the best open text, were it to
+        end now, would not beat the worst of them; "never" when it could not at any length up to max_tokens.
+      num_return_sequences: texts returned, best first, 1 .. beam_width.
+      stop_token_ids: ids that end a text, besides the end tokens of the checkpoint.
+      ignore_eos: go on past the end tokens of the checkpoint.
+      skip_special_tokens: leave special tokens out of the text.
+      priority: lower runs first.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
+    """
+
+    beam_width: int = 4
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    num_return_sequences: int = 1
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        keep = partial(_keep, self)
+        keep("beam_width", require_int, 1, MAX_BEAM_WIDTH)
+        keep("max_tokens", require_int, 1)
+        limit = MAX_LENGTH_PENALTY
+        keep("length_penalty", require_float, f"in [{-limit:g}, {limit:g}]", -limit, limit)
+        keep("early_stopping", _require_early_stopping)
+        keep("num_return_sequences", require_int, 1)
+        if self.num_return_sequences > self.beam_width:
+            raise ValueError(
+                f"num_return_sequences must be <= beam_width = {self.beam_width}, got {self.num_return_sequences}; "
+                "raise beam_width"
+            )
+        _keep_unless_none(self, "stop_token_ids", _require_token_ids)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
+        keep("priority", require_int, -(2**31), 2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -388,6 +452,7 @@ class CompletionOutput:
       finish_reason: "stop", "length", "abort", or None while running.
       stop_reason: the stop string or stop token id that matched; None for an end token of the checkpoint.
       seed: of the sampling noise.
+      score: beam search's, log-probability / length ** length_penalty; None otherwise.
     """
 
     index: int
@@ -399,6 +464,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     seed: int
+    score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

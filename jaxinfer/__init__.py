@@ -12,6 +12,7 @@ from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.request import (
     BeamSearchParams,
     CompletionOutput,
+    GenerationRecord,
     Logprob,
     Request,
     RequestOutput,
@@ -30,6 +31,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
+    "GenerationRecord",
     "Logprob",
     "ModelConfig",
     "ModelFamily",

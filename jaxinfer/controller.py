@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxinfer.config import GenerationDefaults
 from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.record import Provenance
 from jaxinfer.request import (
     CompletionOutput,
     FinishReason,
@@ -124,6 +125,7 @@ class TextGenerationController:
       vocab_size: of the model; prompt ids lie below it.
       max_model_len: tokens of prompt and output together.
       seed: from which the seeds of requests without one are derived.
+      provenance: for the records of outputs; None makes outputs without a record.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class TextGenerationController:
         vocab_size: int,
         max_model_len: int,
         seed: int = 0,
+        provenance: Provenance | None = None,
     ):
         self._engine = engine
         self._tokenizer = tokenizer
@@ -142,6 +145,7 @@ class TextGenerationController:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._seed = seed
+        self._provenance = provenance
         self._numbers = itertools.count()  # next() is atomic, so that threads may prepare at the same time
         self._generations: dict[str, _Generation] = {}
         eos = defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
@@ -269,6 +273,8 @@ class TextGenerationController:
                 first_token_time=generation.first_token_time,
                 finished_time=generation.finished_time,
             ),
+            sampling_params=params,
+            provenance=self._provenance,
         )
 
     def is_finished(self, request_id: str) -> bool:

@@ -27,6 +27,8 @@ from jaxinfer.controller import Prompt, Submission, TextGenerationController
 from jaxinfer.driver import Delivery, Driver, Ticket
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
+from jaxinfer.provenance import find_provenance
+from jaxinfer.record import Provenance
 from jaxinfer.request import RequestOutput, SamplingParams
 from jaxinfer.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -70,6 +72,7 @@ class LLM:
             checkpoint_directory.generation_defaults(path, fields),
             config,
             template_sources=(tokenizer, path),
+            provenance=find_provenance(config, model=model, tokenizer=tokenizer, directory=path),
         )
 
     @classmethod
@@ -92,13 +95,15 @@ class LLM:
         """
         llm = cls.__new__(cls)
         eos = config.get("eos_token_id")
+        engine_config = EngineConfig.from_keywords(engine)
         llm._start(
             parse_model_config(config),
             MemoryStore(_flat(params)),
             None if tokenizer is None else _find_tokenizer(tokenizer),
             GenerationDefaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)),
-            EngineConfig.from_keywords(engine),
+            engine_config,
             template_sources=(tokenizer,),
+            provenance=find_provenance(engine_config, model=None, tokenizer=tokenizer, directory=None),
         )
         return llm
 
@@ -111,6 +116,7 @@ class LLM:
         config: EngineConfig,
         *,
         template_sources: Sequence[str | Path | Tokenizer | None],
+        provenance: Provenance,
     ) -> None:
         _show_log_lines()
         max_model_len = context_length(config, model_config)
@@ -126,6 +132,7 @@ class LLM:
             vocab_size=model_config.vocab_size,
             max_model_len=max_model_len,
             seed=config.seed,
+            provenance=provenance,
         )
         self._driver = Driver(self._controller)
         self._template_sources = template_sources

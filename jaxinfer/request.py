@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from jaxinfer.config import require_bool, require_float, require_int, unknown_keyword
 from jaxinfer.output_html import OutputView, TokenView, render
+from jaxinfer.record import JsonRecord, Provenance
 
 FinishReason = Literal["stop", "length", "abort"]
 EarlyStopping = bool | Literal["never"]
@@ -118,7 +119,8 @@ class StructuredOutput:
         require = {"json": _require_schema, "regex": _require_text, "choice": _require_choices, "lark": _require_text}
         given = [name for name in require if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"structured must have exactly one of {', '.join(require)}, got {', '.join(given) or 'none'}")
+            names = ", ".join(require)
+            raise ValueError(f"structured must have exactly one of {names}, got {', '.join(given) or 'none'}")
         object.__setattr__(self, given[0], require[given[0]](f"structured.{given[0]}", getattr(self, given[0])))
 
 
@@ -468,6 +470,45 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionRecord:
+    """What is kept of one generated text; fields as in CompletionOutput."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason | None
+    seed: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it came to its own end; more tokens would have followed otherwise."""
+        return self.finish_reason in ("stop", "length")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRecord(JsonRecord):
+    """One prompt, what was made of it, and all that is needed to make it again (`jaxinfer replay`).
+
+    Args:
+      provenance: model, settings, versions and devices.
+      prompt: the text asked with; None when asked with ids.
+      prompt_token_ids: the ids the model saw.
+      sampling_params: as used, the seed filled in.
+      outputs: the samples.
+    """
+
+    provenance: Provenance
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    sampling_params: SamplingParams
+    outputs: tuple[CompletionRecord, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.outputs) != self.sampling_params.n:
+            raise ValueError(f"expected one output for each of n={self.sampling_params.n}, got {len(self.outputs)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RequestMetrics:
     """Times of one request, in seconds of time.monotonic().
 
@@ -495,6 +536,8 @@ class RequestOutput:
       finished: nothing more will come.
       num_cached_tokens: prompt tokens that came from the prefix cache.
       metrics: times.
+      sampling_params: as asked; None where no LLM made the output.
+      provenance: what all outputs of one LLM have in common; None where no LLM made the output.
     """
 
     request_id: str
@@ -505,6 +548,31 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     metrics: RequestMetrics = field(compare=False)
+    sampling_params: SamplingParams | None = field(default=None, compare=False, repr=False)
+    provenance: Provenance | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def record(self) -> GenerationRecord:
+        """What is needed to make this output again; record.to_json() is one line.
+
+        Raises:
+          ValueError: no LLM made this output.
+        """
+        if self.provenance is None or self.sampling_params is None:
+            raise ValueError("only outputs of an LLM have a record, this one has no provenance")
+        return GenerationRecord(
+            provenance=self.provenance,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            sampling_params=dataclasses.replace(self.sampling_params, seed=self.outputs[0].seed),
+            outputs=tuple(_completion_record(output) for output in self.outputs),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as plain values, for JSON; without what only its record needs."""
+        answer = dataclasses.asdict(self)
+        del answer["sampling_params"], answer["provenance"]
+        return answer
 
     @property
     def text(self) -> str | None:
@@ -538,6 +606,11 @@ class RequestOutput:
         """For notebooks: the tokens, coloured by probability where logprobs were asked for, alternatives on hover."""
         prompt = self.prompt if self.prompt is not None else f"{list(self.prompt_token_ids)} "
         return render(prompt, [_view(output) for output in self.outputs])
+
+
+def _completion_record(output: CompletionOutput) -> CompletionRecord:
+    kept = (entry.name for entry in dataclasses.fields(CompletionRecord))
+    return CompletionRecord(**{name: getattr(output, name) for name in kept})
 
 
 def _view(output: CompletionOutput) -> OutputView:

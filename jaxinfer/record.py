@@ -1,0 +1,150 @@
+"""Frozen dataclasses as lines of JSON, and where the outputs of an LLM come from.
+
+Owns: the format of a line and its version, the way from JSON back to typed fields, Provenance.
+Does not know: jax, requests, how provenance is found out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from jaxinfer.config import EngineConfig
+
+FORMAT = 1
+"""Version of the lines; another one is refused."""
+_SHOWN_CHARACTERS = 60
+
+
+class JsonRecord:
+    """A dataclass that can be written as one line of JSON and read back.
+
+    Fields may be plain values, sequences (read back as tuples), mappings, further dataclasses, and unions of these.
+    A field without a default must be in the line; the classes check the rest themselves.
+    """
+
+    __slots__ = ()
+
+    def to_json(self) -> str:
+        """One line of ASCII, without a line break."""
+        fields = dataclasses.asdict(typing.cast(Any, self))
+        return json.dumps({"format": FORMAT, **fields})
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """What to_json wrote.
+
+        Raises:
+          ValueError: not a JSON object, an unknown format version, a field that is missing, unknown or wrong.
+        """
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected a JSON object, got {_shown(fields)}")
+        found = fields.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"unknown format version {_shown(found)}, this version of jaxinfer reads {FORMAT}")
+        try:
+            return _build(cls, fields)
+        except (TypeError, NotImplementedError) as error:  # how settings refuse a value
+            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance(JsonRecord):
+    """What all outputs of one LLM have in common.
+
+    Args:
+      model: as the user named it; None for weights that were in memory.
+      fingerprint: of the checkpoint's files (checkpoint.directory.fingerprint); None for weights that were in memory.
+      tokenizer: as the user named it, a class name in angle brackets for an object; None for the checkpoint's own.
+      engine: all settings.
+      versions: of Python ("python") and of packages by name.
+      platform: "cpu", "gpu" or "tpu".
+      device_kind: of the first device, as JAX names it.
+      mesh: pipeline stages and tensor shards.
+    """
+
+    model: str | None
+    fingerprint: str | None
+    tokenizer: str | None
+    engine: EngineConfig
+    versions: Mapping[str, str]
+    platform: str
+    device_kind: str
+    mesh: tuple[int, int]
+
+    def changes(self, now: Provenance) -> tuple[str, ...]:
+        """What may explain other tokens, in words: other versions, devices or files of the model, if recorded."""
+        before, after = self._circumstances(), now._circumstances()
+        return tuple(
+            f"{name} was {before[name]}, is now {value}"
+            for name, value in after.items()
+            if before.get(name) not in (None, value)
+        )
+
+    def _circumstances(self) -> dict[str, str | None]:
+        devices = {"platform": self.platform, "device kind": self.device_kind}
+        return {**self.versions, **devices, "model fingerprint": self.fingerprint}
+
+
+def _build(cls: type, fields: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r} of {cls.__name__}")
+    for name, entry in known.items():
+        if name not in fields and entry.default is entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"missing field {name!r} of {cls.__name__}")
+    return cls(**{name: _value(name, hints[name], value) for name, value in fields.items()})
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """A field's value from its JSON; a union is read as its first member that can hold it."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    for option in typing.get_args(hint) if is_union else (hint,):
+        if _fits(option, value):
+            return _converted(name, option, value)
+    raise ValueError(f"{name} must be {inspect.formatannotation(hint)}, got {_shown(value)}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return value in typing.get_args(hint)
+    if dataclasses.is_dataclass(kind) or issubclass(kind, Mapping):
+        return isinstance(value, dict)
+    if issubclass(kind, Sequence) and kind is not str:
+        return isinstance(value, list)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _converted(name: str, hint: Any, value: Any) -> Any:
+    arguments = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value)
+    if isinstance(value, list) and arguments:
+        return tuple(_value(f"{name} entry", arguments[0], entry) for entry in value)
+    if isinstance(value, dict) and arguments:
+        return {
+            int(key) if arguments[0] is int and key.isdecimal() else key: _value(f"{name}[{key}]", arguments[1], entry)
+            for key, entry in value.items()
+        }
+    return value
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.{_SHOWN_CHARACTERS}}"

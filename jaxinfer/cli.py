@@ -1,4 +1,4 @@
-"""The command `jaxinfer`: generate, chat, info and bench, over the Python API.
+"""The command `jaxinfer`: generate, replay, chat, info and bench, over the Python API.
 
 Owns: commands, reading prompts, printing, one-line errors.
 Does not know: how anything is computed. Flags come from the settings dataclasses (flags.py).
@@ -6,12 +6,14 @@ Does not know: how anything is computed. Flags come from the settings dataclasse
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -23,9 +25,11 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.flags import SETTINGS, takes_settings
 from jaxinfer.llm import LLM, OutputStream
+from jaxinfer.replay import read_records, replay_records
 from jaxinfer.request import RequestOutput, SamplingParams
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DIFFERENT = 1
 MAX_TOKENS = 128
 MAX_REPLY_TOKENS = 1024
 """Of generate and of chat, where neither flags nor a settings file say otherwise."""
@@ -79,19 +83,37 @@ def generate(
     stream: Annotated[bool, typer.Option(help="print text while it is made, one prompt after the other")] = False,
     as_json: AsJson = False,
     echo: Annotated[bool, typer.Option(help="print the prompt in front of its text")] = True,
+    record: Annotated[Path | None, typer.Option(help="add a line a prompt to this file, for jaxinfer replay")] = None,
     **fields: Any,
 ) -> None:
     """Continue prompts."""
     texts = _read_prompts(prompts or [], file, lines=lines)
     sampling, config = split_settings(fields)
-    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+    with _opened(record) as records, LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
         params = dataclasses.replace(llm.default_params, **sampling)
         if stream:
             for text in texts:
-                _print_stream(llm, text, params, as_json=as_json, echo=echo)
+                _print_stream(llm, text, params, records, as_json=as_json, echo=echo)
             return
         for output in llm.generate(texts, params):
             print(_as_json(output) if as_json else _as_text(output, echo=echo), flush=True)
+            _write_record(output, records)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="records, as generate --record writes them")],
+    *,
+    model: Annotated[str | None, typer.Option(help="use this model instead of the recorded ones")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="use this tokenizer instead of the recorded ones")] = None,
+) -> int:
+    """Generate again what was recorded and compare the tokens; exits with 1 if any differ."""
+    replays = replay_records(read_records(file), model=model, tokenizer=tokenizer)
+    for warning in dict.fromkeys(itertools.chain.from_iterable(entry.warnings for entry in replays)):
+        print(f"jaxinfer: {warning}", file=sys.stderr)
+    for number, entry in enumerate(replays, start=1):
+        print(f"record {number}: {entry}")
+    return EXIT_DIFFERENT if any(entry.differences for entry in replays) else 0
 
 
 @app.command()
@@ -172,9 +194,23 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
     return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
 
 
-def _print_stream(llm: LLM, prompt: str, params: SamplingParams, *, as_json: bool, echo: bool) -> None:
+def _opened(record: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
+    """The file to add records to, if any; a wrong path must not cost the loading of a model."""
+    return contextlib.nullcontext() if record is None else Path(record).open("a", encoding="utf-8")
+
+
+def _write_record(output: RequestOutput, records: TextIO | None) -> None:
+    if records is not None:
+        print(output.record.to_json(), file=records, flush=True)
+
+
+def _print_stream(
+    llm: LLM, prompt: str, params: SamplingParams, records: TextIO | None, *, as_json: bool, echo: bool
+) -> None:
     print(prompt if echo and not as_json else "", end="", flush=True)
     for output in llm.stream(prompt, params):
+        if output.finished:
+            _write_record(output, records)
         if as_json:
             print(_as_json(output), flush=True)
         else:
@@ -216,7 +252,7 @@ def _shown(text: str | None, output: RequestOutput) -> str:
 
 
 def _as_json(output: RequestOutput) -> str:
-    return json.dumps(dataclasses.asdict(output), ensure_ascii=False)
+    return json.dumps(output.as_dict(), ensure_ascii=False)
 
 
 def _system_lines(system: facts.SystemFacts) -> list[str]:

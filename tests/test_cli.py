@@ -11,7 +11,7 @@ import pytest
 from conftest import load_golden
 
 import jaxinfer
-from jaxinfer import LLM, SamplingParams, cli
+from jaxinfer import LLM, GenerationRecord, SamplingParams, cli
 
 MODEL = str(load_golden("gqa").path)
 SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}
@@ -105,6 +105,9 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         (["generate", "x", "--top-k", "many"], 2, "--top-k"),
         (["genrate", "x"], 2, "No such command 'genrate'"),
         (["bench", "latency", "--model", "none"], 1, "no such checkpoint directory: none"),
+        (["generate", "x", "--record", "none/records"], 1, "No such file or directory: 'none/records'"),
+        (["replay", "none.jsonl"], 1, "No such file or directory: 'none.jsonl'"),
+        (["replay", __file__], 1, "test_cli.py, line 1: not JSON"),
         (["info", "--model", "none"], 1, "no such checkpoint directory: none"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
@@ -199,6 +202,56 @@ def test_python_m_jaxinfer_is_the_command():
         [sys.executable, "-m", "jaxinfer", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "Continue prompts." in finished.stdout
+
+
+def test_generate_record_and_replay_of_sampled_prompts_without_a_seed(run, tmp_path):
+    file = tmp_path / "records.jsonl"
+    sampled = [*FLAGS, "--temperature", "1", "--max-tokens", "6", "--no-echo", "--record", file]
+    printed = run("generate", "one", "two", *sampled)[1] + run("generate", "three", *sampled, "--stream")[1]
+    records = [GenerationRecord.from_json(line) for line in file.read_text().splitlines()]
+    assert [record.prompt for record in records] == ["one", "two", "three"]
+    assert printed == "".join(f"{record.outputs[0].text}\n" for record in records)
+    code, out, err = run("replay", file)
+    numbers = enumerate((len(record.outputs[0].token_ids) for record in records), start=1)
+    assert (code, out) == (0, "".join(f"record {number}: same, {length} tokens\n" for number, length in numbers))
+    assert " was " not in err
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Two records as JSON gives them."""
+    params = SamplingParams(temperature=1, max_tokens=6, ignore_eos=True)
+    with LLM(MODEL, **SMALL) as llm:
+        outputs = llm.generate(["one", "two"], params, use_tqdm=False)
+    return [output.record.to_json() for output in outputs]
+
+
+def test_replay_says_where_a_token_differs_and_what_has_changed(run, records, tmp_path):
+    file, second = tmp_path / "records.jsonl", json.loads(records[1])
+    tokens = second["outputs"][0]["token_ids"]
+    now = tokens[3]
+    tokens[3] += 1
+    second["provenance"]["versions"]["jax"] = "0.1"
+    file.write_text(f"{records[0]}\n{json.dumps(second)}\n")
+    code, out, err = run("replay", file, "--model", MODEL)
+    same, different = out.splitlines()
+    assert (code, same) == (1, "record 1: same, 6 tokens")
+    expected = rf"record 2: completion 0 differs at token 3: recorded {now + 1} '.*', now {now} '.*'"
+    assert re.fullmatch(expected, different)
+    assert "jaxinfer: jax was 0.1, is now " in err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(None, "record 1 has no model"), ("none", "no such checkpoint directory: none")],
+)
+def test_replay_without_its_model_is_one_line(run, records, tmp_path, model, message):
+    fields = json.loads(records[0])
+    fields["provenance"]["model"] = model
+    (tmp_path / "records.jsonl").write_text(json.dumps(fields))
+    code, out, err = run("replay", tmp_path / "records.jsonl")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err
 
 
 TEMPLATE = "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}[a]"

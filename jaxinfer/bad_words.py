@@ -76,10 +76,12 @@ class BadWords:
 
     def _mask(self, tail: bytes) -> np.ndarray:
         ends = [tail[start:] for start in range(len(tail))]
-        rests = {word[len(end) :] for end in ends for word in self._words if len(word) > len(end) and word.startswith(end)}
-        completing = np.concatenate([*self._within, *map(self._vocabulary.starting_with, rests)])
-        forbidden = pack_ids(completing, self._vocab_size)
-        mask = pack_ids(np.arange(self._vocab_size), self._vocab_size) & ~forbidden
+        rests = {
+            word[len(end) :] for end in ends for word in self._words if len(word) > len(end) and word.startswith(end)
+        }
+        mask = pack_ids(np.arange(self._vocab_size), self._vocab_size)
+        for completing in (*self._within, *map(self._vocabulary.starting_with, rests)):
+            mask &= ~pack_ids(completing, self._vocab_size)
         mask.setflags(write=False)
         return mask
 

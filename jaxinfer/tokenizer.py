@@ -162,7 +162,9 @@ class FileTokenizer:
 
     def token_bytes(self) -> tuple[bytes, ...]:
         """The bytes that each token adds in the middle of a text; b"" for special tokens and ids without a token."""
-        pieces = [None if i in self._special_token_ids else self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
+        pieces = [
+            None if i in self._special_token_ids else self._tokenizer.id_to_token(i) for i in range(self.vocab_size)
+        ]
         piece_bytes = _piece_reader(self._tokenizer)
         return tuple(b"" if piece is None else piece_bytes(piece) for piece in pieces)
 

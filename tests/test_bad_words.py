@@ -47,8 +47,7 @@ def test_bad_words_forbids_exactly_the_tokens_that_complete_a_word(vocabulary, w
         expected = {
             token_id
             for token_id in range(vocab_size)
-            if token_id >= len(vocabulary)
-            or not any(word.encode() in text + vocabulary[token_id] for word in words)
+            if token_id >= len(vocabulary) or not any(word.encode() in text + vocabulary[token_id] for word in words)
         }
         assert allowed == expected
         choice = sorted(token_id for token_id in allowed if token_id < len(vocabulary))
@@ -106,6 +105,10 @@ def test_bad_words_masks_are_shared_and_read_only() -> None:
     assert mask is constraint.start().allowed()
     with pytest.raises(ValueError, match="read-only"):
         mask[0] = 0
+
+
+def test_bad_words_none_forbids_nothing() -> None:
+    assert allowed_ids(BadWords([], [b"a", b"b"], 2).start().allowed()) == {0, 1}
 
 
 def test_bad_words_empty_word_raises() -> None:

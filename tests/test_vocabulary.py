@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from test_tokenizer import DIRECTORIES
 from tokenizers import decoders, models
 
-import jaxinfer
 from jaxinfer.tokenizer import ByteTokenizer, FileTokenizer, SentencePieceTokenizer, Tokenizer
 from jaxinfer.vocabulary import token_bytes
 
@@ -111,7 +110,9 @@ def test_token_bytes_foreign_tokenizer_by_decoding_equals_own_table(name: str) -
 def test_token_bytes_foreign_tokenizer_without_text_raises() -> None:
     foreign = Foreign(tokenizer_named("bytes"))
     foreign.decode = lambda ids, **_: REPLACEMENT * len(ids)
-    with pytest.raises(ValueError, match="expected a tokenizer with a token that is text by itself, got none among 256"):
+    with pytest.raises(
+        ValueError, match="expected a tokenizer with a token that is text by itself, got none among 256"
+    ):
         token_bytes(foreign)
 
 

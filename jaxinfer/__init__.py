@@ -9,16 +9,9 @@ from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.llm import LLM
 from jaxinfer.models.registry import ModelFamily, register_model
-from jaxinfer.request import (
-    BeamSearchParams,
-    CompletionOutput,
-    GenerationRecord,
-    Logprob,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    TokenEvent,
-)
+from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
+from jaxinfer.request import Request, TokenEvent
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 
 __version__ = version("jaxinfer")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config import EngineConfig, unknown_keyword
-from jaxinfer.controller import Prompt
 from jaxinfer.llm import LLM
-from jaxinfer.request import SamplingParams
+from jaxinfer.preparation import Prompt
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 _SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -92,12 +92,12 @@ def split_settings(fields: Mapping[str, Any], *, also_known: Sequence[str] = ())
       The fields of SamplingParams, checked but not completed, and the EngineConfig.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: a field is unknown or has a wrong value.
+      TypeError, ValueError: a field is unknown or has a wrong value.
     """
     known = _SAMPLING_FIELDS | _ENGINE_FIELDS
     for name in fields:
         if name not in known:
             raise unknown_keyword(name, sorted({*known, *also_known}))
     sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
-    SamplingParams.from_keywords(sampling).require_built()  # a wrong value must not cost the loading of a model
+    SamplingParams.from_keywords(sampling)  # a wrong value must not cost the loading of a model
     return sampling, EngineConfig.from_keywords({name: fields[name] for name in fields if name not in sampling})

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.directory import DEMO
-from jaxinfer.controller import Prompt, Submission
 from jaxinfer.driver import Delivery, EngineClosedError
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.llm import LLM
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.preparation import Prompt, Submission
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 

@@ -25,8 +25,9 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.flags import SETTINGS, takes_settings
 from jaxinfer.llm import LLM, OutputStream
+from jaxinfer.outputs import RequestOutput
 from jaxinfer.replay import read_records, replay_records
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_DIFFERENT = 1

@@ -110,6 +110,10 @@ class EngineConfig:
       enable_chunked_prefill: split prompts to fit the token budget.
       run_ahead: launch the next step before the last one's tokens are read.
       attention_backend: "auto" picks by platform; "reference" is the slow oracle.
+      draft_model: proposes tokens that the model verifies several at a time, for the same output in fewer steps: a
+        checkpoint's directory or hub id with the same vocabulary, or "prompt-lookup", which looks for the last tokens
+        earlier in the text; None decodes one token at a time.
+      num_draft_tokens: proposed at a time, at most, 1 .. 15.
       seed: source of the seeds of requests that bring none.
 
     Raises:
@@ -130,6 +134,8 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     run_ahead: bool = True
     attention_backend: str = "auto"
+    draft_model: str | None = None
+    num_draft_tokens: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -142,6 +148,12 @@ class EngineConfig:
         for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_int(name, getattr(self, name), low))
+        if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):
+            raise TypeError(
+                f'draft_model must be a checkpoint\'s directory or hub id, "prompt-lookup" or None, got '
+                f"{self.draft_model!r}"
+            )
+        object.__setattr__(self, "num_draft_tokens", require_int("num_draft_tokens", self.num_draft_tokens, 1, 15))
         if self.data_parallel_size != 1:
             raise NotImplementedError(
                 f"data_parallel_size={self.data_parallel_size}: only one replica is supported so far; use 1"

@@ -1,6 +1,7 @@
 """Which tokens may come next: what a rule about the text is to the engine, which knows only ids.
 
-Owns: the two protocols (a rule, and where one sequence stands in it), the packed mask, the conjunction of rules.
+Owns: the two protocols (a rule, and where one sequence stands in it), the packed mask, a fixed set of tokens as a rule,
+the conjunction of rules.
 Does not know: text, tokenizers, requests, jax, what any rule says.
 """
 
@@ -8,18 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 WORD_BITS = 32
 
 
+class ConstraintError(RuntimeError):
+    """A constraint cannot be followed any further; the sequence has to end."""
+
+
+@runtime_checkable
 class ConstraintState(Protocol):
     """Where one sequence stands in a constraint; changes with every token."""
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next.
+        """The tokens that may come next; asking again before the next advance costs little.
+
+        Raises:
+          ConstraintError: nobody can say.
 
         Returns:
           uint32[W], W = ceil(vocab_size / 32): bit t % 32 of word t // 32 is set for an allowed token t. It may be the
@@ -37,12 +46,38 @@ class ConstraintState(Protocol):
         ...
 
 
+@runtime_checkable
 class TokenConstraint(Protocol):
     """A rule about which tokens may come; immutable, shared by any number of sequences."""
 
     def start(self) -> ConstraintState:
         """The state of a sequence that has no output yet."""
         ...
+
+
+class OnlyThese:
+    """The constraint that allows the same tokens all the time; never complete.
+
+    Args:
+      token_ids: each in 0 .. vocab_size - 1.
+      vocab_size: tokens of the model.
+    """
+
+    is_complete = False
+
+    def __init__(self, token_ids: Collection[int], vocab_size: int) -> None:
+        self._mask = pack_ids(token_ids, vocab_size)
+
+    def start(self) -> ConstraintState:
+        """Itself, for it has no state."""
+        return self
+
+    def allowed(self) -> np.ndarray:
+        """The mask."""
+        return self._mask
+
+    def advance(self, token_id: int) -> None:
+        """Changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,122 +1,49 @@
 """Text in, text out, around an engine that only knows ids.
 
-Owns: tokenising and validating a prompt, the sampling policy (defaults, seeds, end tokens), detokenisation, stop
-strings, and the state from which a RequestOutput is made.
+Owns: which prompt each of the engine's events belongs to, and the answers while they grow.
 Does not know: devices, threads, schedules. Counterpart of Megatron's TextGenerationController.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import operator
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from jaxinfer.completion import GrowingCompletion, as_logprobs
 from jaxinfer.config import GenerationDefaults
-from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.engine.dynamic_engine import DynamicEngine, FinishedSearch
+from jaxinfer.outputs import Logprob, RequestMetrics, RequestOutput
+from jaxinfer.preparation import Preparation, Prompt, Submission
 from jaxinfer.record import Provenance
-from jaxinfer.request import (
-    CompletionOutput,
-    FinishReason,
-    Logprob,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-    TokenEvent,
-    TokenLogprobs,
-)
-from jaxinfer.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxinfer.request import TokenEvent, TokenLogprobs
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
+from jaxinfer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
-
-
-class StopMatcher:
-    """Finds stop strings in text that arrives in pieces, and holds back what may begin one.
-
-    Args:
-      stop_strings: none of them empty.
-      include: leave the match in the text.
-    """
-
-    def __init__(self, stop_strings: Sequence[str], *, include: bool):
-        self._stop_strings = tuple(stop_strings)
-        self._include = include
-        self._held = ""
-        self.matched: str | None = None
-
-    def push(self, text: str, *, suspended: bool = False) -> str:
-        """Takes new text; returns what is certain not to belong to a stop string, up to the first match.
-
-        Args:
-          text: what is new.
-          suspended: a stop string that ends in it does not count.
-        """
-        self._held += text
-        stop_strings = () if suspended else self._stop_strings
-        found = [(self._held.find(stop), stop) for stop in stop_strings if stop in self._held]
-        if found:
-            start, self.matched = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
-            released = self._held[: start + len(self.matched) * self._include]
-            self._held = ""
-            return released
-        keep = max((self._overlap(stop) for stop in self._stop_strings), default=0)
-        released = self._held[: len(self._held) - keep]
-        self._held = self._held[len(released) :]
-        return released
-
-    def finish(self) -> str:
-        """Returns what was held back: no stop string will come any more."""
-        released, self._held = self._held, ""
-        return released
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A validated prompt, ready for the engine.
-
-    Args:
-      prompt: the text asked with; None when asked with ids.
-      params: as asked.
-      request: for the engine; its max_tokens is at least 1 even when nothing is to be generated.
-    """
-
-    prompt: str | None
-    params: SamplingParams
-    request: Request
+PromptLogprobs = tuple[dict[int, Logprob] | None, ...]
 
 
 @dataclass(slots=True)
-class _Generation:
+class _Answer:
     """The growing answer to one submission."""
 
     submission: Submission
     arrival_time: float
-    detokenizer: IncrementalDetokenizer | None
-    matcher: StopMatcher
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    text: str = ""
-    num_reported: int = 0
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+    completions: list[GrowingCompletion]
+    prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int = 0
     first_token_time: float | None = None
     finished_time: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its texts have ended."""
+        return all(completion.finish_reason is not None for completion in self.completions)
 
 
 class TextGenerationController:
     """Turns prompts into engine requests and engine tokens into text.
 
-    Not thread-safe, save for prepare, which changes nothing but a counter: one thread submits, steps and reads.
+    Not thread-safe, save for prepare and prepare_beam_search: one thread submits, steps and reads.
 
     Args:
       engine: runs the requests.
@@ -142,14 +69,12 @@ class TextGenerationController:
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._seed = seed
         self._provenance = provenance
-        self._numbers = itertools.count()  # next() is atomic, so that threads may prepare at the same time
-        self._generations: dict[str, _Generation] = {}
-        eos = defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
-        self._eos_token_ids = frozenset(eos)
+        self._preparation = Preparation(
+            tokenizer, defaults=defaults, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed
+        )
+        self._answers: dict[str, _Answer] = {}
+        self._places: dict[str, tuple[_Answer, int]] = {}  # engine's request id -> the answer and which of its texts
 
     @property
     def default_params(self) -> SamplingParams:
@@ -157,6 +82,10 @@ class TextGenerationController:
         return SamplingParams(
             temperature=self._defaults.temperature, top_k=self._defaults.top_k, top_p=self._defaults.top_p
         )
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt as generation would see it; errors as prepare's."""
+        return self._preparation.encode(prompt)
 
     def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Submission:
         """Tokenises and validates a prompt, changing nothing.
@@ -170,34 +99,22 @@ class TextGenerationController:
         Raises:
           TypeError: the prompt is neither text nor ids.
           ValueError: it is empty, too long, has ids outside the vocabulary, or could never fit the KV pages; or the
-            parameters need a tokenizer that is not there.
-          NotImplementedError: the parameters use a field that is not supported yet.
+            parameters contradict each other, need a tokenizer that is not there, or bring a bad grammar.
+          ImportError: structured output without llguidance.
         """
-        params.require_built()
-        if params.stop_strings and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
-        token_ids = self._encode(prompt, add_special_tokens=add_special_tokens)
-        if params.truncate_prompt_tokens is not None:
-            token_ids = token_ids[-params.truncate_prompt_tokens :]
-        number = next(self._numbers)
-        limit = params.max_tokens if params.max_tokens is not None else self._max_model_len
-        request = Request(
-            request_id=str(number),
-            prompt_token_ids=token_ids,
-            max_tokens=max(limit, 1),
-            stop_token_ids=frozenset(self._stop_token_ids(params)),
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=self._derived_seed(number) if params.seed is None else params.seed,
-            logprobs=params.logprobs,
-            priority=params.priority,
-            edits=params.edits,
-        )
-        self._check_edits(params, request)
-        self._engine.check_request(request)
-        return Submission(prompt=prompt if isinstance(prompt, str) else None, params=params, request=request)
+        submission = self._preparation.samples(prompt, params, add_special_tokens=add_special_tokens)
+        self._engine.check_request(submission.requests[0])
+        return submission
+
+    def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams) -> Submission:
+        """As prepare, for a beam search.
+
+        Raises:
+          TypeError, ValueError: as prepare; or more beams than can run side by side.
+        """
+        submission = self._preparation.beam_search(prompt, params)
+        self._engine.check_request(submission.requests[0], beam_width=params.beam_width)
+        return submission
 
     def submit(self, submission: Submission) -> str:
         """Starts a prepared submission.
@@ -205,24 +122,33 @@ class TextGenerationController:
         Returns:
           Its request id, for output, abort and forget.
         """
-        params, request = submission.params, submission.request
-        detokenizer = None
-        if self._tokenizer is not None:
-            detokenizer = IncrementalDetokenizer(
-                self._tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        requests, params = submission.requests, submission.params
+        count = len(requests) if submission.beam_search is None else submission.beam_search.num_return_sequences
+        completions = [
+            GrowingCompletion(
+                index,
+                requests[min(index, len(requests) - 1)],
+                params,
+                tokenizer=self._tokenizer,
+                eos_token_ids=self._preparation.eos_token_ids,
             )
-        generation = _Generation(
-            submission=submission,
-            arrival_time=time.monotonic(),
-            detokenizer=detokenizer,
-            matcher=StopMatcher(params.stop_strings, include=params.include_stop_str_in_output),
-        )
-        if params.max_tokens == 0:
-            self._finish(generation, "length")
+            for index in range(count)
+        ]
+        answer = _Answer(submission, time.monotonic(), completions)
+        request_id = requests[0].request_id
+        self._answers[request_id] = answer
+        if submission.beam_search is not None:
+            self._engine.add_beam_search(requests[0], submission.beam_search)
+        elif params.max_tokens == 0 and params.prompt_logprobs is None:
+            self._finish_all(answer)
+        elif params.max_tokens == 0:  # the first token comes with the prompt's log-probabilities and is dropped
+            self._engine.add_request(requests[0])
+            self._places[request_id] = (answer, 0)
         else:
-            self._engine.add_request(request)
-        self._generations[request.request_id] = generation
-        return request.request_id
+            for index, request in enumerate(requests):
+                self._engine.add_request(request, leader=request_id if index else None)
+                self._places[request.request_id] = (answer, index)
+        return request_id
 
     def has_unfinished(self) -> bool:
         """Whether the engine still has work."""
@@ -232,163 +158,93 @@ class TextGenerationController:
         """Advances the engine by one step.
 
         Returns:
-          Ids of the requests that got a token.
+          The request of every token that came, and of every beam search that ended.
         """
         events = self._engine.step()
-        for event in events:
-            self._consume(event)
-        return [event.request_id for event in events]
+        changed = [self._consume(event) for event in events]
+        return changed + [self._end_search(search) for search in self._engine.finished_searches()]
 
     def output(self, request_id: str) -> RequestOutput:
-        """A snapshot of a request; its delta is the text since the previous snapshot.
+        """A snapshot of a request; its deltas are the text since the previous snapshot.
 
         Raises:
           KeyError: no such request, or it was forgotten.
         """
-        generation = self._generations[request_id]
-        submission, params = generation.submission, generation.submission.params
-        has_text = generation.detokenizer is not None
-        delta, generation.num_reported = generation.text[generation.num_reported :], len(generation.text)
-        wants_logprobs = params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=generation.text if has_text else None,
-            token_ids=tuple(generation.token_ids),
-            delta=delta if has_text else None,
-            logprobs=self._logprobs(generation) if wants_logprobs else None,
-            cumulative_logprob=sum(entry.logprob for entry in generation.logprobs) if wants_logprobs else None,
-            finish_reason=generation.finish_reason,
-            stop_reason=generation.stop_reason,
-            seed=submission.request.seed,
-        )
+        answer = self._answers[request_id]
+        submission = answer.submission
         return RequestOutput(
             request_id=request_id,
             prompt=submission.prompt,
-            prompt_token_ids=submission.request.prompt_token_ids,
-            outputs=(completion,),
-            finished=generation.finish_reason is not None,
-            num_cached_tokens=generation.num_cached_tokens,
+            prompt_token_ids=submission.requests[0].prompt_token_ids,
+            prompt_logprobs=answer.prompt_logprobs,
+            outputs=tuple(completion.output() for completion in answer.completions),
+            finished=answer.is_finished,
+            num_cached_tokens=answer.num_cached_tokens,
             metrics=RequestMetrics(
-                arrival_time=generation.arrival_time,
-                first_token_time=generation.first_token_time,
-                finished_time=generation.finished_time,
+                arrival_time=answer.arrival_time,
+                first_token_time=answer.first_token_time,
+                finished_time=answer.finished_time,
             ),
-            sampling_params=params,
+            sampling_params=submission.params if submission.beam_search is None else None,
+            beam_search_params=submission.beam_search,
             provenance=self._provenance,
         )
 
     def is_finished(self, request_id: str) -> bool:
         """Whether a request has ended."""
-        return self._generations[request_id].finish_reason is not None
+        return self._answers[request_id].is_finished
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its output stays until it is forgotten."""
-        generation = self._generations[request_id]
-        if generation.finish_reason is None:
-            self._engine.abort(request_id)
-            self._finish(generation, "abort")
+        answer = self._answers[request_id]
+        for completion in answer.completions:
+            if completion.finish_reason is None:
+                self._engine.abort(completion.request.request_id)
+                completion.finish("abort")
+        answer.finished_time = answer.finished_time or time.monotonic()
 
     def forget(self, request_id: str) -> None:
         """Drops a request's state, aborting it first if it still runs."""
         self.abort(request_id)
-        del self._generations[request_id]
+        for request in self._answers.pop(request_id).submission.requests:
+            self._places.pop(request.request_id, None)
 
-    def _encode(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise ValueError("a text prompt needs a tokenizer, this LLM has none; pass token ids or tokenizer=...")
-            encode = self._tokenizer.encode if add_special_tokens else self._tokenizer.encode_plain
-            token_ids = tuple(encode(prompt))
+    def _consume(self, event: TokenEvent) -> str:
+        """Takes a token to its text; returns the id of the answer."""
+        answer, index = self._places[event.request_id]
+        completion = answer.completions[index]
+        answer.first_token_time = answer.first_token_time or time.monotonic()
+        if index == 0:
+            answer.num_cached_tokens = event.num_cached_tokens
+        if event.prompt_logprobs is not None:
+            answer.prompt_logprobs = self._prompt_logprobs(completion, event.prompt_logprobs)
+        if answer.submission.params.max_tokens == 0:
+            self._finish_all(answer)
         else:
-            token_ids = _as_token_ids(prompt)
-        if not token_ids:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < self._vocab_size:
-                raise ValueError(
-                    f"prompt token {position} is {token_id}, expected an id in 0..{self._vocab_size - 1} (the model's "
-                    f"vocabulary)"
-                )
-        return token_ids
+            completion.push(event)
+        if completion.finish_reason is not None and event.finish_reason is None:
+            self._engine.abort(event.request_id)
+        if answer.is_finished:
+            answer.finished_time = time.monotonic()
+        return answer.submission.requests[0].request_id
 
-    def _check_edits(self, params: SamplingParams, request: Request) -> None:
-        """Refuses token ids outside the vocabulary, and a mask that leaves no token."""
-        for name in ("logit_bias", "allowed_token_ids"):
-            beyond = [token_id for token_id in getattr(params, name) or () if token_id >= self._vocab_size]
-            if beyond:
-                raise ValueError(
-                    f"{name} has token {beyond[0]}, expected ids in 0..{self._vocab_size - 1} (the model's vocabulary)"
-                )
-        allowed = params.allowed_token_ids
-        if params.min_tokens and allowed is not None and request.stop_token_ids.issuperset(allowed):
-            raise ValueError(
-                f"min_tokens {params.min_tokens} holds back all of allowed_token_ids, which are stop tokens; allow more"
-            )
+    def _finish_all(self, answer: _Answer) -> None:
+        """Ends texts of no tokens."""
+        for completion in answer.completions:
+            completion.finish("length")
+        answer.finished_time = time.monotonic()
 
-    def _stop_token_ids(self, params: SamplingParams) -> set[int]:
-        own = set(params.stop_token_ids or ())
-        return own if params.ignore_eos else own | self._eos_token_ids
+    def _end_search(self, search: FinishedSearch) -> str:
+        """Gives a beam search's texts their tokens; fewer were found only if the vocabulary has no more."""
+        answer = self._answers[search.request_id]
+        answer.num_cached_tokens = search.num_cached_tokens
+        answer.finished_time = answer.first_token_time = time.monotonic()
+        del answer.completions[len(search.hypotheses) :]
+        for completion, found in zip(answer.completions, search.hypotheses, strict=True):
+            completion.complete(found.token_ids, found.finish_reason, found.score)
+        return search.request_id
 
-    def _derived_seed(self, number: int) -> int:
-        digest = hashlib.sha256(f"{self._seed}:{number}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
-
-    def _consume(self, event: TokenEvent) -> None:
-        generation = self._generations[event.request_id]
-        now = time.monotonic()
-        generation.first_token_time = generation.first_token_time or now
-        generation.num_cached_tokens = event.num_cached_tokens
-        generation.token_ids.append(event.token_id)
-        if event.logprobs is not None:
-            generation.logprobs.append(event.logprobs)
-        if event.finish_reason == "stop":
-            params = generation.submission.params
-            is_eos = event.token_id in self._eos_token_ids and not params.ignore_eos
-            generation.stop_reason = None if is_eos else event.token_id
-            self._finish(generation, "stop")
-            return
-        if generation.detokenizer is not None:
-            too_early = len(generation.token_ids) < generation.submission.params.min_tokens
-            text = generation.detokenizer.push([event.token_id])
-            generation.text += generation.matcher.push(text, suspended=too_early)
-        if generation.matcher.matched is not None:
-            generation.stop_reason = generation.matcher.matched
-            if event.finish_reason is None:
-                self._engine.abort(event.request_id)
-            self._finish(generation, "stop")
-        elif event.finish_reason is not None:
-            self._finish(generation, event.finish_reason)
-
-    def _finish(self, generation: _Generation, reason: FinishReason) -> None:
-        if generation.detokenizer is not None and generation.matcher.matched is None:
-            generation.text += generation.matcher.push(generation.detokenizer.finish()) + generation.matcher.finish()
-        generation.finish_reason = reason
-        generation.finished_time = time.monotonic()
-
-    def _logprobs(self, generation: _Generation) -> tuple[dict[int, Logprob], ...]:
-        return tuple(
-            self._position_logprobs(token_id, entry)
-            for token_id, entry in zip(generation.token_ids, generation.logprobs, strict=True)
-        )
-
-    def _position_logprobs(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
-        top = {
-            top_id: self._logprob(top_id, logprob, rank)
-            for rank, (top_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
-        }
-        return {token_id: self._logprob(token_id, entry.logprob, entry.rank), **top}
-
-    def _logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
-        text = self._tokenizer.token_text(token_id) if self._tokenizer is not None else None
-        return Logprob(logprob=logprob, rank=rank, decoded_token=text)
-
-
-def _as_token_ids(prompt: Any) -> tuple[int, ...]:
-    if not hasattr(prompt, "__iter__"):
-        raise TypeError(f"a prompt must be a string or a sequence of token ids, got {type(prompt).__name__}")
-    token_ids = []
-    for entry in prompt:
-        if isinstance(entry, bool) or not hasattr(entry, "__index__"):
-            raise TypeError(f"prompt token ids must be integers, got {entry!r} of type {type(entry).__name__}")
-        token_ids.append(operator.index(entry))
-    return tuple(token_ids)
+    def _prompt_logprobs(self, completion: GrowingCompletion, found: tuple[TokenLogprobs, ...]) -> PromptLogprobs:
+        token_ids = completion.request.prompt_token_ids[1:]
+        pairs = zip(token_ids, found, strict=True)
+        return (None, *(as_logprobs(token_id, entry, self._tokenizer) for token_id, entry in pairs))

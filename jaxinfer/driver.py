@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxinfer.controller import Submission
-from jaxinfer.request import RequestOutput
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.preparation import Submission
 
 
 @runtime_checkable
@@ -28,7 +29,7 @@ class Drivable(Protocol):
         ...
 
     def step(self) -> list[str]:
-        """Advances; returns the ids that changed."""
+        """Advances; returns the ids that changed, once for every new token."""
         ...
 
     def is_finished(self, request_id: str) -> bool:
@@ -144,8 +145,8 @@ class Driver:
         error = EngineClosedError("the LLM was closed")
         try:
             while self._take_in():
-                for request_id in self._controller.step():
-                    self._deliver(request_id)
+                for request_id, num_tokens in Counter(self._controller.step()).items():
+                    self._deliver(request_id, num_tokens)
         except Exception as cause:
             # Whatever broke a step has broken the device state; everybody who waits must hear of it.
             error = EngineClosedError(f"the engine stopped: {type(cause).__name__}: {cause}")
@@ -170,16 +171,16 @@ class Driver:
             ticket.request_id = self._controller.submit(ticket.submission)
             self._tickets[ticket.request_id] = ticket
             if self._controller.is_finished(ticket.request_id):
-                self._deliver(ticket.request_id)
+                self._deliver(ticket.request_id, 0)
         for ticket in cancelled:
             request_id = ticket.request_id
             if request_id is not None and self._tickets.pop(request_id, None) is not None:
                 self._controller.forget(request_id)
         return True
 
-    def _deliver(self, request_id: str) -> None:
+    def _deliver(self, request_id: str, num_tokens: int) -> None:
         ticket = self._tickets[request_id]
-        ticket.num_tokens += 1
+        ticket.num_tokens += num_tokens
         finished = self._controller.is_finished(request_id)
         if ticket.stream or finished:
             ticket.deliver(self._controller.output(request_id))

@@ -22,7 +22,7 @@ import typer
 import yaml
 
 from jaxinfer.config import EngineConfig, unknown_keyword
-from jaxinfer.request import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)
 """A field of both (seed) is the first one's, as in generate()."""

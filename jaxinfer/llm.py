@@ -7,6 +7,7 @@ Does not know: how anything is computed.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import queue
 import sys
@@ -14,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from tqdm.auto import tqdm
 
@@ -22,14 +23,17 @@ from jaxinfer.chat_template import ChatRenderer, as_conversations, read_chat_tem
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
-from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig
-from jaxinfer.controller import Prompt, Submission, TextGenerationController
+from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, require_int
+from jaxinfer.controller import TextGenerationController
 from jaxinfer.driver import Delivery, Driver, Ticket
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.preparation import Prompt, Submission
 from jaxinfer.provenance import find_provenance
 from jaxinfer.record import Provenance
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
+from jaxinfer.scoring import Perplexity, Window, sliding_windows
 from jaxinfer.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxinfer.wrappers.assembly import assemble, context_length
@@ -37,6 +41,7 @@ from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 
 logger = logging.getLogger("jaxinfer")
 _BAR_SECONDS = 0.25
+_Params = TypeVar("_Params", SamplingParams, BeamSearchParams)
 
 
 class LLM:
@@ -121,6 +126,7 @@ class LLM:
         _show_log_lines()
         max_model_len = context_length(config, model_config)
         self.config = config
+        self.max_model_len = max_model_len
         self.model_config = model_config
         self.tokenizer = tokenizer
         self._wrapper = assemble(model_config, store, config)
@@ -186,6 +192,92 @@ class LLM:
         ]
         outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> Any:
+        """Looks for the most likely texts of one prompt or many, in flight together and beside other requests.
+
+        Args:
+          prompts: a string, a list of token ids, or a list of either.
+          params: for all prompts, or one each; None is BeamSearchParams().
+          use_tqdm: show a progress bar for several prompts.
+
+        Returns:
+          One RequestOutput for one prompt, a list in the same order for a list. outputs are the texts found, the one
+          with the highest score first.
+
+        Raises:
+          TypeError, ValueError: a prompt or its parameters are wrong, or there are more beams than max_num_seqs;
+            nothing was started.
+          EngineClosedError: the LLM is closed.
+
+        Example:
+          llm.beam_search("In the beginning", BeamSearchParams(beam_width=4, num_return_sequences=2)).outputs
+        """
+        prompt_list, is_single = _as_prompts(prompts)
+        entries = _one_each("params", prompt_list, BeamSearchParams() if params is None else params, BeamSearchParams)
+        submissions = [
+            self._controller.prepare_beam_search(prompt, entry)
+            for prompt, entry in zip(prompt_list, entries, strict=True)
+        ]
+        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        return outputs[0] if is_single else outputs
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], *, prompt_logprobs: int = 0, use_tqdm: bool = True
+    ) -> RequestOutput | list[RequestOutput]:
+        """The log-probability of every token of a prompt, given those before it; nothing is generated.
+
+        Args:
+          prompts: a string, a list of token ids, or a list of either.
+          prompt_logprobs: 0 .. 20, the most likely tokens to report beside each.
+          use_tqdm: show a progress bar for several prompts.
+
+        Returns:
+          One RequestOutput for one prompt, a list in the same order for a list; prompt_logprobs has one entry a token,
+          the first None.
+
+        Raises:
+          As generate.
+
+        Example:
+          [entry[token].logprob for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])]
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=prompt_logprobs)
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def perplexity(self, text: Prompt, *, window: int | None = None, stride: int | None = None) -> Perplexity:
+        """How well the model predicts a text of any length, through a sliding window.
+
+        Args:
+          text: a string, or token ids.
+          window: tokens that see each other, 2 .. max_model_len - 1; None takes as many as there can be.
+          stride: tokens by which windows follow each other, 1 .. window - 1; smaller is closer to unlimited context and
+            takes longer. None is half a window.
+
+        Raises:
+          TypeError, ValueError: the text has less than two tokens, or a number is outside its range.
+          EngineClosedError: the LLM is closed.
+        """
+        longest = self.max_model_len - 1
+        window = longest if window is None else require_int("window", window, 2, longest)
+        stride = max(window // 2, 1) if stride is None else require_int("stride", stride, 1, window - 1)
+        token_ids = self._controller.encode(text)
+        if len(token_ids) < 2:
+            raise ValueError(f"a text of at least 2 tokens has a perplexity, got {len(token_ids)}")
+        logprob = 0.0
+        windows = list(sliding_windows(len(token_ids), window=window, stride=stride))
+        for start in range(0, len(windows), self.config.max_num_seqs):  # what is held stays small
+            batch = windows[start : start + self.config.max_num_seqs]
+            outputs: Any = self.score([token_ids[entry.start : entry.end] for entry in batch], use_tqdm=False)
+            logprob += sum(_logprob(output, entry) for output, entry in zip(outputs, batch, strict=True))
+        num_bytes = len(text.encode()) if isinstance(text, str) else None
+        return Perplexity(num_tokens=len(token_ids) - 1, logprob=logprob, num_bytes=num_bytes)
 
     def chat(
         self,
@@ -358,7 +450,7 @@ class LLM:
         return OutputStream(ticket, lambda: self.cancel(ticket))
 
     def _params_or_default(self, params: SamplingParams | None) -> SamplingParams:
-        return self.default_params if params is None else _checked_params(params)
+        return self.default_params if params is None else _checked("sampling_params", params, SamplingParams)
 
     def _run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
         tickets = self._driver.submit(submissions)
@@ -371,14 +463,9 @@ class LLM:
     def _params_for(
         self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
-        if params is None:
-            return [self._controller.default_params] * len(prompts)
-        if isinstance(params, SamplingParams):
-            return [params] * len(prompts)
-        params = [_checked_params(entry) for entry in _as_sequence(params)]
-        if len(params) != len(prompts):
-            raise ValueError(f"got {len(params)} sampling_params for {len(prompts)} prompts; pass one, or one each")
-        return params
+        return _one_each(
+            "sampling_params", prompts, self._controller.default_params if params is None else params, SamplingParams
+        )
 
 
 class OutputStream(Iterator[RequestOutput]):
@@ -449,10 +536,29 @@ def _as_sequence(values: Any) -> list[Any]:
     return list(values)
 
 
-def _checked_params(params: object) -> SamplingParams:
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+def _checked(name: str, params: object, kind: type[_Params]) -> _Params:
+    if not isinstance(params, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(params).__name__}")
     return params
+
+
+def _one_each(name: str, prompts: Sequence[Any], params: Any, kind: type[_Params]) -> list[_Params]:
+    """The parameters of every prompt, from one for all or one for each."""
+    if isinstance(params, kind):
+        return [params] * len(prompts)
+    if isinstance(params, (str, Mapping)) or not hasattr(params, "__iter__"):
+        raise TypeError(f"{name} must be {kind.__name__}, one or a list of one each, got {type(params).__name__}")
+    entries = [_checked(name, entry, kind) for entry in params]
+    if len(entries) != len(prompts):
+        raise ValueError(f"got {len(entries)} {name} for {len(prompts)} prompts; pass one, or one each")
+    return entries
+
+
+def _logprob(output: RequestOutput, window: Window) -> float:
+    """Sum of the log-probabilities of the tokens of a window that count."""
+    pairs = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
+    counted = itertools.islice(pairs, window.first - window.start, None)
+    return sum(found[token_id].logprob for token_id, found in counted if found is not None)
 
 
 def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:

@@ -7,6 +7,7 @@ over the mesh like the vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +27,7 @@ class EditState:
 
     Args:
       bias: float32[S, V], added; -inf where a token is not allowed.
+      forbidden: bool[S, V], tokens that may not come now.
       held_back: bool[S, V], tokens that may not come before min_position.
       in_prompt: bool[S, V].
       output_count: int32[S, V], how often each token was sampled.
@@ -34,6 +36,7 @@ class EditState:
     """
 
     bias: Float[Array, "S V"]
+    forbidden: Bool[Array, "S V"]
     held_back: Bool[Array, "S V"]
     in_prompt: Bool[Array, "S V"]
     output_count: Int[Array, "S V"]
@@ -46,6 +49,7 @@ class EditState:
         shape = (num_slots, vocab_size)
         return cls(
             bias=jnp.zeros(shape, jnp.float32),
+            forbidden=jnp.zeros(shape, bool),
             held_back=jnp.zeros(shape, bool),
             in_prompt=jnp.zeros(shape, bool),
             output_count=jnp.zeros(shape, jnp.int32),
@@ -56,7 +60,7 @@ class EditState:
     @staticmethod
     def specs() -> list[PartitionSpec]:
         """How the leaves lie on the mesh, in order: what has a column a token is spread like the vocabulary."""
-        return [VOCABULARY_COLUMNS] * 4 + [REPLICATED] * 2
+        return [VOCABULARY_COLUMNS] * 5 + [REPLICATED] * 2
 
 
 @jax.tree_util.register_dataclass
@@ -105,12 +109,27 @@ def set_slot(state: EditState, entries: EditEntries) -> EditState:
     output_count = row(state.output_count, 0).at[of(EditKind.OUTPUT)].add(1, mode="drop")
     return EditState(
         bias=put(state.bias, bias),
+        forbidden=put(state.forbidden, row(state.forbidden, 0)),
         held_back=put(state.held_back, held_back),
         in_prompt=put(state.in_prompt, in_prompt),
         output_count=put(state.output_count, output_count),
         penalties=put(state.penalties, entries.penalties),
         min_position=put(state.min_position, entries.min_position),
     )
+
+
+def set_allowed(state: EditState, slots: Int[Array, " J"], words: Int[Array, "J K"]) -> EditState:
+    """The state in which only some tokens may come next in some slots.
+
+    Args:
+      state: of all slots.
+      slots: int32[J]; -1 is padding.
+      words: int32[J, K], bit t % 32 of word t // 32 for token t of the whole vocabulary; those beyond are forbidden.
+    """
+    token_ids = vocabulary_shard() * state.bias.shape[1] + jnp.arange(state.bias.shape[1])
+    bits = words.at[:, token_ids // 32].get(mode="fill", fill_value=0) >> (token_ids % 32)
+    slots = jnp.where(slots < 0, state.bias.shape[0], slots)  # out of bounds, hence dropped
+    return dataclasses.replace(state, forbidden=state.forbidden.at[slots].set(bits & 1 == 0, mode="drop"))
 
 
 def edited(
@@ -129,7 +148,7 @@ def edited(
     """
     count, penalties = state.output_count[slots], state.penalties[slots]
     too_early = state.held_back[slots] & (position < state.min_position[slots])[:, None]
-    logits = jnp.where(too_early, -jnp.inf, logits) + state.bias[slots]
+    logits = jnp.where(too_early | state.forbidden[slots], -jnp.inf, logits) + state.bias[slots]
     repetition, presence, frequency = (penalties[:, i, None] for i in range(3))
     seen = state.in_prompt[slots] | (count > 0)
     penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
@@ -144,11 +163,4 @@ def count_outputs(
     size = state.bias.shape[1]
     local = token_ids - vocabulary_shard() * size
     local = jnp.where((local >= 0) & (local < size) & is_live, local, size)
-    return EditState(
-        bias=state.bias,
-        held_back=state.held_back,
-        in_prompt=state.in_prompt,
-        output_count=state.output_count.at[slots, local].add(1, mode="drop"),
-        penalties=state.penalties,
-        min_position=state.min_position,
-    )
+    return dataclasses.replace(state, output_count=state.output_count.at[slots, local].add(1, mode="drop"))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.llm import LLM
-from jaxinfer.request import CompletionRecord, GenerationRecord, RequestOutput, SamplingParams
+from jaxinfer.outputs import CompletionRecord, GenerationRecord, RequestOutput
+from jaxinfer.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,14 +127,27 @@ def _setup(number: int, record: GenerationRecord, model: str | None, tokenizer: 
 
 def _replay_group(setup: _Setup, records: Sequence[GenerationRecord]) -> list[Replay]:
     with LLM(setup.model, tokenizer=setup.tokenizer, **dataclasses.asdict(setup.engine)) as llm:
-        prompts = [record.prompt_token_ids for record in records]
-        outputs: list[RequestOutput] = llm.generate(prompts, [_bounded_params(record) for record in records])
-        return [_compare(record, output, llm) for record, output in zip(records, outputs, strict=True)]
+        replays: dict[int, Replay] = {}
+        for run, params in _runs(llm, records):
+            outputs = run([records[number].prompt_token_ids for number in params], list(params.values()))
+            for number, output in zip(params, outputs, strict=True):
+                replays[number] = _compare(records[number], output, llm)
+        return [replays[number] for number in range(len(records))]
 
 
-def _bounded_params(record: GenerationRecord) -> SamplingParams:
+def _runs(llm: LLM, records: Sequence[GenerationRecord]) -> list[tuple[Callable[..., Any], dict[int, Any]]]:
+    """The two ways of generating, each with the parameters of its records by number."""
+    sampled, searched = {}, {}
+    for number, record in enumerate(records):
+        if record.sampling_params is not None:
+            sampled[number] = _bounded(record, record.sampling_params)
+        else:
+            searched[number] = record.beam_search_params
+    return [(llm.generate, sampled), (llm.beam_search, searched)]
+
+
+def _bounded(record: GenerationRecord, params: SamplingParams) -> SamplingParams:
     """The recorded parameters; where a completion did not come to its end, no more tokens than were recorded."""
-    params = record.sampling_params
     if all(output.has_ended for output in record.outputs):
         return params
     limit = max(len(output.token_ids) for output in record.outputs)

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.constraint import ConstraintState, TokenConstraint, pack_ids, packed_len
-from jaxinfer.request import StructuredOutput
+from jaxinfer.constraint import ConstraintError, ConstraintState, TokenConstraint, pack_ids, packed_len
+from jaxinfer.sampling_params import StructuredOutput
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.vocabulary import token_bytes
 
@@ -90,7 +90,7 @@ class GrammarCompiler:
         constraint = _Grammar(matcher, self._vocabulary)
         try:
             constraint.start().allowed()
-        except RuntimeError as error:
+        except ConstraintError as error:
             raise ValueError(f"{field} must match some text that this vocabulary can write: {error}") from error
         return constraint
 
@@ -159,8 +159,8 @@ class _GrammarState:
     """Where one text stands in a grammar.
 
     Raises:
-      RuntimeError: allowed, when following the grammar exceeds llguidance's limits or the vocabulary cannot write what
-        must come next; advance, for a token that is not allowed.
+      ConstraintError: allowed, when following the grammar exceeds llguidance's limits or the vocabulary cannot write
+        what must come next; advance, for a token that is not allowed.
     """
 
     def __init__(self, matcher: Any, vocabulary: _Vocabulary) -> None:
@@ -177,7 +177,7 @@ class _GrammarState:
         if token_id in self._vocabulary.end_ids:
             self._ended = True
         elif not self._matcher.consume_token(token_id):
-            raise RuntimeError(f"structured: token {token_id} is not allowed here: {_message(self._matcher)}")
+            raise ConstraintError(f"structured: token {token_id} is not allowed here: {_message(self._matcher)}")
 
     @property
     def is_complete(self) -> bool:
@@ -199,10 +199,10 @@ class _GrammarState:
         mask = np.zeros(packed_len(self._vocabulary.size + 1), np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
-            raise RuntimeError(f"structured: the grammar cannot be followed further: {_message(self._matcher)}")
+            raise ConstraintError(f"structured: the grammar cannot be followed further: {_message(self._matcher)}")
         text = mask[: len(self._vocabulary.text)] & self._vocabulary.text
         if not (text.any() or self._may_end):
-            raise RuntimeError(
+            raise ConstraintError(
                 "structured: no token of the vocabulary can go on with the text, which must not end here"
             )
         return text

@@ -3,49 +3,11 @@
 import pytest
 from engine_tools import make_engine
 from fake_wrapper import VOCAB_SIZE, continuation
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxinfer.config import GenerationDefaults
-from jaxinfer.controller import StopMatcher, TextGenerationController
-from jaxinfer.request import SamplingParams
+from jaxinfer.controller import TextGenerationController
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.tokenizer import ByteTokenizer
-
-
-def first_match(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the stop string that is complete first, character by character."""
-    for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            longest = max(found, key=len)
-            return text[: end - len(longest)], longest
-    return text, None
-
-
-@given(
-    st.text(alphabet="ab", max_size=30),
-    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
-    st.lists(st.integers(1, 5), min_size=30, max_size=30),
-)
-def test_stop_matcher_equals_reading_character_by_character(text, stops, sizes):
-    matcher, released, rest = StopMatcher(stops, include=False), "", text
-    for size in sizes:
-        if matcher.matched is None:
-            released += matcher.push(rest[:size])
-            rest = rest[size:]
-    assert (released + matcher.finish(), matcher.matched) == first_match(text, stops)
-
-
-def test_stop_matcher_suspended_ignores_what_ends_there_but_not_what_begins():
-    matcher = StopMatcher(["stop"], include=False)
-    assert matcher.push("a stop b st", suspended=True) == "a stop b "
-    assert matcher.push("op c") == "" and matcher.matched == "stop"
-
-
-def test_stop_matcher_holds_back_only_what_may_begin_a_stop_string():
-    matcher = StopMatcher(["stop"], include=False)
-    assert [matcher.push(piece) for piece in ("a s", "t", "e", "sto")] == ["a ", "", "ste", ""]
-    assert matcher.finish() == "sto"
 
 
 class AsciiTokenizer(ByteTokenizer):
@@ -169,9 +131,6 @@ BAD = [
     ([1.5], SamplingParams(), TypeError, "1.5"),
     (7, SamplingParams(), TypeError, "int"),
     ([1] * 64, SamplingParams(), ValueError, "prompt has 64 tokens"),
-    ([1], SamplingParams(n=2), NotImplementedError, "n is not supported"),
-    ([1], SamplingParams(bad_words=["x"]), NotImplementedError, "bad_words"),
-    ([1], SamplingParams(prompt_logprobs=1), NotImplementedError, "prompt_logprobs"),
 ]
 
 
@@ -183,7 +142,15 @@ def test_prepare_bad_input_is_refused_and_nothing_is_queued(prompt, params, erro
     assert not controller.has_unfinished()
 
 
-@pytest.mark.parametrize(("prompt", "params"), [("text", SamplingParams()), ([1], SamplingParams(stop="x"))])
+@pytest.mark.parametrize(
+    ("prompt", "params"),
+    [
+        ("text", SamplingParams()),
+        ([1], SamplingParams(stop="x")),
+        ([1], SamplingParams(bad_words=["x"])),
+        ([1], SamplingParams(structured={"regex": "x"})),
+    ],
+)
 def test_prepare_without_tokenizer_names_it(prompt, params):
     with pytest.raises(ValueError, match="tokenizer"):
         make_controller(tokenizer=False).prepare(prompt, params)

@@ -8,7 +8,7 @@ import pytest
 from test_controller import expected_text, make_controller
 
 from jaxinfer.driver import Driver, EngineClosedError
-from jaxinfer.request import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from conftest import load_golden
 import jaxinfer
 from jaxinfer import LLM, EngineConfig, GenerationRecord, SamplingParams
 from jaxinfer.checkpoint.directory import fingerprint
+from jaxinfer.outputs import CompletionRecord
 from jaxinfer.record import JsonRecord, Provenance
 from jaxinfer.replay import read_records, replay_records
-from jaxinfer.request import CompletionRecord
 
 PATH = load_golden("gqa").path
 SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}
@@ -157,7 +157,7 @@ def test_provenance_does_not_show_in_outputs(outputs):
     bare = dataclasses.replace(output, sampling_params=None, provenance=None)
     assert output == bare and repr(output) == repr(bare)
     names = {field.name for field in dataclasses.fields(output)}
-    assert output.as_dict().keys() == names - {"sampling_params", "provenance"}
+    assert output.as_dict().keys() == names - {"sampling_params", "beam_search_params", "provenance"}
 
 
 def test_fingerprint_tells_checkpoints_apart(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.constraint import ConstraintState, packed_len
-from jaxinfer.request import StructuredOutput
+from jaxinfer.sampling_params import StructuredOutput
 from jaxinfer.structured import MAX_GRAMMAR_BYTES, GrammarCompiler
 from jaxinfer.tokenizer import ByteTokenizer, FileTokenizer, SentencePieceTokenizer, Tokenizer
 from jaxinfer.vocabulary import token_bytes

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 
 from jaxinfer.bench.report import format_table
 from jaxinfer.llm import LLM
-from jaxinfer.request import MAX_LOGPROBS, RequestOutput, SamplingParams
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.request import MAX_LOGPROBS
+from jaxinfer.sampling_params import SamplingParams
 
 TOLERANCE = 1e-3
 """Of a log-probability in float32; another order of sums costs about 1e-5 in these models."""

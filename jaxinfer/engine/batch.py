@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jaxinfer.engine.scheduler import PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.schedule import PrefillChunk, SampledRows, Schedule, SequenceState
 from jaxinfer.request import EditKind, Request
 from jaxinfer.wrappers.step_batch import (
+    NO_TARGET,
     PREFILL_BLOCK,
     SAMPLING_FIELDS,
+    AllowedTokens,
     SamplerVariant,
     SlotEdits,
     StepBatch,
@@ -27,11 +29,16 @@ from jaxinfer.wrappers.step_batch import (
 def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
     """Lays a schedule out in the smallest shape that holds it.
 
-    Logit rows are the decode rows, then the last chunks, as Schedule.sampling_rows lists them.
+    Logit rows are as Schedule.sampled lists them.
     """
     blocks = [block for chunk in schedule.prefills for block in _blocks(chunk)]
-    sampling = list(schedule.sampling_rows())
-    shape = shapes.shape(num_decode=len(schedule.decodes), num_prefill=len(blocks), num_logits=len(sampling))
+    sampled, scored = schedule.sampled, any(chunk.scored for chunk in schedule.prefills)
+    shape = shapes.shape(
+        num_decode=len(schedule.decodes),
+        num_prefill=len(blocks),
+        num_logits=sum(rows.num_rows for rows in sampled),
+        scored=scored,
+    )
     dump_slot, width = shapes.num_slots, shapes.table_width
     decode_slots = np.full(shape.num_decode, dump_slot, np.int32)
     page_index = np.full(shape.num_decode, width, np.int32)
@@ -41,9 +48,10 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         if decode.new_page is not None:
             page_index[row], page_id[row] = decode.new_page
 
-    chunk_slots = np.full(shape.num_chunks, dump_slot, np.int32)
-    pages = np.zeros((shape.num_chunks, width), np.int32)
-    numbers = np.zeros((shape.num_chunks, SAMPLING_FIELDS), np.int32)
+    num_chunks = shapes.num_chunks(shape)
+    chunk_slots = np.full(num_chunks, dump_slot, np.int32)
+    pages = np.zeros((num_chunks, width), np.int32)
+    numbers = np.zeros((num_chunks, SAMPLING_FIELDS), np.int32)
     for number, chunk in enumerate(schedule.prefills):
         chunk_slots[number] = chunk.slot
         pages[number, : len(chunk.pages)] = chunk.pages
@@ -53,22 +61,19 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
     slots = np.full(rows, dump_slot, np.int32)
     start, length = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     tokens = np.zeros((rows, PREFILL_BLOCK), np.int32)
-    ends = []
     for row, (chunk, first) in enumerate(blocks):
         token_ids = chunk.token_ids[first : first + PREFILL_BLOCK]
         slots[row], start[row], length[row] = chunk.slot, chunk.start + first, len(token_ids)
         tokens[row, : length[row]] = token_ids
-        if chunk.is_last and first + PREFILL_BLOCK >= len(chunk.token_ids):
-            ends.append(row)
 
     index = np.zeros(shape.num_logits, np.int32)
     logit_slots = np.full(shape.num_logits, dump_slot, np.int32)
     feeds = np.zeros(shape.num_logits, bool)
-    count = len(sampling)
-    index[: len(schedule.decodes)] = np.arange(len(schedule.decodes))
-    index[len(schedule.decodes) : count] = [shapes.max_decode + row * PREFILL_BLOCK + length[row] - 1 for row in ends]
-    logit_slots[:count] = [*decode_slots[: len(schedule.decodes)], *slots[ends]]
-    feeds[:count] = True
+    places = [*range(len(schedule.decodes)), *(shapes.max_decode + token for token in _sampled_tokens(schedule))]
+    index[: len(places)] = places
+    logit_slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_rows)]
+    feeds[np.cumsum([rows.num_rows for rows in sampled], dtype=int) - 1] = True
+    requests = [rows.sequence.request for rows in sampled]
     return StepBatch(
         shape=shape,
         dump_slot=dump_slot,
@@ -86,11 +91,45 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         logit_slots=logit_slots,
         logit_feeds=feeds,
         page_copies=np.array(schedule.page_copies, np.int32).reshape(-1, 2),
-        variant=needed_variant(sequence.request for sequence in sampling),
-        logprobs=any(sequence.request.logprobs is not None for sequence in sampling),
-        edited=any(sequence.request.edits is not None for sequence in sampling),
-        new_edits={chunk.slot: _edits(chunk.sequence) for chunk in schedule.prefills if chunk.is_last},
+        variant=needed_variant(requests),
+        num_top=max((rows.sequence.num_top for rows in sampled if rows.sequence.num_top is not None), default=None),
+        targets=_targets(schedule, rows) if scored else None,
+        edited=any(request.is_edited for request in requests),
+        new_edits={chunk.slot: _edits(chunk.sequence) for chunk in schedule.prefills if chunk.num_sampled},
     )
+
+
+def allowed_tokens(sampled: Iterable[SampledRows]) -> AllowedTokens | None:
+    """What constrained sequences may sample next; None if there is none among them."""
+    masks = {rows.slot: rows.sequence.constraint.allowed() for rows in sampled if rows.sequence.constraint is not None}
+    if not masks:
+        return None
+    return AllowedTokens(slots=np.array(list(masks), np.int32), words=np.stack(list(masks.values())))
+
+
+def first_tokens(schedule: Schedule) -> Iterator[tuple[PrefillChunk, int]]:
+    """The chunks, and the index among the prefill segment's tokens of each one's first."""
+    row = 0
+    for chunk in schedule.prefills:
+        yield chunk, row * PREFILL_BLOCK
+        row += chunk.num_rows
+
+
+def _sampled_tokens(schedule: Schedule) -> Iterator[int]:
+    """Indices among the prefill segment's tokens of those behind which one is sampled."""
+    for chunk, first in first_tokens(schedule):
+        end = first + len(chunk.token_ids)
+        yield from range(end - chunk.num_sampled, end)
+
+
+def _targets(schedule: Schedule, num_rows: int) -> np.ndarray:
+    """The prompt tokens to be scored, each at the token in front of it."""
+    targets = np.full(num_rows * PREFILL_BLOCK, NO_TARGET, np.int32)
+    for chunk, first in first_tokens(schedule):
+        start = first + chunk.scored.start - chunk.start
+        next_tokens = chunk.sequence.token_ids[chunk.scored.start + 1 : chunk.scored.stop + 1]
+        targets[start : start + len(next_tokens)] = next_tokens
+    return targets.reshape(num_rows, PREFILL_BLOCK)
 
 
 def _blocks(chunk: PrefillChunk) -> Iterator[tuple[PrefillChunk, int]]:
@@ -117,7 +156,7 @@ def _edits(sequence: SequenceState) -> SlotEdits | None:
     """What a sequence's slot has to know, the tokens it has so far included."""
     request, edits = sequence.request, sequence.request.edits
     if edits is None:
-        return None
+        return SlotEdits.none() if request.is_edited else None
     num_prompt = len(request.prompt_token_ids)
     bias = dict(edits.logit_bias)
     if edits.allowed_token_ids is not None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from jaxinfer.request import EarlyStopping
+from jaxinfer.sampling_params import EarlyStopping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """In-flight batching: requests come and go while steps run.
 
-Owns: the loop schedule -> batch -> launch -> collect -> events, and the queue of launched steps.
+Owns: the loop schedule -> drafts -> batch -> launch -> collect -> events, and the queue of launched steps.
 Does not know: text, models, devices. Counterpart of Megatron's DynamicInferenceEngine.
 """
 
@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.batch import make_batch
-from jaxinfer.engine.scheduler import Scheduler, SequenceState
+from jaxinfer.engine.batch import allowed_tokens, first_tokens, make_batch
+from jaxinfer.engine.beam_search import Hypothesis
+from jaxinfer.engine.beams import BeamSearch
+from jaxinfer.engine.drafting import Drafter
+from jaxinfer.engine.schedule import SampledRows, Schedule, SequenceState
+from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
+from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_batch import LogprobArrays, StepResult
 
@@ -32,6 +38,7 @@ class EngineStats:
       num_steps: steps launched with work; a pipeline needs some without to move on.
       num_rows_live, num_rows_launched: rows with work and rows of the programs run, summed over stages and steps; a row
         is a decoding sequence or a block of a prompt.
+      draft_tokens, accepted_draft_tokens: proposed and verified, and found right.
       num_compilations: programs compiled.
     """
 
@@ -49,15 +56,37 @@ class EngineStats:
     num_steps: int
     num_rows_live: int
     num_rows_launched: int
+    draft_tokens: int
+    accepted_draft_tokens: int
     num_compilations: int
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Share of the drafts that were right; 0 without any."""
+        return self.accepted_draft_tokens / max(self.draft_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedSearch:
+    """A beam search that has ended.
+
+    Args:
+      request_id: whose.
+      hypotheses: the texts found, best first.
+      num_cached_tokens: prompt tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    hypotheses: tuple[Hypothesis, ...]
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A launched step and the sequences that its leading logit rows belong to."""
+    """A launched step."""
 
     handle: Any
-    sequences: tuple[SequenceState, ...]
+    schedule: Schedule
 
 
 class DynamicEngine:
@@ -67,6 +96,7 @@ class DynamicEngine:
       wrapper: computes the steps.
       config: the engine's settings.
       max_model_len: tokens of prompt and output together.
+      drafter: proposes tokens; None decodes one at a time.
 
     Raises:
       ValueError: without chunked prefill, a prompt might not fit into one step.
@@ -78,48 +108,97 @@ class DynamicEngine:
               print(event.request_id, event.token_id, event.finish_reason)
     """
 
-    def __init__(self, wrapper: AbstractModelInferenceWrapper, config: EngineConfig, *, max_model_len: int):
+    def __init__(
+        self,
+        wrapper: AbstractModelInferenceWrapper,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        drafter: Drafter | None = None,
+    ):
         if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
             raise ValueError(
                 f"without chunked prefill, max_num_batched_tokens must be >= max_model_len, got "
                 f"{config.max_num_batched_tokens} < {max_model_len}; raise it or set enable_chunked_prefill"
             )
         self._wrapper = wrapper
+        self._drafter = drafter
         self._scheduler = Scheduler(
-            config, shapes=wrapper.shapes, num_pages=wrapper.num_pages, max_model_len=max_model_len
+            config,
+            shapes=wrapper.shapes,
+            num_pages=wrapper.num_pages,
+            max_model_len=max_model_len,
+            plan_drafts=None if drafter is None else self._plan_drafts,
         )
         self._num_stages = wrapper.shapes.num_stages
+        self._max_num_seqs = config.max_num_seqs
         self._max_in_flight = self._num_stages + config.run_ahead
         self._in_flight: deque[_InFlight] = deque()
         self._sequences: dict[str, SequenceState] = {}
+        self._searches: dict[str, BeamSearch] = {}
+        self._finished_searches: list[FinishedSearch] = []
         self._num_finished = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._num_steps = 0
+        self._draft_tokens = 0
+        self._accepted_draft_tokens = 0
 
-    def check_request(self, request: Request) -> None:
-        """Refuses a request that add_request would refuse, without queueing it.
+    def check_request(self, request: Request, *, beam_width: int = 1) -> None:
+        """Refuses a request that add_request would refuse, or add_beam_search, without queueing it.
 
         Raises:
-          ValueError: as add_request.
+          ValueError: as they.
         """
-        if request.request_id in self._sequences:
+        if request.request_id in self._sequences or request.request_id in self._searches:
             raise ValueError(f"request id {request.request_id!r} is already in use")
-        self._scheduler.check_fits(request)
+        if beam_width > self._max_num_seqs:
+            raise ValueError(
+                f"beam_width must be <= max_num_seqs, so that all beams can run side by side, got {beam_width} > "
+                f"{self._max_num_seqs}; lower it or raise max_num_seqs"
+            )
+        self._scheduler.check_fits(request, num_sequences=beam_width)
 
-    def add_request(self, request: Request) -> None:
+    def add_request(self, request: Request, *, leader: str | None = None) -> None:
         """Queues a request.
+
+        Args:
+          request: what is asked.
+          leader: id of an earlier request with the same prompt, whose pages it shares.
 
         Raises:
           ValueError: its id is in use, or it could never run (prompt too long, more pages than the pool has).
         """
         self.check_request(request)
-        self._sequences[request.request_id] = self._scheduler.add(request)
+        self._sequences[request.request_id] = self._scheduler.add(
+            request,
+            leader=None if leader is None else self._sequences.get(leader),
+            is_host_fed=self._drafter is not None and not request.is_edited,
+        )
+        self._prompt_tokens += 0 if leader else len(request.prompt_token_ids)
+
+    def add_beam_search(self, request: Request, params: BeamSearchParams) -> None:
+        """Queues a beam search; finished_searches has its result.
+
+        Args:
+          request: prompt, length, end tokens and priority; nothing is sampled.
+          params: the search's other settings.
+
+        Raises:
+          ValueError: its id is in use, or it could never run.
+        """
+        self.check_request(request, beam_width=params.beam_width)
+        self._searches[request.request_id] = BeamSearch(request, params, self._scheduler)
         self._prompt_tokens += len(request.prompt_token_ids)
 
     def has_unfinished(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self._sequences)
+        return bool(self._sequences or self._searches)
+
+    def finished_searches(self) -> list[FinishedSearch]:
+        """The beam searches that ended since the last call."""
+        finished, self._finished_searches = self._finished_searches, []
+        return finished
 
     def step(self) -> list[TokenEvent]:
         """Launches the next step and reads the oldest one that is due.
@@ -131,17 +210,26 @@ class DynamicEngine:
         schedule = self._scheduler.schedule()
         launching = bool(schedule) or self._awaits_the_pipeline()
         if launching:
-            handle = self._wrapper.launch(make_batch(schedule, self._wrapper.shapes))
-            self._in_flight.append(_InFlight(handle, tuple(schedule.sampling_rows())))
+            if self._drafter is not None:
+                schedule = self._drafter.complete(schedule)
+            batch = make_batch(schedule, self._wrapper.shapes)
+            handle = self._wrapper.launch(batch, allowed_tokens(self._sampled_with(schedule)))
+            self._in_flight.append(_InFlight(handle, schedule))
             self._num_steps += bool(schedule)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
             return self._collect(self._in_flight.popleft())
         return []
 
+    def _sampled_with(self, schedule: Schedule) -> list[SampledRows]:
+        """The rows that are sampled when a schedule is launched: those of the step that then leaves the pipeline."""
+        recent = [step.schedule for step in self._in_flight] + [schedule]
+        leaving = recent[-self._num_stages].sampled if len(recent) >= self._num_stages else ()
+        return [rows for rows in leaving if rows.sequence.finish_reason is None]
+
     def _awaits_the_pipeline(self) -> bool:
         """Whether a token that somebody waits for is in a step that is not through yet."""
         inside = itertools.islice(reversed(self._in_flight), self._num_stages - 1)
-        return any(sequence.finish_reason is None for step in inside for sequence in step.sequences)
+        return any(rows.sequence.finish_reason is None for step in inside for rows in step.schedule.sampled)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once; no further event names it.
@@ -149,12 +237,20 @@ class DynamicEngine:
         Returns:
           Whether it was unfinished.
         """
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is None:
+        search, sequence = self._searches.pop(request_id, None), self._sequences.pop(request_id, None)
+        if search is not None:
+            search.abort()
+        elif sequence is not None:
+            self._scheduler.finish(sequence, "abort")
+        else:
             return False
-        self._scheduler.finish(sequence, "abort")
         self._num_finished += 1
         return True
+
+    def _plan_drafts(self, sequence: SequenceState, most: int) -> Sequence[int]:
+        if self._drafter is None or sequence.request.request_id in self._searches:
+            return ()
+        return self._drafter.plan(sequence, most)
 
     def stats(self) -> EngineStats:
         """Counts since the engine began."""
@@ -174,35 +270,78 @@ class DynamicEngine:
             num_steps=self._num_steps,
             num_rows_live=usage.live,
             num_rows_launched=usage.launched,
+            draft_tokens=self._draft_tokens,
+            accepted_draft_tokens=self._accepted_draft_tokens,
             num_compilations=self._wrapper.num_compilations,
         )
 
     def _collect(self, step: _InFlight) -> list[TokenEvent]:
         result = self._wrapper.collect(step.handle)
-        events = []
-        for row, sequence in enumerate(step.sequences):
+        if result.scores is not None:
+            _keep_scores(step.schedule, result.scores)
+        events, first = [], 0
+        for rows in step.schedule.sampled:
             # A finished sequence was launched once more before the host knew; that token is dropped.
-            if sequence.finish_reason is None:
-                events.append(self._read(row, sequence, result))
+            if rows.sequence.finish_reason is None:
+                if rows.sequence.request.request_id in self._searches:
+                    self._read_beam(rows.sequence, first, result)
+                else:
+                    events += self._read(rows, range(first, first + rows.num_rows), result)
+            first += rows.num_rows
         return events
 
-    def _read(self, row: int, sequence: SequenceState, result: StepResult) -> TokenEvent:
-        request, token_id = sequence.request, int(result.token_ids[row])
-        self._scheduler.append(sequence, token_id)
+    def _read_beam(self, sequence: SequenceState, place: int, result: StepResult) -> None:
+        """Takes the logit row of a live beam."""
+        request_id, num_top = sequence.request.request_id, sequence.num_top
+        search = self._searches[request_id]
         self._generation_tokens += 1
+        if result.logprobs is None or num_top is None:
+            raise ValueError(f"beam search {request_id!r} got no log-probabilities")
+        if search.read(sequence, _token_logprobs(result.logprobs, place, num_top)):
+            del self._searches[request_id]
+            self._num_finished += 1
+            self._finished_searches.append(
+                FinishedSearch(
+                    request_id=request_id, hypotheses=search.hypotheses, num_cached_tokens=search.num_cached_tokens
+                )
+            )
+
+    def _read(self, rows: SampledRows, places: range, result: StepResult) -> list[TokenEvent]:
+        """The events of a sequence's logit rows."""
+        sequence, request = rows.sequence, rows.sequence.request
+        is_first = len(sequence.token_ids) == len(request.prompt_token_ids)
+        sampled = result.token_ids[places.start : places.stop].tolist()
+        num_new = self._scheduler.append(sequence, sampled, rows.drafts)
+        self._generation_tokens += num_new
+        self._draft_tokens += len(rows.drafts)
+        self._accepted_draft_tokens += num_new - 1
         if sequence.finish_reason is not None:
             del self._sequences[request.request_id]
             self._num_finished += 1
-        logprobs = None
-        if request.logprobs is not None and result.logprobs is not None:
-            logprobs = _token_logprobs(result.logprobs, row, request.logprobs)
-        return TokenEvent(
-            request_id=request.request_id,
-            token_id=token_id,
-            logprobs=logprobs,
-            finish_reason=sequence.finish_reason,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-        )
+        logprobs: list[TokenLogprobs | None] = [None] * num_new
+        if sequence.num_top is not None and result.logprobs is not None:
+            logprobs = [_token_logprobs(result.logprobs, place, sequence.num_top) for place in places[:num_new]]
+        scores = None if request.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
+        return [
+            TokenEvent(
+                request_id=request.request_id,
+                token_id=sampled[i],
+                logprobs=logprobs[i],
+                prompt_logprobs=scores if is_first and i == 0 else None,
+                finish_reason=sequence.finish_reason if i == num_new - 1 else None,
+                num_cached_tokens=sequence.num_cached_tokens or 0,
+            )
+            for i in range(num_new)
+        ]
+
+
+def _keep_scores(schedule: Schedule, scores: LogprobArrays) -> None:
+    """Keeps what a step found of prompts with their sequences."""
+    for chunk, first in first_tokens(schedule):
+        num_top = chunk.sequence.request.prompt_logprobs
+        for position in chunk.scored:
+            token = first + position - chunk.start
+            chunk.sequence.prompt_logprobs.append(_token_logprobs(scores, token, num_top or 0))
 
 
 def _token_logprobs(arrays: LogprobArrays, row: int, num_top: int) -> TokenLogprobs:

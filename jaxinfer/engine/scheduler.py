@@ -1,7 +1,7 @@
 """What runs in the next step.
 
 Owns: the queues, the token budget, chunked prefill, admission with bounded skip-ahead, preemption by recomputation,
-and the life of a sequence (tokens, slot, pages).
+shared pages of sequences that begin alike.
 Does not know: devices, arrays, text. Never imports jax.
 
 A pipeline of S stages gives a token S steps after it was asked for: a sequence decodes in every S-th step, and the
@@ -9,125 +9,74 @@ sequences spread over the steps. With one stage each rule below says "all".
 
 The device runs behind the host: a sequence may have sampled tokens that the host has not read yet (num_unread). A
 running sequence can be scheduled on, since its next input is already on the device; a preempted one has to wait until
-all its tokens are known.
+all its tokens are known, and so has one of which the host decides what follows.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.constraint import ConstraintError
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
+from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.wrappers.step_batch import MAX_CHUNKS, PREFILL_BLOCK, StepShapes, num_blocks, pages_for
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
+logger = logging.getLogger("jaxinfer")
 MAX_SKIPS = 16
 """How often younger requests may overtake the oldest waiting one that does not fit yet."""
 SKIP_WINDOW = 8
 """How many waiting requests are looked at behind one that does not fit."""
-NO_SLOT = -1
 
 
-@dataclass(eq=False, slots=True)
-class SequenceState:
-    """One request's tokens and what it holds.
+@dataclass(slots=True)
+class _Step:
+    """The step being put together.
 
     Args:
-      request: what was asked.
-      order: (priority, arrival); smaller runs first and is preempted last.
-      token_ids: prompt and the tokens read so far.
-      num_computed: positions whose keys have been launched.
-      is_decoding: all keys but the last token's are launched, and the device has that token.
-      num_unread: tokens sampled on the device but not yet read.
-      last_sampled: the scheduler's step that last sampled a token of it.
-      slot: decode slot while running, else NO_SLOT.
-      pages: KV pages in order while running.
-      page_hashes: chain over its full pages, as far as computed.
-      num_published: leading pages that were offered to the prefix cache.
-      num_cached_tokens: prompt tokens found in the prefix cache at first admission; None before.
-      num_skipped: how often younger requests overtook it while waiting.
-      finish_reason: set when it ended.
+      budget: tokens it may still take.
+      num_rows: rows that prefill may still take.
+      num_chunks: chunks that it may still take.
     """
 
-    request: Request
-    order: tuple[int, int]
-    token_ids: list[int]
-    num_computed: int = 0
-    is_decoding: bool = False
-    num_unread: int = 0
-    last_sampled: int = 0
-    slot: int = NO_SLOT
-    pages: list[int] = field(default_factory=list)
-    page_hashes: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    num_cached_tokens: int | None = None
-    num_skipped: int = 0
-    finish_reason: FinishReason | None = None
+    budget: int
+    num_rows: int
+    num_chunks: int
+    decodes: list[DecodeRow] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens it has, unread ones included."""
-        return len(self.token_ids) + self.num_unread
+    def room(self) -> int:
+        """Tokens that a further chunk may have."""
+        return min(self.budget, self.num_rows * PREFILL_BLOCK) if self.num_chunks else 0
+
+    def add(self, chunk: PrefillChunk, *, cost: int) -> None:
+        """Takes a chunk in, at a cost in tokens."""
+        self.chunks.append(chunk)
+        self.budget -= cost
+        self.num_rows -= chunk.num_rows
+        self.num_chunks -= 1
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One token of a decoding sequence.
+class _Prefix:
+    """The beginning of a sequence that is there already.
 
     Args:
-      sequence: whose.
-      slot: its slot at the time.
-      new_page: (index in its page table, page) that the token needs, or None.
+      num_tokens: how much.
+      pages: full ones, to be shared.
+      partial_page: to be copied; 0 for none.
     """
 
-    sequence: SequenceState
-    slot: int
-    new_page: tuple[int, int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Consecutive known tokens of a sequence.
-
-    Args:
-      sequence: whose.
-      slot: its slot at the time.
-      start: position of the first token.
-      token_ids: the tokens.
-      pages: all pages of the sequence.
-      is_last: the next token is sampled after it.
-    """
-
-    sequence: SequenceState
-    slot: int
-    start: int
-    token_ids: Sequence[int]
-    pages: tuple[int, ...]
-    is_last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The work of one step.
-
-    Args:
-      decodes, prefills: the rows.
-      page_copies: (source, destination) pages to copy first.
-    """
-
-    decodes: tuple[DecodeRow, ...]
-    prefills: tuple[PrefillChunk, ...]
-    page_copies: tuple[tuple[int, int], ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
-
-    def sampling_rows(self) -> Iterator[SequenceState]:
-        """The sequences that sample a token, in the order of the step's logit rows."""
-        yield from (row.sequence for row in self.decodes)
-        yield from (chunk.sequence for chunk in self.prefills if chunk.is_last)
+    num_tokens: int
+    pages: Sequence[int]
+    partial_page: int = 0
 
 
 class Scheduler:
@@ -138,17 +87,28 @@ class Scheduler:
       shapes: of the steps; they bound how many chunks fit into one.
       num_pages: of the KV pool, the dump page excluded.
       max_model_len: tokens of prompt and output together.
+      plan_drafts: (sequence, at most) -> tokens to verify behind its last one; None never drafts.
     """
 
-    def __init__(self, config: EngineConfig, *, shapes: StepShapes, num_pages: int, max_model_len: int):
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        shapes: StepShapes,
+        num_pages: int,
+        max_model_len: int,
+        plan_drafts: Callable[[SequenceState, int], Sequence[int]] | None = None,
+    ):
         self._config = config
         self._shapes = shapes
         self._max_model_len = max_model_len
+        self._plan_drafts = plan_drafts
         self.pages = PageAllocator(num_pages)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: list[SequenceState] = []
-        self._waiting: list[tuple[tuple[int, int], SequenceState]] = []  # heap by order
-        self._num_arrivals = 0
+        self._waiting: list[tuple[tuple[int, ...], SequenceState]] = []  # heap by order
+        self._followers: dict[SequenceState, list[SequenceState]] = {}
+        self._arrivals = itertools.count()
         self._num_stages = shapes.num_stages
         self._step = 0
         self._prefill_share = 0
@@ -164,10 +124,14 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences without one."""
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._followers.values()))
 
-    def check_fits(self, request: Request) -> None:
+    def check_fits(self, request: Request, *, num_sequences: int = 1) -> None:
         """Refuses a request that could never run.
+
+        Args:
+          request: what is asked.
+          num_sequences: how many of its kind have to run at the same time.
 
         Raises:
           ValueError: the prompt leaves no room for a token, or the request needs more pages than there are.
@@ -179,44 +143,112 @@ class Scheduler:
                 f"{self._max_model_len} less one for the output); shorten it, set truncate_prompt_tokens or raise "
                 f"max_model_len"
             )
-        needed = pages_for(self._limit(request), self._config.page_size)
+        needed = pages_for(self.limit(request), self._config.page_size) * num_sequences
         if needed > self.pages.num_pages:
+            times = "" if num_sequences == 1 else f"{num_sequences} x "
             raise ValueError(
-                f"request needs {needed} KV pages for {self._limit(request)} tokens, the pool has "
+                f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
                 f"{self.pages.num_pages}; lower max_tokens or raise num_kv_pages"
             )
 
-    def add(self, request: Request) -> SequenceState:
+    def limit(self, request: Request) -> int:
+        """Tokens of prompt and output together at which it ends."""
+        return min(len(request.prompt_token_ids) + request.max_tokens, self._max_model_len)
+
+    def add(
+        self,
+        request: Request,
+        *,
+        leader: SequenceState | None = None,
+        num_top: int | None = None,
+        is_host_fed: bool = False,
+    ) -> SequenceState:
         """Queues a request.
+
+        Args:
+          request: what is asked.
+          leader: a sequence with the same prompt, whose pages it shares once they are computed.
+          num_top, is_host_fed: as SequenceState's; None reports what the request asks for.
 
         Raises:
           ValueError: it could never run.
         """
         self.check_fits(request)
         sequence = SequenceState(
-            request=request, order=(request.priority, self._num_arrivals), token_ids=list(request.prompt_token_ids)
+            request=request,
+            order=(request.priority, next(self._arrivals)),
+            token_ids=list(request.prompt_token_ids),
+            leader=leader,
+            num_top=request.logprobs if num_top is None else num_top,
+            is_host_fed=is_host_fed,
+            constraint=None if request.constraint is None else request.constraint.start(),
         )
-        self._num_arrivals += 1
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        if leader is not None and leader.finish_reason is None and leader.num_computed < len(sequence.token_ids) - 1:
+            self._followers.setdefault(leader, []).append(sequence)
+        else:
+            self._enqueue(sequence)
         return sequence
 
-    def schedule(self) -> Schedule:
-        """Chooses the next step's rows and takes their pages: decodes first, then prompts, oldest first."""
-        self._step += 1
-        decodes = self._schedule_decodes()
-        prefills = self._schedule_prefills(self._config.max_num_batched_tokens - len(decodes))
-        return Schedule(decodes=tuple(decodes), prefills=tuple(prefills))
+    def fork(self, sequence: SequenceState, token_id: int) -> SequenceState:
+        """Queues another one that goes on like a host-fed sequence without unread tokens, but with this token."""
+        copy = SequenceState(
+            request=sequence.request,
+            order=(*sequence.order[:2], next(self._arrivals)),
+            token_ids=[*sequence.token_ids, token_id],
+            leader=sequence,
+            num_top=sequence.num_top,
+            is_host_fed=True,
+            page_hashes=list(sequence.page_hashes),
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+        self._enqueue(copy)
+        return copy
 
-    def append(self, sequence: SequenceState, token_id: int) -> None:
-        """Records a token that the host has read and decides whether it was the last."""
-        sequence.num_unread -= 1
+    def park(self, sequence: SequenceState) -> None:
+        """Records that a host-fed sequence's rows were read; nothing more is computed before extend."""
+        sequence.num_unread = 0
+        sequence.is_parked = True
+
+    def extend(self, sequence: SequenceState, token_id: int) -> None:
+        """Lets a parked sequence go on with a token."""
         sequence.token_ids.append(token_id)
-        if token_id in sequence.request.stop_token_ids:
-            self.finish(sequence, "stop")
-        elif len(sequence.token_ids) >= self._limit(sequence.request):
-            self.finish(sequence, "length")
-        elif sequence.slot != NO_SLOT:
-            self._publish(sequence)
+        sequence.is_parked = sequence.is_decoding = False
+
+    def schedule(self) -> Schedule:
+        """Chooses the next step's rows and takes their pages: sequences that go on first, then prompts, oldest first.
+
+        PrefillChunks of several sampled tokens hold what plan_drafts gave.
+        """
+        self._step += 1
+        step = self._fill_step()
+        while not (step.decodes or step.chunks) and self._break_deadlock():
+            step = self._fill_step()
+        self._commit(step)
+        return Schedule(tuple(step.decodes), tuple(step.chunks), tuple(step.page_copies))
+
+    def append(self, sequence: SequenceState, sampled: Sequence[int], drafts: Sequence[int] = ()) -> int:
+        """Records tokens that the host has read and decides whether the sequence has ended.
+
+        Args:
+          sequence: whose.
+          sampled: behind its last token and behind each draft.
+          drafts: what was verified; a sampled token counts if all drafts before it were right.
+
+        Returns:
+          How many of the sampled tokens it got.
+        """
+        sequence.num_unread -= len(sampled)
+        num_right = next((i for i, draft in enumerate(drafts) if draft != sampled[i]), len(drafts))
+        if num_right < len(drafts) and sequence.slot != NO_SLOT:
+            sequence.num_computed = len(sequence.token_ids) + num_right
+            sequence.is_decoding = False
+        num_new = 0
+        while num_new <= num_right and sequence.finish_reason is None:
+            self._append(sequence, sampled[num_new])
+            num_new += 1
+        if drafts and sequence.slot != NO_SLOT:
+            self._give_back_pages(sequence)
+        return num_new
 
     def finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         """Ends a sequence, running or waiting, and gives back what it holds; its unread tokens will be dropped."""
@@ -225,59 +257,158 @@ class Scheduler:
             self._publish(sequence)
             self._release(sequence)
             self._running.remove(sequence)
-        else:
+        elif (sequence.order, sequence) in self._waiting:
             self._waiting.remove((sequence.order, sequence))
             heapq.heapify(self._waiting)
+        else:
+            self._followers[sequence.leader].remove(sequence)  # pyright: ignore[reportArgumentType]
+        self._let_follow(sequence)
 
-    def _limit(self, request: Request) -> int:
-        return min(len(request.prompt_token_ids) + request.max_tokens, self._max_model_len)
+    def _append(self, sequence: SequenceState, token_id: int) -> None:
+        sequence.token_ids.append(token_id)
+        try:
+            reason = self._end(sequence, token_id)
+        except ConstraintError as error:
+            logger.warning("request %s ends: %s", sequence.request.request_id, error)
+            reason = "abort"
+        if reason is not None:
+            self.finish(sequence, reason)
+        elif sequence.slot != NO_SLOT:
+            self._publish(sequence)
 
-    def _schedule_decodes(self) -> list[DecodeRow]:
-        rows: list[DecodeRow] = []
-        for sequence in self._due():
-            if sequence.slot == NO_SLOT:  # preempted by an older one in this very pass
-                continue
-            index = sequence.num_computed // self._config.page_size
-            new_page = None
-            if index == len(sequence.pages):
-                if not self._make_room(sequence):
-                    continue
-                new_page = (index, self.pages.allocate(1)[0])
-                sequence.pages.append(new_page[1])
-            rows.append(DecodeRow(sequence, sequence.slot, new_page))
-        for row in rows:
+    def _end(self, sequence: SequenceState, token_id: int) -> FinishReason | None:
+        """Why a sequence ends with its newest token, if it does."""
+        if token_id in sequence.request.stop_token_ids or _completes_constraint(sequence, token_id):
+            return "stop"
+        if len(sequence.token_ids) >= self.limit(sequence.request):
+            return "length"
+        return None
+
+    def _enqueue(self, sequence: SequenceState) -> None:
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _let_follow(self, leader: SequenceState) -> None:
+        """Queues the sequences that waited for a leader's prompt."""
+        for follower in self._followers.pop(leader, ()):
+            self._enqueue(follower)
+
+    def _fill_step(self) -> _Step:
+        due = self._due()
+        num_chunks = sum(not sequence.is_decoding or sequence.is_host_fed for sequence in due)
+        step = _Step(
+            budget=self._config.max_num_batched_tokens - len(due),
+            num_rows=min(self._share_of_prefill() + num_chunks, self._shapes.max_prefill),
+            num_chunks=self._shapes.max_chunks,
+        )
+        for sequence in due:
+            if sequence.slot != NO_SLOT:  # else preempted by an older one in this very pass
+                self._add_ready(step, sequence)
+        for sequence in sorted(self._running, key=lambda sequence: sequence.order):
+            if not (sequence.is_ready or sequence.is_parked):
+                self._add_chunk(step, sequence)
+        self._admit(step)
+        return step
+
+    def _commit(self, step: _Step) -> None:
+        """Counts what the step computes and samples."""
+        for row in step.decodes:
             row.sequence.num_computed += 1
             row.sequence.num_unread += 1
             row.sequence.last_sampled = self._step
-        return rows
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.start + len(chunk.token_ids)
+            sequence.num_scored = max(sequence.num_scored, chunk.scored.stop)
+            sequence.num_unread += chunk.num_sampled
+            sequence.last_sampled = self._step
+            sequence.is_decoding = chunk.num_sampled > 0
+            self._publish(sequence)
+            if chunk.num_sampled:
+                self._let_follow(sequence)
 
     def _due(self) -> list[SequenceState]:
-        """The sequences to decode now, oldest first: this step's share of all, those that wait the longest."""
-        decoding = [
+        """The sequences to go on with now, oldest first: this step's share of all, those that wait the longest."""
+        ready = [
             sequence
             for sequence in self._running
-            if sequence.is_decoding and sequence.num_tokens < self._limit(sequence.request)
+            if sequence.is_ready and not sequence.is_parked and sequence.num_tokens < self.limit(sequence.request)
         ]
-        through = [entry for entry in decoding if entry.last_sampled + self._num_stages <= self._step]
+        through = [
+            sequence
+            for sequence in ready
+            if sequence.last_sampled + self._num_stages <= self._step
+            and not (sequence.num_unread and self._has_to_be_read(sequence))
+        ]
         through.sort(key=lambda sequence: (sequence.last_sampled, sequence.order))
-        share = -(-len(decoding) // self._num_stages)
+        share = -(-len(ready) // self._num_stages)
         return sorted(through[:share], key=lambda sequence: sequence.order)
 
-    def _make_room(self, sequence: SequenceState) -> bool:
-        """Frees one page by preempting the newest running sequences, the asking one last; False if it had to go."""
-        while not self.pages.num_available:
+    def _has_to_be_read(self, sequence: SequenceState) -> bool:
+        """Whether the next launch needs to know its last token.
+
+        A constraint's mask is needed only where the token is sampled: with a pipeline, the last one is read by then.
+        """
+        return sequence.is_host_fed or (sequence.constraint is not None and self._num_stages == 1)
+
+    def _add_ready(self, step: _Step, sequence: SequenceState) -> None:
+        """Adds a row for a sequence's next token, or a chunk that verifies drafts of several."""
+        drafts = self._drafts(step, sequence)
+        start, num_pages = sequence.num_computed, len(sequence.pages)
+        if sequence.is_decoding and not drafts:
+            if self._grow(sequence, start + 1):
+                new_page = (num_pages, sequence.pages[-1]) if len(sequence.pages) > num_pages else None
+                step.decodes.append(DecodeRow(sequence, sequence.slot, new_page))
+            return
+        token_ids = [sequence.token_ids[-1], *drafts]
+        # One chunk is left to prompts, so that they go on beside any number of host-fed sequences.
+        if step.num_rows and step.num_chunks > 1 and self._grow(sequence, start + len(token_ids)):
+            pages = tuple(sequence.pages)
+            chunk = PrefillChunk(sequence, sequence.slot, start, token_ids, pages, num_sampled=len(token_ids))
+            step.add(chunk, cost=len(drafts))
+
+    def _drafts(self, step: _Step, sequence: SequenceState) -> Sequence[int]:
+        """Tokens to verify: not beyond the sequence's end, the step's budget and the pages that are free."""
+        if self._plan_drafts is None or not sequence.is_host_fed:
+            return ()
+        num_tokens = len(sequence.token_ids)
+        num_positions = (len(sequence.pages) + self.pages.num_available) * self._config.page_size
+        most = min(self.limit(sequence.request) - 1, num_positions) - num_tokens
+        return self._plan_drafts(sequence, max(min(most, step.budget, PREFILL_BLOCK - 1), 0))
+
+    def _grow(self, sequence: SequenceState, num_tokens: int) -> bool:
+        """Takes pages up to a length, preempting the newest running sequences, this one last; False if it had to go."""
+        missing = pages_for(num_tokens, self._config.page_size) - len(sequence.pages)
+        while missing > self.pages.num_available:
             newest = max(self._running, key=lambda running: running.order)
             self._preempt(newest)
             if newest is sequence:
                 return False
+        sequence.pages += self.pages.allocate(max(missing, 0))
         return True
+
+    def _give_back_pages(self, sequence: SequenceState) -> None:
+        """Releases the pages of rejected drafts."""
+        needed = pages_for(len(sequence.token_ids), self._config.page_size)
+        self.pages.release(sequence.pages[needed:])
+        del sequence.pages[needed:]
 
     def _preempt(self, sequence: SequenceState) -> None:
         self.num_preemptions += 1
         self._publish(sequence)
         self._release(sequence)
         self._running.remove(sequence)
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._enqueue(sequence)
+
+    def _break_deadlock(self) -> bool:
+        """Preempts the newest parked sequence if all that could run waits for what parked ones hold."""
+        parked = [sequence for sequence in self._running if sequence.is_parked]
+        queued = [sequence for _, sequence in self._waiting]
+        if not parked or any(sequence.num_unread for sequence in (*self._running, *queued)):
+            return False
+        if all(sequence.is_parked for sequence in queued):
+            return False
+        self._preempt(max(parked, key=lambda sequence: sequence.order))
+        return True
 
     def _release(self, sequence: SequenceState) -> None:
         self.pages.release(sequence.pages)
@@ -285,32 +416,22 @@ class Scheduler:
         sequence.slot, sequence.pages, sequence.is_decoding = NO_SLOT, [], False
         sequence.num_computed = sequence.num_published = 0
 
-    def _schedule_prefills(self, budget: int) -> list[PrefillChunk]:
-        chunks: list[PrefillChunk] = []
-        self._prefill_share = self._share_of_prefill()
-        for sequence in sorted(self._running, key=lambda sequence: sequence.order):
-            if not sequence.is_decoding:
-                budget -= self._add_chunk(chunks, sequence, budget)
+    def _admit(self, step: _Step) -> None:
+        """Admits waiting sequences; a few younger ones may overtake one that does not fit yet."""
         skipped: list[SequenceState] = []
-        while self._waiting and self._free_slots and budget > 0:
+        aside: list[SequenceState] = []
+        while self._waiting and self._free_slots and step.room:
             if len(skipped) > SKIP_WINDOW or (skipped and skipped[0].num_skipped >= MAX_SKIPS):
                 break
             sequence = heapq.heappop(self._waiting)[1]
-            num_tokens = self._add_waiting(chunks, sequence, budget)
-            budget -= num_tokens
-            if not num_tokens:
+            if sequence.num_unread or sequence.is_parked:
+                aside.append(sequence)
+            elif not self._add_waiting(step, sequence):
                 skipped.append(sequence)
             elif skipped:
                 skipped[0].num_skipped += 1
-        for sequence in skipped:
-            heapq.heappush(self._waiting, (sequence.order, sequence))
-        for chunk in chunks:
-            chunk.sequence.num_computed += len(chunk.token_ids)
-            chunk.sequence.num_unread += chunk.is_last
-            chunk.sequence.last_sampled = self._step
-            chunk.sequence.is_decoding = chunk.is_last
-            self._publish(chunk.sequence)
-        return chunks
+        for sequence in (*skipped, *aside):
+            self._enqueue(sequence)
 
     def _share_of_prefill(self) -> int:
         """Prefill rows of this step: prompts spread over as many steps as there are stages, which then all have work.
@@ -319,70 +440,73 @@ class Scheduler:
         """
         if self._num_stages == 1 or not self._config.enable_chunked_prefill:
             return self._shapes.max_prefill
-        left = [sequence for sequence in self._running if not sequence.is_decoding]
+        left = [sequence for sequence in self._running if not (sequence.is_ready or sequence.is_parked)]
         left += [entry for _, entry in heapq.nsmallest(len(self._free_slots), self._waiting, key=lambda pair: pair[0])]
         rows = sum(num_blocks(len(sequence.token_ids) - sequence.num_computed) for sequence in left)
-        share = max(self._prefill_share, -(-rows // self._num_stages)) if rows else 0
-        return min(share, self._shapes.max_prefill)
+        self._prefill_share = max(self._prefill_share, -(-rows // self._num_stages)) if rows else 0
+        return min(self._prefill_share, self._shapes.max_prefill)
 
-    def _add_waiting(self, chunks: list[PrefillChunk], sequence: SequenceState, budget: int) -> int:
-        """Admits a waiting sequence if its pages and its first chunk fit; returns the chunk's tokens, 0 if not."""
-        if sequence.num_unread:
-            return 0
-        found = self._find_cached(sequence)
-        num_new = pages_for(len(sequence.token_ids), self._config.page_size) - len(found)
+    def _add_waiting(self, step: _Step, sequence: SequenceState) -> bool:
+        """Admits a waiting sequence if its pages and its first chunk fit."""
+        prefix = self._find_prefix(sequence)
+        num_new = pages_for(len(sequence.token_ids), self._config.page_size) - len(prefix.pages)
         # Every running sequence keeps a page to grow into; without it, admission and preemption would alternate.
         room = self.pages.num_available - len(self._running)
-        if num_new + self.pages.num_idle(found) > room:
-            return 0
-        start = len(found) * self._config.page_size
-        if not self._chunk_len(chunks, len(sequence.token_ids) - start, budget):
-            return 0
-        self.pages.share(found)
-        sequence.pages = found + self.pages.allocate(num_new)
-        sequence.slot = self._free_slots.pop()
-        sequence.num_computed = start
-        sequence.num_published = len(found)
+        if num_new + self.pages.num_idle(prefix.pages) > room:
+            return False
+        if not self._chunk_len(step, len(sequence.token_ids) - prefix.num_tokens):
+            return False
+        self.pages.share(prefix.pages)
+        sequence.pages = [*prefix.pages, *self.pages.allocate(num_new)]
+        if prefix.partial_page:
+            step.page_copies.append((prefix.partial_page, sequence.pages[len(prefix.pages)]))
+        sequence.slot, sequence.leader = self._free_slots.pop(), None
+        sequence.num_computed = prefix.num_tokens
+        sequence.num_published = len(prefix.pages)
         sequence.num_skipped = 0
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = start
+            sequence.num_cached_tokens = len(prefix.pages) * self._config.page_size
             self.prefix_cache_queries += len(sequence.token_ids)
-            self.prefix_cache_hits += start
+            self.prefix_cache_hits += sequence.num_cached_tokens
         self._running.append(sequence)
-        return self._add_chunk(chunks, sequence, budget)
+        self._add_chunk(step, sequence)
+        return True
 
-    def _find_cached(self, sequence: SequenceState) -> list[int]:
-        """Cached pages of the sequence's beginning; its last token is always computed."""
+    def _find_prefix(self, sequence: SequenceState) -> _Prefix:
+        """What is there of a sequence: all but its last token where its leader runs, else what the prefix cache has."""
+        page_size, leader = self._config.page_size, sequence.leader
+        if leader is not None and leader.slot != NO_SLOT and leader.num_computed >= len(sequence.token_ids) - 1:
+            num_tokens = len(sequence.token_ids) - 1
+            num_full, rest = divmod(num_tokens, page_size)
+            return _Prefix(num_tokens, leader.pages[:num_full], leader.pages[num_full] if rest else 0)
         if not self._config.enable_prefix_caching:
-            return []
-        page_size = self._config.page_size
+            return _Prefix(0, ())
         self._extend_hashes(sequence, len(sequence.token_ids) // page_size)
-        return self.pages.find(sequence.page_hashes[: (len(sequence.token_ids) - 1) // page_size])
+        pages = self.pages.find(sequence.page_hashes[: sequence.num_reusable // page_size])
+        return _Prefix(len(pages) * page_size, pages)
 
-    def _chunk_len(self, chunks: list[PrefillChunk], remaining: int, budget: int) -> int:
-        """Tokens of a further chunk beside the ones chosen; 0 if none fits."""
-        if len(chunks) == MAX_CHUNKS:
-            return 0
-        rows = self._prefill_share - sum(num_blocks(len(chunk.token_ids)) for chunk in chunks)
-        length = min(remaining, budget, rows * PREFILL_BLOCK)
+    def _chunk_len(self, step: _Step, remaining: int) -> int:
+        """Tokens of a further chunk; 0 if none fits."""
+        length = min(remaining, step.room)
         return length if length == remaining or self._config.enable_chunked_prefill else 0
 
-    def _add_chunk(self, chunks: list[PrefillChunk], sequence: SequenceState, budget: int) -> int:
-        start = sequence.num_computed
-        length = self._chunk_len(chunks, len(sequence.token_ids) - start, budget)
-        if length:
-            end = start + length
-            chunks.append(
-                PrefillChunk(
-                    sequence,
-                    sequence.slot,
-                    start,
-                    sequence.token_ids[start:end],
-                    tuple(sequence.pages),
-                    end == len(sequence.token_ids),
-                )
-            )
-        return length
+    def _add_chunk(self, step: _Step, sequence: SequenceState) -> None:
+        """Adds as much as fits of a sequence's known tokens."""
+        start, num_known = sequence.num_computed, len(sequence.token_ids)
+        length = self._chunk_len(step, num_known - start)
+        if not length:
+            return
+        end = start + length
+        chunk = PrefillChunk(
+            sequence,
+            sequence.slot,
+            start,
+            sequence.token_ids[start:end],
+            tuple(sequence.pages),
+            num_sampled=int(end == num_known),
+            scored=_scored(sequence, start, end),
+        )
+        step.add(chunk, cost=length)
 
     def _extend_hashes(self, sequence: SequenceState, num_pages: int) -> None:
         page_size = self._config.page_size
@@ -405,3 +529,20 @@ class Scheduler:
             parent = sequence.pages[index - 1] if index else 0
             self.pages.publish(sequence.pages[index], sequence.page_hashes[index], parent=parent)
             sequence.num_published += 1
+
+
+def _scored(sequence: SequenceState, start: int, end: int) -> range:
+    """The positions of a chunk whose next prompt token has yet to be scored."""
+    if sequence.request.prompt_logprobs is None:
+        return range(0)
+    first = max(start, sequence.num_scored)
+    return range(first, max(first, min(end, len(sequence.request.prompt_token_ids) - 1)))
+
+
+def _completes_constraint(sequence: SequenceState, token_id: int) -> bool:
+    """Tells a sequence's constraint of its newest token; whether nothing may follow any more."""
+    constraint = sequence.constraint
+    if constraint is None:
+        return False
+    constraint.advance(token_id)
+    return constraint.is_complete or not constraint.allowed().any()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from jaxinfer.wrappers.step_batch import RowUsage, StepBatch, StepResult, StepShapes
+from jaxinfer.wrappers.step_batch import AllowedTokens, RowUsage, StepBatch, StepResult, StepShapes
 
 
 class AbstractModelInferenceWrapper(ABC):
@@ -43,8 +43,13 @@ class AbstractModelInferenceWrapper(ABC):
         """Programs compiled so far."""
 
     @abstractmethod
-    def launch(self, batch: StepBatch) -> Any:
-        """Starts a step, moves those in flight on, and returns its handle."""
+    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> Any:
+        """Starts a step, moves those in flight on, and returns its handle.
+
+        Args:
+          batch: the step that enters.
+          allowed: for slots of the step that leaves the pipeline with this launch.
+        """
 
     @abstractmethod
     def collect(self, handle: Any) -> StepResult:

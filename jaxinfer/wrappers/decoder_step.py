@@ -3,7 +3,8 @@
 Owns: the decode state by slot, the words of a step's upload, and the two halves of a step (forward, sample).
 Does not know: compiled programs, numpy batches, requests.
 
-A step is two programs, forward and sample, so that programs number shapes + samplers instead of shapes x samplers.
+A step is two programs, forward and sample, so that programs number shapes + samplers instead of shapes x samplers; a
+third one scores the tokens of prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
 from jaxinfer.logit_edits import EditState
 from jaxinfer.models.registry import Decoder
-from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling import SamplingNumbers
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.pipeline import Flight, LogitRows, Ring, SegmentRows
@@ -38,6 +38,9 @@ from jaxinfer.wrappers.step_batch import (
     StepShape,
     StepShapes,
 )
+
+SCORE_BLOCK = 256
+"""Rows of logits that exist at a time while prompts are scored."""
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +95,7 @@ class StepInputs:
 def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple[int, ...], int]]:
     """Every input's dimensions, and the value of its padding."""
     rows, blocks, logits = (shape.num_decode,), (shape.num_prefill,), (shape.num_logits,)
-    chunks = (shape.num_chunks,)
+    chunks = (shapes.num_chunks(shape),)
     width, dump_slot = shapes.table_width, shapes.num_slots
     return {
         "decode_slots": (rows, dump_slot),
@@ -152,13 +155,20 @@ class DecoderStep(nnx.Module):
         self.max_decode = max_decode
 
     def __call__(
-        self, state: DecodeState, caches: Sequence[LayerCache], ring: Ring | None, inputs: StepInputs
-    ) -> tuple[DecodeState, list[LayerCache], Ring | None, Float[Array, "M D"], LogitRows]:
+        self,
+        state: DecodeState,
+        caches: Sequence[LayerCache],
+        ring: Ring | None,
+        inputs: StepInputs,
+        *,
+        scored: bool = False,
+    ) -> tuple[DecodeState, list[LayerCache], Ring | None, Float[Array, "M D"], LogitRows, Float[Array, "T D"] | None]:
         """Takes a batch in and every batch in flight one stage on.
 
         Returns:
           The new state, the written caches, the ring, and of the batch that leaves the last stage the normalised hidden
-          states [M, D] for the head and what to do with the tokens sampled from them.
+          states [M, D] for the head, what to do with the tokens sampled from them, and where prompts are scored those
+          of all prefill tokens.
         """
         state = _with_changes(state, inputs)
         flight = self._flight(state, inputs)
@@ -168,8 +178,12 @@ class DecoderStep(nnx.Module):
         ring, here, x = pipeline.enter(ring, flight, self.model.embed(token_ids, positions))
         x, caches = self.model.run_layers(x, caches, self._tokens(here))
         ring, logits = pipeline.leave(ring, flight, x)
-        hidden = share_from_last_stage(x[self._token_index(logits.index, inputs)])
-        return state, caches, ring, self.model.final_norm(hidden), logits
+        hidden = self._for_head(x[self._token_index(logits.index, inputs)])
+        prompts = self._for_head(x[inputs.decode_slots.shape[0] :]) if scored else None
+        return state, caches, ring, hidden, logits, prompts
+
+    def _for_head(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        return self.model.final_norm(share_from_last_stage(x))
 
     def _flight(self, state: DecodeState, inputs: StepInputs) -> Flight:
         """What the batch's stages and its sampler will need, from the state as it is now."""
@@ -254,7 +268,7 @@ def sample_step(
     rows: LogitRows,
     *,
     variant: SamplerVariant,
-    logprobs: bool,
+    num_top: int | None,
 ) -> tuple[DecodeState, EditState | None, Int[Array, "M J"]]:
     """The sampling half of a step, per shard.
 
@@ -264,15 +278,13 @@ def sample_step(
       edits: of the slots; None for a step without edited rows.
       hidden, rows: what the forward half returned.
       variant: which sampler.
-      logprobs: report them, before any edit.
+      num_top: report log-probabilities, before any edit, and those of so many of the most likely tokens; None for none.
 
     Returns:
-      The states with the new last tokens, and int32[M, 1] token ids, followed with logprobs by the bits of
-      [logprob, rank, top ids.., top logprobs..].
+      The states with the new last tokens, and int32[M, 1] token ids, followed by the columns of score where
+      log-probabilities are reported.
     """
-    raw = head.logits(hidden)
-    # A diverged model must not crash the engine: NaN never wins, and a row of nothing yields token 0.
-    raw = jnp.where(jnp.isnan(raw), -jnp.inf, raw)
+    raw = _raw_logits(head, hidden)
     logits = raw if edits is None else logit_edits.edited(raw, edits, rows.slot, rows.position)
     if variant is SamplerVariant.GREEDY:
         tokens = sampling.greedy(logits)
@@ -288,11 +300,44 @@ def sample_step(
     )
     if edits is not None:
         edits = logit_edits.count_outputs(edits, rows.slot, tokens, rows.feeds == 1)
-    columns = [tokens[:, None]]
-    if logprobs:
-        found = sampling.token_logprobs(raw, tokens, num_top=MAX_LOGPROBS)
-        columns += [_bits(found.logprob[:, None]), found.rank[:, None], found.top_ids, _bits(found.top_logprobs)]
+    columns = [tokens[:, None]] if num_top is None else [tokens[:, None], _scores(raw, tokens, num_top)]
     return state, edits, jnp.concatenate(columns, axis=1)
+
+
+def score_step(
+    head: VocabularyEmbedding, hidden: Float[Array, "T D"], targets: Int[Array, " T"], *, num_top: int
+) -> Int[Array, "T J"]:
+    """Scores given tokens, in blocks, so that few rows of logits exist at a time; per shard.
+
+    Args:
+      head: scores hidden states; holds this device's slice of the vocabulary.
+      hidden: of the tokens in front.
+      targets: int32[T]; where one is no token, its results mean nothing.
+      num_top: how many of the most likely tokens to report as well.
+
+    Returns:
+      The columns logprob, rank, top ids.., top logprobs.., floats as their bits.
+    """
+    num_tokens = hidden.shape[0]
+    block = math.gcd(num_tokens, SCORE_BLOCK)
+
+    def scored(rows: tuple[Array, Array]) -> Array:
+        return _scores(_raw_logits(head, rows[0]), rows[1], num_top)
+
+    blocks = lax.map(scored, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block)))
+    return blocks.reshape(num_tokens, -1)
+
+
+def _raw_logits(head: VocabularyEmbedding, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
+    """A diverged model must not crash the engine: NaN never wins, and a row of nothing yields token 0."""
+    logits = head.logits(hidden)
+    return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+
+
+def _scores(logits: Float[Array, "M V"], tokens: Int[Array, " M"], num_top: int) -> Int[Array, "M J"]:
+    found = sampling.token_logprobs(logits, tokens, num_top=num_top)
+    columns = (_bits(found.logprob[:, None]), found.rank[:, None], found.top_ids, _bits(found.top_logprobs))
+    return jnp.concatenate(columns, axis=1)
 
 
 def _bits(x: Float[Array, "M J"]) -> Int[Array, "M J"]:

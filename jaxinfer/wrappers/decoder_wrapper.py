@@ -14,19 +14,23 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.models.layout import Layout
+from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.decoder_step import pack_inputs
-from jaxinfer.wrappers.edit_words import pack_edits
-from jaxinfer.wrappers.in_flight import InFlight, StepHandle
+from jaxinfer.wrappers.edit_words import pack_allowed, pack_edits
+from jaxinfer.wrappers.in_flight import InFlight, StepHandle, copy_sizes
 from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import (
+    NO_TARGET,
+    PREFILL_BLOCK,
+    AllowedTokens,
     LogprobArrays,
     RowUsage,
     SamplerVariant,
@@ -90,8 +94,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
                 "sample": self._step_programs.sample,
                 "logits": self._step_programs.logits,
                 "copy": self._step_programs.copy,
+                "score": self._step_programs.score,
                 "sample_edited": self._step_programs.sample_edited,
                 "edit": self._step_programs.edit,
+                "allow": self._step_programs.allow,
             }
         )
 
@@ -130,34 +136,44 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """Bytes of the parameters over all devices, replicas counted once."""
         return sum(leaf.nbytes for leaf in self._arrays.leaves)
 
-    def launch(self, batch: StepBatch) -> StepHandle:
+    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> StepHandle:
         """Starts a step: page copies, then forward, then the sampler; nothing here waits for the device."""
         with _LAUNCHING:
-            return self._launch(StepHandle(batch))
+            return self._launch(StepHandle(batch), allowed)
 
-    def _launch(self, handle: StepHandle) -> StepHandle:
-        shape, hidden, rows = self._tick(handle)
+    def _launch(self, handle: StepHandle, allowed: AllowedTokens | None) -> StepHandle:
+        shape, hidden, rows, prompts = self._tick(handle)
         leaving = self._in_flight.leaving
-        if leaving is not None and leaving.batch.has_logits:
-            self._set_edits(leaving.batch)
+        if leaving is None:
+            return handle
+        if leaving.batch.targets is not None and prompts is not None:
+            leaving.scores = self._score(leaving.batch.targets, prompts)
+            leaving.scores.copy_to_host_async()
+        if leaving.batch.has_logits:
+            self._set_edits(leaving.batch, allowed)
             leaving.result = self._sample(leaving.batch, shape.num_logits, hidden, rows)
             leaving.result.copy_to_host_async()
-        elif leaving is not None:
+        else:
             leaving.result = rows[0]  # something to wait for
         return handle
 
     def _sample(self, batch: StepBatch, num_logits: int, hidden: jax.Array, rows: list[jax.Array]) -> jax.Array:
-        arrays = self._arrays
+        arrays, num_top = self._arrays, _reported(batch.num_top)
         if batch.edited:
-            program = self._programs.get("sample_edited", num_logits, batch.logprobs)
+            program = self._programs.get("sample_edited", num_logits, num_top)
             arrays.state, arrays.edits, result = program(arrays.head_leaves, arrays.state, arrays.edits, hidden, rows)
         else:
-            program = self._programs.get("sample", num_logits, batch.variant, batch.logprobs)
+            program = self._programs.get("sample", num_logits, batch.variant, num_top)
             arrays.state, result = program(arrays.head_leaves, arrays.state, hidden, rows)
         return result
 
-    def _set_edits(self, batch: StepBatch) -> None:
-        """Sets the edits of slots whose sequence is sampled for the first time, right before that.
+    def _score(self, wanted: Int32[np.ndarray, "P Q"], hidden: jax.Array) -> jax.Array:
+        targets = np.full(hidden.shape[0], NO_TARGET, np.int32)
+        targets[: wanted.size] = wanted.ravel()
+        return self._programs.get("score", targets.size, MAX_LOGPROBS)(self._arrays.head_leaves, hidden, targets)
+
+    def _set_edits(self, batch: StepBatch, allowed: AllowedTokens | None) -> None:
+        """Sets the edits of slots whose sequence is sampled for the first time, right before that, and what may come.
 
         Earlier, steps on their way would still count their tokens in a slot that somebody else had before.
         """
@@ -168,6 +184,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             self._arrays.edits = self._arrays.edits or self._step_programs.allocate_edits()
             for words in pack_edits(slot, edits or SlotEdits.none()):
                 self._arrays.edits = self._programs.get("edit")(self._arrays.edits, words)
+        if allowed is not None:
+            for words in pack_allowed(allowed, self._step_programs.padded_vocab_size):
+                self._arrays.edits = self._programs.get("allow")(self._arrays.edits, words)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step that is through and returns its tokens, none if it samples none.
@@ -180,39 +199,35 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
                 f"the step is not through: {self._shapes.num_stages} pipeline stages need as many launches; launch "
                 f"StepBatch.idle"
             )
-        words = np.asarray(handle.result)  # the one place where the host reads the device
-        if not handle.batch.has_logits:
-            return StepResult(token_ids=np.zeros(0, np.int32), logprobs=None)
-        if not handle.batch.logprobs:
-            return StepResult(token_ids=words[:, 0], logprobs=None)
-        num_top = (words.shape[1] - 3) // 2
-        logprobs = LogprobArrays(
-            logprob=words[:, 1].view(np.float32),
-            rank=words[:, 2],
-            top_ids=words[:, 3 : 3 + num_top],
-            top_logprobs=np.ascontiguousarray(words[:, 3 + num_top :]).view(np.float32),
-        )
-        return StepResult(token_ids=words[:, 0], logprobs=logprobs)
+        batch = handle.batch
+        words = np.asarray(handle.result)  # with the next line, the one place where the host reads the device
+        scores = None if handle.scores is None else _logprobs(np.asarray(handle.scores))
+        if not batch.has_logits:
+            return StepResult(token_ids=np.zeros(0, np.int32), scores=scores)
+        logprobs = None if batch.num_top is None else _logprobs(words[:, 1:])
+        return StepResult(token_ids=words[:, 0], logprobs=logprobs, scores=scores)
 
     def logits(self, batch: StepBatch) -> Float[np.ndarray, "M V"]:
         """Advances the slots like launch, but returns float32 logits of every logit position and samples nothing.
 
         For research and tests: the rows are gathered on the host, and a pipeline must not hold a step that samples.
         """
-        shape, hidden, _ = self._tick(StepHandle(batch))
+        shape, hidden, *_ = self._tick(StepHandle(batch))
         for _ in range(self._shapes.num_stages - 1):
-            shape, hidden, _ = self._tick(StepHandle(StepBatch.idle(self._shapes)))
+            shape, hidden, *_ = self._tick(StepHandle(StepBatch.idle(self._shapes)))
         program = self._programs.get("logits", shape.num_logits)
         return np.asarray(program(self._arrays.head_leaves, hidden))[: batch.shape.num_logits, : self._vocab_size]
 
     def warmup(self) -> None:
-        """Compiles the forward program of every shape and every sampler."""
-        shapes = self._shapes.all_shapes()
-        wanted: list[tuple[Any, ...]] = [("edit",), *(("forward", shape) for shape in shapes)]
+        """Compiles the forward program of every shape, every sampler, and all that few requests need."""
+        shapes, num_tops = self._shapes.all_shapes(), (None, MAX_LOGPROBS)
+        wanted: list[tuple[Any, ...]] = [("edit",), ("allow",), *(("forward", shape) for shape in shapes)]
+        wanted += [("copy", num_copies) for num_copies in copy_sizes(self._shapes.max_chunks)]
+        wanted += [("score", shape.num_prefill * PREFILL_BLOCK, MAX_LOGPROBS) for shape in shapes if shape.scored]
         for num_logits in sorted({shape.num_logits for shape in shapes}):
-            wanted += [("sample_edited", num_logits, logprobs) for logprobs in (False, True)]
+            wanted += [("sample_edited", num_logits, num_top) for num_top in num_tops]
             for variant in SamplerVariant:
-                wanted += [("sample", num_logits, variant, logprobs) for logprobs in (False, True)]
+                wanted += [("sample", num_logits, variant, num_top) for num_top in num_tops]
         self._programs.compile_all(wanted)
 
     def close(self) -> None:
@@ -239,18 +254,37 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
 
-    def _tick(self, handle: StepHandle) -> tuple[StepShape, jax.Array, list[jax.Array]]:
-        """Lets a step in and moves all on; returns the tick's shape and what the step that leaves has to sample."""
+    def _tick(self, handle: StepHandle) -> tuple[StepShape, jax.Array, list[jax.Array], jax.Array | None]:
+        """Lets a step in and moves all on; returns the tick's shape, what the step that leaves has to sample, and what
+        to score, None where nothing in flight is scored."""
         arrays, shape = self._arrays, self._in_flight.enter(handle)
         copies = self._in_flight.page_copies()
         if copies is not None:
             arrays.caches = self._programs.get("copy", copies.shape[1])(arrays.caches, copies)
         program = self._programs.get("forward", shape)
         words = pack_inputs(handle.batch, shape, self._shapes)
-        arrays.state, arrays.caches, arrays.ring, hidden, rows = program(
+        arrays.state, arrays.caches, arrays.ring, hidden, rows, *prompts = program(
             arrays.leaves, arrays.state, arrays.caches, arrays.ring, words
         )
-        return shape, hidden, rows
+        return shape, hidden, rows, prompts[0] if prompts else None
+
+
+def _reported(num_top: int | None) -> int | None:
+    """How many of the most likely tokens a program reports: MAX_LOGPROBS serves all but wide beams."""
+    if num_top is None or num_top <= MAX_LOGPROBS:
+        return None if num_top is None else MAX_LOGPROBS
+    return 1 << (num_top - 1).bit_length()
+
+
+def _logprobs(columns: Int32[np.ndarray, "M J"]) -> LogprobArrays:
+    """The columns of decoder_step.score_step."""
+    num_top = (columns.shape[1] - 2) // 2
+    return LogprobArrays(
+        logprob=np.ascontiguousarray(columns[:, 0]).view(np.float32),
+        rank=columns[:, 1],
+        top_ids=columns[:, 2 : 2 + num_top],
+        top_logprobs=np.ascontiguousarray(columns[:, 2 + num_top :]).view(np.float32),
+    )
 
 
 def _activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:

@@ -1,6 +1,6 @@
-"""A slot's logit edits on their way to the device.
+"""Slots' logit edits and allowed tokens on their way to the device.
 
-Owns: their words: uploads of one size, so that there is one program for them, as many as the entries need.
+Owns: their words: uploads of one size, so that there is one program for each kind, as many as the entries need.
 Does not know: what the edits do.
 """
 
@@ -14,13 +14,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxinfer.logit_edits import EditEntries
-from jaxinfer.wrappers.step_batch import SlotEdits
+from jaxinfer.wrappers.step_batch import AllowedTokens, SlotEdits
 
 NUM_ENTRIES = 1024
 """Entries of one upload."""
 _HEADER = 7
 NUM_WORDS = _HEADER + 3 * NUM_ENTRIES
 _PADDING = -1
+NUM_SLOTS = 8
+"""Slots of one upload of allowed tokens."""
 
 
 def pack_edits(slot: int, edits: SlotEdits) -> Iterator[Int32[np.ndarray, " J"]]:
@@ -49,6 +51,33 @@ def unpack_edits(words: Int[Array, " J"]) -> EditEntries:
         token_ids=token_ids,
         values=_floats(values),
     )
+
+
+def num_allowed_words(vocab_size: int) -> int:
+    """int32 words of an upload of allowed tokens, for a vocabulary padded to the mesh."""
+    return NUM_SLOTS * (1 + _num_mask_words(vocab_size))
+
+
+def pack_allowed(allowed: AllowedTokens, vocab_size: int) -> Iterator[Int32[np.ndarray, " J"]]:
+    """The uploads that set what some slots may sample."""
+    for start in range(0, len(allowed.slots), NUM_SLOTS):
+        slots = allowed.slots[start : start + NUM_SLOTS]
+        words = np.zeros((NUM_SLOTS, 1 + _num_mask_words(vocab_size)), np.int32)
+        words[:, 0] = _PADDING
+        words[: len(slots), 0] = slots
+        masks = allowed.words[start : start + NUM_SLOTS].view(np.int32)
+        words[: len(slots), 1 : 1 + masks.shape[1]] = masks
+        yield words.ravel()
+
+
+def unpack_allowed(words: Int[Array, " J"]) -> tuple[Int[Array, " S"], Int[Array, "S K"]]:
+    """Slots, -1 for padding, and the words of their masks, on the device."""
+    rows = words.reshape(NUM_SLOTS, -1)
+    return rows[:, 0], rows[:, 1:]
+
+
+def _num_mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
 
 
 def _floats(words: Int[Array, " J"]) -> Float[Array, " J"]:

@@ -23,10 +23,12 @@ class StepHandle:
     Args:
       batch: its work.
       result: the device array that will hold its tokens; None until it has left the pipeline.
+      scores: the one that will hold its targets' log-probabilities; None without any.
     """
 
     batch: StepBatch
     result: Any = None
+    scores: Any = None
 
 
 class InFlight:
@@ -63,17 +65,27 @@ class InFlight:
             num_decode=max(shape.num_decode for shape in found),
             num_prefill=max(shape.num_prefill for shape in found),
             num_logits=max(shape.num_logits for shape in found),
+            scored=any(shape.scored for shape in found),
         )
         self._live_rows += sum(handle.batch.num_live_rows for handle in self._handles)
         self._launched_rows += self._shapes.num_stages * (shape.num_decode + shape.num_prefill)
         return shape
 
     def page_copies(self) -> Int32[np.ndarray, "S J 2"] | None:
-        """The page copies of the step in each stage, padded with the dump page onto itself to a power of two."""
+        """The page copies of the step in each stage, padded with the dump page onto itself."""
         largest = max(len(handle.batch.page_copies) for handle in self._handles)
         if not largest:
             return None
-        copies = np.zeros((self._shapes.num_stages, 1 << (largest - 1).bit_length(), 2), np.int32)
+        size = next(size for size in copy_sizes(largest) if size >= largest)
+        copies = np.zeros((self._shapes.num_stages, size, 2), np.int32)
         for stage, handle in enumerate(self._handles):
             copies[stage, : len(handle.batch.page_copies)] = handle.batch.page_copies
         return copies
+
+
+def copy_sizes(limit: int) -> list[int]:
+    """Numbers of page copies that there are programs for: powers of four, up to one that is at least a limit."""
+    sizes = [1]
+    while sizes[-1] < limit:
+        sizes.append(4 * sizes[-1])
+    return sizes

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from jaxinfer.config import EngineConfig
 
@@ -23,7 +23,11 @@ PREFILL_BLOCK = 16
 attends, so that every row can see those in front of it. With rows of one length a step's cost follows its tokens, not
 the longest chunk of its company, and shapes are few."""
 MAX_CHUNKS = 16
-"""Prompts of one step, so that the head sees few rows beside the decode rows."""
+"""Chunks of one step, so that the head sees few rows beside the decode rows; with drafts, as many more as sequences
+can decode."""
+
+
+NO_TARGET = -1
 
 
 class SamplerVariant(enum.Enum):
@@ -41,17 +45,14 @@ class StepShape:
     Args:
       num_decode: R, rows of the decode segment, one token each.
       num_prefill: P, rows of the prefill segment, PREFILL_BLOCK tokens each.
-      num_logits: M, token positions whose hidden states go to the head.
+      num_logits: M, token positions behind which a token is sampled.
+      scored: the hidden states of all prefill tokens are wanted as well.
     """
 
     num_decode: int
     num_prefill: int = 0
     num_logits: int
-
-    @property
-    def num_chunks(self) -> int:
-        """N, chunks that the prefill segment can have."""
-        return min(self.num_prefill, MAX_CHUNKS)
+    scored: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -115,8 +116,10 @@ class StepBatch:
       logit_feeds: bool[M], the sampled token becomes its slot's last token.
       page_copies: int32[n, 2], source and destination pages, copied before anything is written.
       variant: the sampler to run.
-      logprobs: also report log-probabilities.
-      edited: some row's logits are edited.
+      num_top: also report log-probabilities, and those of so many of the most likely tokens; None for none.
+      targets: int32[P, Q], whose log-probability behind each prefill token is asked for, NO_TARGET for none; None for
+        none at all.
+      edited: some row's logits are edited, or only some tokens may come.
       new_edits: slot -> edits of the sequences whose first token since admission is sampled; None for none.
     """
 
@@ -137,7 +140,8 @@ class StepBatch:
     logit_feeds: Bool[np.ndarray, " M"]
     page_copies: Int32[np.ndarray, "J 2"]
     variant: SamplerVariant
-    logprobs: bool
+    num_top: int | None = None
+    targets: Int32[np.ndarray, "P Q"] | None = None
     edited: bool = False
     new_edits: Mapping[int, SlotEdits | None] = field(default_factory=dict)
 
@@ -177,7 +181,6 @@ class StepBatch:
             logit_feeds=np.zeros(shape.num_logits, bool),
             page_copies=full(0, 2),
             variant=SamplerVariant.GREEDY,
-            logprobs=False,
         )
 
 
@@ -201,10 +204,30 @@ class LogprobArrays:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The sampled tokens int32[M] of a step, and log-probabilities if it asked for them."""
+    """What a step found.
+
+    Args:
+      token_ids: int32[M], the sampled tokens.
+      logprobs: of these; None if the step did not ask.
+      scores: of StepBatch.targets behind the P * Q prefill tokens; None without any.
+    """
 
     token_ids: Int32[np.ndarray, " M"]
-    logprobs: LogprobArrays | None
+    logprobs: LogprobArrays | None = None
+    scores: LogprobArrays | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllowedTokens:
+    """The only tokens that may be sampled for some slots.
+
+    Args:
+      slots: int32[J].
+      words: uint32[J, ceil(V / 32)], bit t % 32 of word t // 32 for token t.
+    """
+
+    slots: Int32[np.ndarray, " J"]
+    words: UInt32[np.ndarray, "J K"]
 
 
 def pack_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> Int32[np.ndarray, " F"]:
@@ -230,7 +253,8 @@ class StepShapes:
     Decode-only steps have a power of two rows; with a pipeline, a sequence is in every num_stages-th step at most, so
     that a step holds its share of the slots. Steps with prefill combine a power of four decode rows with a power of two
     prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that shapes of
-    samplers are few.
+    samplers are few: a row for each sequence, or with drafts one for each token of theirs too. Steps that score prompts
+    have the largest decode segment and a power of four prefill rows.
 
     Args:
       config: the engine's settings.
@@ -243,16 +267,20 @@ class StepShapes:
         self.num_stages = config.pipeline_parallel_size
         self.max_decode = -(-config.max_num_seqs // self.num_stages)
         self.max_prefill = num_blocks(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
+        self.max_drafts = 0 if config.draft_model is None else config.num_draft_tokens
+        self.max_chunks = MAX_CHUNKS + (self.max_decode if self.max_drafts else 0)
         self._decode_rows = _powers(1, 2, self.max_decode)
         self._mixed_rows = [0, *_powers(4, 4, self.max_decode)]
         self._prefill_rows = _powers(1, 2, self.max_prefill)
+        self._scored_rows = _powers(4, 4, self.max_prefill)
 
-    def shape(self, *, num_decode: int, num_prefill: int, num_logits: int) -> StepShape:
+    def shape(self, *, num_decode: int, num_prefill: int, num_logits: int, scored: bool = False) -> StepShape:
         """The smallest shape that holds a step.
 
         Args:
           num_decode, num_prefill: live rows.
-          num_logits: positions for the head.
+          num_logits: positions behind which a token is sampled.
+          scored: as StepShape's.
 
         Raises:
           ValueError: no shape has so many rows.
@@ -262,13 +290,19 @@ class StepShapes:
                 f"a step has up to {self.max_decode} decode and {self.max_prefill} prefill rows, "
                 f"got {num_decode} and {num_prefill}"
             )
-        prefill = _at_least(self._prefill_rows, num_prefill) if num_prefill else 0
-        decode = _at_least(self._mixed_rows if prefill else self._decode_rows, num_decode)
-        return StepShape(
-            num_decode=decode,
-            num_prefill=prefill,
-            num_logits=_power_of_two(max(num_logits, decode + min(prefill, MAX_CHUNKS))),
-        )
+        if scored:
+            decode, prefill = self.max_decode, _at_least(self._scored_rows, num_prefill)
+        else:
+            prefill = _at_least(self._prefill_rows, num_prefill) if num_prefill else 0
+            decode = _at_least(self._mixed_rows if prefill else self._decode_rows, num_decode)
+        usual = self._num_logits(decode, prefill, drafts=False)
+        if num_logits > usual:
+            usual = _power_of_two(max(num_logits, self._num_logits(decode, prefill, drafts=True)))
+        return StepShape(num_decode=decode, num_prefill=prefill, num_logits=usual, scored=scored)
+
+    def num_chunks(self, shape: StepShape) -> int:
+        """N, chunks that the prefill segment of a shape can have."""
+        return min(shape.num_prefill, self.max_chunks)
 
     def largest_shape(self) -> StepShape:
         """What every step fits into, even with a logit row for every token."""
@@ -276,11 +310,25 @@ class StepShapes:
         return self.shape(num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_tokens)
 
     def all_shapes(self) -> list[StepShape]:
-        """Every shape an ordinary step can have (one logit a sequence at most), smallest first."""
+        """Every shape that a step of an engine can have, smallest first."""
         rows = [(decode, 0) for decode in self._decode_rows]
         rows += [(decode, prefill) for decode in self._mixed_rows for prefill in self._prefill_rows]
-        shapes = [self.shape(num_decode=decode, num_prefill=prefill, num_logits=0) for decode, prefill in rows]
-        return sorted(shapes, key=lambda shape: shape.num_tokens)
+        shapes = {
+            self.shape(
+                num_decode=decode, num_prefill=prefill, num_logits=self._num_logits(decode, prefill, drafts=drafts)
+            )
+            for decode, prefill in rows
+            for drafts in {False, self.max_drafts > 0}
+        }
+        shapes |= {
+            self.shape(num_decode=0, num_prefill=prefill, num_logits=0, scored=True) for prefill in self._scored_rows
+        }
+        return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_logits, shape.scored))
+
+    def _num_logits(self, decode: int, prefill: int, *, drafts: bool) -> int:
+        """Logit rows of a shape: for every sequence, or for all their drafts as well."""
+        per_chunk = 1 + self.max_drafts if drafts else 1
+        return _power_of_two(decode + min(prefill, self.max_chunks if drafts else MAX_CHUNKS) * per_chunk)
 
 
 def _powers(start: int, factor: int, limit: int) -> list[int]:

@@ -22,10 +22,17 @@ from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
-from jaxinfer.logit_edits import EditState, set_slot
+from jaxinfer.logit_edits import EditState, set_allowed, set_slot
 from jaxinfer.wrappers import pipeline
-from jaxinfer.wrappers.decoder_step import DecoderStep, DecodeState, num_input_words, sample_step, unpack_inputs
-from jaxinfer.wrappers.edit_words import NUM_WORDS, unpack_edits
+from jaxinfer.wrappers.decoder_step import (
+    DecoderStep,
+    DecodeState,
+    num_input_words,
+    sample_step,
+    score_step,
+    unpack_inputs,
+)
+from jaxinfer.wrappers.edit_words import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepShape, StepShapes
 
@@ -91,6 +98,11 @@ class StepPrograms:
         self._edit_specs = EditState.specs()
 
     @property
+    def padded_vocab_size(self) -> int:
+        """Tokens over all slices of the vocabulary."""
+        return self._edits[0].shape[1]
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of parameters that one device holds."""
         placed = self._placed(self._step.leaves, self._step.specs)
@@ -98,7 +110,7 @@ class StepPrograms:
 
     def volumes(self, shape: StepShape, variant: SamplerVariant) -> list[CollectiveVolume]:
         """What one step, the sampler included, sends between devices."""
-        traces = (self.forward(shape), self.sample(shape.num_logits, variant, False))
+        traces = (self.forward(shape), self.sample(shape.num_logits, variant, None))
         sizes = self._mesh.shape
         return [volume for traced in traces for volume in collective_volumes(traced.jaxpr.jaxpr, sizes)]
 
@@ -128,20 +140,23 @@ class StepPrograms:
         return jax.tree.unflatten(self._cache_tree, leaves)
 
     def forward(self, shape: StepShape) -> jax.stages.Traced:
-        """(leaves, state, caches, ring, words) -> (state, caches, ring, hidden, rows); donates what it returns."""
+        """(leaves, state, caches, ring, words) -> (state, caches, ring, hidden, rows), and the prefill tokens' hidden
+        states where the shape is a scored one; donates what it takes and returns."""
 
         def forward(leaves, state, caches, ring, words):
             step = self._step.merge(leaves)
             state = jax.tree.unflatten(self._state_tree, state)
             caches = jax.tree.unflatten(self._cache_tree, caches)
             ring = jax.tree.unflatten(self._ring_tree, ring)
-            state, caches, ring, *outputs = step(state, caches, ring, unpack_inputs(words, shape, self._shapes))
-            return *map(jax.tree.leaves, (state, caches, ring)), outputs[0], jax.tree.leaves(outputs[1])
+            inputs = unpack_inputs(words, shape, self._shapes)
+            state, caches, ring, hidden, rows, prompts = step(state, caches, ring, inputs, scored=shape.scored)
+            outputs = (*map(jax.tree.leaves, (state, caches, ring)), hidden, jax.tree.leaves(rows))
+            return (*outputs, prompts) if shape.scored else outputs
 
         mapped = self._sharded(
             forward,
             in_specs=(self._step.specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
-            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED),
+            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED, *[REPLICATED] * shape.scored),
         )
         return jax.jit(mapped, donate_argnums=(1, 2, 3)).trace(
             self._placed(self._step.leaves, self._step.specs),
@@ -151,13 +166,13 @@ class StepPrograms:
             jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32),
         )
 
-    def sample(self, num_logits: int, variant: SamplerVariant, logprobs: bool) -> jax.stages.Traced:
+    def sample(self, num_logits: int, variant: SamplerVariant, num_top: int | None) -> jax.stages.Traced:
         """(head_leaves, state, hidden, rows) -> (state, result); donates the state."""
 
         def sample(leaves, state, hidden, rows):
             state = jax.tree.unflatten(self._state_tree, state)
             head, rows = self._head.merge(leaves), LogitRows(*rows)
-            state, _, result = sample_step(head, state, None, hidden, rows, variant=variant, logprobs=logprobs)
+            state, _, result = sample_step(head, state, None, hidden, rows, variant=variant, num_top=num_top)
             return jax.tree.leaves(state), result
 
         mapped = self._sharded(
@@ -172,7 +187,7 @@ class StepPrograms:
             self._rows(num_logits),
         )
 
-    def sample_edited(self, num_logits: int, logprobs: bool) -> jax.stages.Traced:
+    def sample_edited(self, num_logits: int, num_top: int | None) -> jax.stages.Traced:
         """(head_leaves, state, edits, hidden, rows) -> (state, edits, result), for rows of any kind; donates both."""
 
         def sample(leaves, state, edits, hidden, rows):
@@ -180,7 +195,7 @@ class StepPrograms:
             edits = jax.tree.unflatten(self._edit_tree, edits)
             head, rows = self._head.merge(leaves), LogitRows(*rows)
             full = SamplerVariant.FULL
-            state, edits, result = sample_step(head, state, edits, hidden, rows, variant=full, logprobs=logprobs)
+            state, edits, result = sample_step(head, state, edits, hidden, rows, variant=full, num_top=num_top)
             return jax.tree.leaves(state), jax.tree.leaves(edits), result
 
         mapped = self._sharded(
@@ -196,6 +211,19 @@ class StepPrograms:
             self._rows(num_logits),
         )
 
+    def score(self, num_tokens: int, num_top: int) -> jax.stages.Traced:
+        """(head_leaves, hidden, targets) -> result, as score_step's."""
+
+        def score(leaves, hidden, targets):
+            return score_step(self._head.merge(leaves), hidden, targets, num_top=num_top)
+
+        mapped = self._sharded(score, in_specs=(self._head.specs, REPLICATED, REPLICATED), out_specs=REPLICATED)
+        return jax.jit(mapped).trace(
+            self._placed(self._head.leaves, self._head.specs),
+            self._hidden(num_tokens),
+            jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
+        )
+
     def edit(self) -> jax.stages.Traced:
         """(edits, words) -> edits, with the entries of one upload; donates them."""
 
@@ -204,6 +232,16 @@ class StepPrograms:
 
         mapped = self._sharded(edit, in_specs=(self._edit_specs, REPLICATED), out_specs=self._edit_specs)
         words = jax.ShapeDtypeStruct((NUM_WORDS,), jnp.int32)
+        return jax.jit(mapped, donate_argnums=(0,)).trace(self._placed(self._edits, self._edit_specs), words)
+
+    def allow(self) -> jax.stages.Traced:
+        """(edits, words) -> edits, with the allowed tokens of one upload; donates them."""
+
+        def allow(edits, words):
+            return jax.tree.leaves(set_allowed(jax.tree.unflatten(self._edit_tree, edits), *unpack_allowed(words)))
+
+        mapped = self._sharded(allow, in_specs=(self._edit_specs, REPLICATED), out_specs=self._edit_specs)
+        words = jax.ShapeDtypeStruct((num_allowed_words(self.padded_vocab_size),), jnp.int32)
         return jax.jit(mapped, donate_argnums=(0,)).trace(self._placed(self._edits, self._edit_specs), words)
 
     def logits(self, num_logits: int) -> jax.stages.Traced:

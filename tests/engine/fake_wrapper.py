@@ -13,7 +13,7 @@ import numpy as np
 from jaxinfer.config import EngineConfig
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepBatch, StepResult, StepShapes
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, AllowedTokens, StepBatch, StepResult, StepShapes
 
 VOCAB_SIZE = 97
 UNKNOWN = -1
@@ -56,7 +56,7 @@ class FakeWrapper(AbstractModelInferenceWrapper):
     row_usage = property(lambda self: self._in_flight.usage)
     num_compilations = property(lambda self: 0)
 
-    def launch(self, batch: StepBatch) -> np.ndarray:
+    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> np.ndarray:
         self.batches.append(batch)
         self._in_flight.enter(StepHandle(batch))
         for source, destination in batch.page_copies:

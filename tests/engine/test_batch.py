@@ -5,7 +5,7 @@ import pytest
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.batch import make_batch, needed_variant
-from jaxinfer.engine.scheduler import DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import Request
 from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes, pack_sampling
 
@@ -21,8 +21,8 @@ def test_make_batch_lays_out_decodes_then_last_chunks():
     schedule = Schedule(
         decodes=(DecodeRow(sequence(), 3, None), DecodeRow(sequence(), 0, (2, 9))),
         prefills=(
-            PrefillChunk(sequence(), 1, 8, list(range(5, 23)), (4, 5), False),
-            PrefillChunk(sequence(temperature=0.5, top_k=3, seed=9), 2, 0, [1, 2], (6,), True),
+            PrefillChunk(sequence(), 1, 8, list(range(5, 23)), (4, 5), 0),
+            PrefillChunk(sequence(temperature=0.5, top_k=3, seed=9), 2, 0, [1, 2], (6,), 1),
         ),
         page_copies=((4, 7),),
     )

@@ -112,7 +112,7 @@ def test_launch_padding_rows_write_only_the_dump_page(wrapper, gqa):
 def test_collect_logprobs_equal_transformers(wrapper, gqa):
     text = gqa.prompts[2] + gqa.greedy[2]
     start = len(gqa.prompts[2]) - 1
-    batch = prefill_step(wrapper, text[:-1], logit_index=range(start, len(text) - 1), logprobs=True)
+    batch = prefill_step(wrapper, text[:-1], logit_index=range(start, len(text) - 1), num_top=20)
     result = wrapper.collect(wrapper.launch(batch))
     count = len(gqa.greedy[2])
     np.testing.assert_allclose(result.logprobs.logprob[:count], gqa.expected["logprobs_2"], atol=TOLERANCE)

@@ -55,7 +55,7 @@ def make_random_wrapper(sizes: dict, **fields) -> DecoderWrapper:
 
 
 def prefill_step(
-    wrapper: DecoderWrapper, tokens, *, slot=0, start=0, pages=None, logit_index=None, page_copies=(), logprobs=False
+    wrapper: DecoderWrapper, tokens, *, slot=0, start=0, pages=None, logit_index=None, page_copies=(), num_top=None
 ) -> StepBatch:
     """One chunk of one slot; pages default to 1, 2, .. and the logit rows to the last token."""
     shapes = wrapper.shapes
@@ -86,7 +86,7 @@ def prefill_step(
         logit_feeds=np.arange(shape.num_logits) == len(index) - 1,
         page_copies=np.array(page_copies, np.int32).reshape(-1, 2),
         variant=SamplerVariant.GREEDY,
-        logprobs=logprobs,
+        num_top=num_top,
     )
 
 
@@ -114,7 +114,6 @@ def decode_step(wrapper: DecoderWrapper, slots, *, new_pages=None) -> StepBatch:
         logit_feeds=np.arange(rows) < len(slots),
         page_copies=np.zeros((0, 2), np.int32),
         variant=SamplerVariant.GREEDY,
-        logprobs=False,
     )
 
 

@@ -1,0 +1,313 @@
+"""What users wish for: how one prompt is sampled, what its text must look like, how beams look for texts.
+
+Owns: SamplingParams, StructuredOutput and BeamSearchParams, each field checked once.
+Does not know: jax, text processing, how any of it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from jaxinfer.config import require_bool, require_float, require_int, unknown_keyword
+from jaxinfer.request import MAX_LOGPROBS, LogitEdits
+
+EarlyStopping = bool | Literal["never"]
+MAX_BEAM_WIDTH = 32
+MAX_LENGTH_PENALTY = 50.0
+"""Beyond it, the length of a text to that power may leave the range of floats."""
+
+
+def _require_strings(name: str, value: object) -> tuple[str, ...]:
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {value!r}")
+    if any(not word for word in words):
+        raise ValueError(f"{name} must not contain an empty string, got {value!r}")
+    return tuple(words)
+
+
+def _require_token_ids(name: str, value: object) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of token ids, got {value!r}")
+    return tuple(require_int(f"{name} entry", token_id, 0) for token_id in value)
+
+
+def _require_logit_bias(name: str, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of token ids to numbers, got {value!r}")
+    return {
+        require_int(f"{name} key", token_id, 0): require_float(f"{name}[{token_id}]", bias, "in [-100, 100]", -100, 100)
+        for token_id, bias in value.items()
+    }
+
+
+def _require_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} of type {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} must be a non-empty string, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be text that UTF-8 can write, got a lone surrogate in {value!r}") from error
+    return value
+
+
+def _require_schema(name: str, value: object) -> str:
+    """A JSON schema as JSON text."""
+    expected = f"{name} must be a JSON object, as a dict or as its text"
+    if not isinstance(value, (str, Mapping)):
+        raise TypeError(f"{expected}, got {value!r} of type {type(value).__name__}")
+    try:
+        schema = json.loads(value) if isinstance(value, str) else dict(value)
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{expected}, got {value!r:.200}, which is none: {error}") from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"{expected}, got {value!r:.200}")
+    return text
+
+
+def _require_choices(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of non-empty strings, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} must be a sequence of at least one non-empty string, got {value!r}")
+    return tuple(_require_text(f"{name} entry", entry) for entry in value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutput:
+    """What the whole output must look like; exactly one of the fields is given.
+
+    Args:
+      json: a JSON schema, as a dict or as its text (kept as text); {} is any JSON object.
+      regex: a regular expression in the syntax of Rust's regex crate; it must match the output from end to end.
+      choice: non-empty strings, at least one; the output is one of them.
+      lark: a context-free grammar in llguidance's dialect of Lark; its rule `start` is the output.
+
+    Raises:
+      TypeError, ValueError: none or several are given, or one is not what it must be; the message names the field.
+
+    Example:
+      >>> StructuredOutput(json={"type": "integer"}).json
+      '{"type": "integer"}'
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    lark: str | None = None
+
+    def __post_init__(self) -> None:
+        require = {"json": _require_schema, "regex": _require_text, "choice": _require_choices, "lark": _require_text}
+        given = [name for name in require if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = ", ".join(require)
+            raise ValueError(f"structured must have exactly one of {names}, got {', '.join(given) or 'none'}")
+        object.__setattr__(self, given[0], require[given[0]](f"structured.{given[0]}", getattr(self, given[0])))
+
+
+def _require_structured(name: str, value: object) -> StructuredOutput:
+    if isinstance(value, StructuredOutput):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a StructuredOutput or a mapping of its fields, got {value!r}")
+    known = [entry.name for entry in dataclasses.fields(StructuredOutput)]
+    for key in value:
+        if key not in known:
+            raise unknown_keyword(str(key), known)
+    return StructuredOutput(**value)
+
+
+def _require_early_stopping(name: str, value: object) -> EarlyStopping:
+    if not isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be True, False or 'never', got {value!r} of type {type(value).__name__}")
+    if isinstance(value, bool) or value == "never":
+        return value
+    raise ValueError(f"{name} must be True, False or 'never', got {value!r}")
+
+
+def _keep(params: object, name: str, require: Callable[..., Any], *limits: Any, **options: Any) -> None:
+    """Checks a field and keeps it, whatever it was given as (a numpy number, a list), as a plain, immutable value."""
+    object.__setattr__(params, name, require(name, getattr(params, name), *limits, **options))
+
+
+def _keep_unless_none(params: object, name: str, require: Callable[..., Any], *limits: Any) -> None:
+    if getattr(params, name) is not None:
+        _keep(params, name, require, *limits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends.
+
+    Args:
+      n: samples of one prompt, >= 1.
+      temperature: >= 0; 0 is greedy.
+      top_p: keep the most likely tokens until their mass reaches it, (0, 1]; 1 is off.
+      top_k: keep the k most likely tokens, ties included, >= -1; 0 and -1 are off.
+      min_p: keep tokens of at least this probability relative to the most likely, [0, 1].
+      seed: 0 .. 2**63 - 1; None lets the LLM derive one.
+      max_tokens: new tokens at most, >= 0; None goes on up to max_model_len.
+      min_tokens: new tokens before the end token may come, 0 .. max_tokens.
+      stop: strings that end the text; matched across token borders.
+      stop_token_ids: ids that end it, besides the end tokens of the checkpoint.
+      ignore_eos: go on past the end tokens of the checkpoint.
+      include_stop_str_in_output: leave the matched stop string in the text.
+      skip_special_tokens: leave special tokens out of the text.
+      repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen.
+      presence_penalty, frequency_penalty: [-2, 2]; subtracted from logits of tokens generated.
+      logit_bias: token id -> [-100, 100], added to its logit.
+      bad_words: strings whose tokens never come.
+      allowed_token_ids: only these may come.
+      structured: what the whole output must look like, a StructuredOutput or a mapping of its one field: json (a
+        schema), regex, choice or lark.
+      logprobs: 0 .. 20; the sampled token's log-probability and those of the k most likely.
+      prompt_logprobs: 0 .. 20, the same for the prompt.
+      truncate_prompt_tokens: >= 1; keep only the last k tokens of the prompt.
+      priority: lower runs first.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    structured: StructuredOutput | Mapping[str, Any] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        keep, keep_unless_none = partial(_keep, self), partial(_keep_unless_none, self)
+        keep("n", require_int, 1)
+        keep("temperature", require_float, ">= 0", 0, math.inf)
+        keep("top_p", require_float, "in (0, 1]", 0, 1, open_low=True)
+        keep("top_k", require_int, -1)
+        keep("min_p", require_float, "in [0, 1]", 0, 1)
+        keep_unless_none("seed", require_int, 0, 2**63 - 1)
+        keep_unless_none("max_tokens", require_int, 0)
+        keep("min_tokens", require_int, 0, self.max_tokens)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
+        keep("repetition_penalty", require_float, "> 0", 0, math.inf, open_low=True)
+        keep("presence_penalty", require_float, "in [-2, 2]", -2, 2)
+        keep("frequency_penalty", require_float, "in [-2, 2]", -2, 2)
+        for name in ("stop", "bad_words"):
+            keep_unless_none(name, _require_strings)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            keep_unless_none(name, _require_token_ids)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must name at least one token, got none")
+        keep_unless_none("logit_bias", _require_logit_bias)
+        keep_unless_none("structured", _require_structured)
+        for name in ("logprobs", "prompt_logprobs"):
+            keep_unless_none(name, require_int, 0, MAX_LOGPROBS)
+        keep_unless_none("truncate_prompt_tokens", require_int, 1)
+        keep("priority", require_int, -(2**31), 2**31 - 1)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, empty when there are none."""
+        return tuple(self.stop or ())
+
+    @property
+    def edits(self) -> LogitEdits | None:
+        """What they do to logits; None for nothing."""
+        edits = LogitEdits(
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            min_tokens=self.min_tokens,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+        return None if edits == LogitEdits() else edits
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> SamplingParams:
+        """Builds parameters from keyword arguments.
+
+        Raises:
+          TypeError: a keyword is not a field; the message names the nearest field.
+        """
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for keyword in keywords:
+            if keyword not in known:
+                raise unknown_keyword(keyword, known)
+        return cls(**keywords)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeamSearchParams:
+    """How beam search looks for the most likely texts of one prompt.
+
+    Args:
+      beam_width: texts that are continued side by side, 1 .. 32.
+      max_tokens: new tokens at most, >= 1.
+      length_penalty: a text's score is its log-probability / (new tokens, end token included) ** length_penalty,
+        [-50, 50]; above 0 favours long texts, 0 scores by the log-probability alone.
+      early_stopping: when to end once beam_width texts have: True at once; False when the best open text, were it to
+        end now, would not beat the worst of them; "never" when it could not at any length up to max_tokens.
+      num_return_sequences: texts returned, best first, 1 .. beam_width.
+      stop_token_ids: ids that end a text, besides the end tokens of the checkpoint.
+      ignore_eos: go on past the end tokens of the checkpoint.
+      skip_special_tokens: leave special tokens out of the text.
+      priority: lower runs first.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
+    """
+
+    beam_width: int = 4
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    num_return_sequences: int = 1
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        keep = partial(_keep, self)
+        keep("beam_width", require_int, 1, MAX_BEAM_WIDTH)
+        keep("max_tokens", require_int, 1)
+        limit = MAX_LENGTH_PENALTY
+        keep("length_penalty", require_float, f"in [{-limit:g}, {limit:g}]", -limit, limit)
+        keep("early_stopping", _require_early_stopping)
+        keep("num_return_sequences", require_int, 1)
+        if self.num_return_sequences > self.beam_width:
+            raise ValueError(
+                f"num_return_sequences must be <= beam_width = {self.beam_width}, got {self.num_return_sequences}; "
+                "raise beam_width"
+            )
+        _keep_unless_none(self, "stop_token_ids", _require_token_ids)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
+        keep("priority", require_int, -(2**31), 2**31 - 1)

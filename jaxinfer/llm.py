@@ -26,6 +26,7 @@ from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, require_int
 from jaxinfer.controller import TextGenerationController
 from jaxinfer.driver import Delivery, Driver, Ticket
+from jaxinfer.engine.drafting import PROMPT_LOOKUP, PromptLookup
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
@@ -130,7 +131,8 @@ class LLM:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self._wrapper = assemble(model_config, store, config)
-        self._engine = DynamicEngine(self._wrapper, config, max_model_len=max_model_len)
+        drafter = PromptLookup(config.num_draft_tokens) if config.draft_model == PROMPT_LOOKUP else None
+        self._engine = DynamicEngine(self._wrapper, config, max_model_len=max_model_len, drafter=drafter)
         self._controller = TextGenerationController(
             self._engine,
             tokenizer,

@@ -18,6 +18,13 @@ and, in rope_dynamic, long_prompt, long_positions, long_logits for a prompt long
 the shapes of well-known ones) and CONVERSATIONS: special_tokens, now, conversations, and renders, each with template,
 conversation (its number), and text and, for mistral.jinja, ids (the tokenizer is gqa's); or error, the template's own
 message.
+
+`beam` keeps, in beam/cases.json, what generate(num_beams=.., do_sample=False) makes of the table BEAM_CASES with the
+checkpoints beside it: for each case checkpoint, prompt, beam_width, max_tokens, length_penalty, early_stopping,
+num_return_sequences and eos (end token ids, none or several), and sequences (the generated ids of each returned text,
+best first, its end token included, padding stripped) with their scores (sequences_scores). A seed is passed over where
+noise of 1e-4 in the log-probabilities changes a sequence, where another early_stopping that the case names gives the
+same sequences, or, where it names none, all sequences are equally long although there are end tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +45,13 @@ import jinja2
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 HERE = Path(__file__).parent
 PROMPT_LENS = (5, 23, 40)
@@ -556,10 +569,138 @@ def make_chat() -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BeamCase:
+    """One beam search, and the values of early_stopping whose sequences must be others."""
+
+    checkpoint: str
+    prompt_len: int
+    beam_width: int
+    max_tokens: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int
+    num_ends: int = 1
+    unlike: tuple[bool | str, ...] = ()
+
+
+def beam_case(checkpoint: str, prompt_len: int, beam_width: int, max_tokens: int, **fields: Any) -> BeamCase:
+    """A line of the table; as many texts are returned as there are beams unless fields say otherwise."""
+    fields = {"num_return_sequences": beam_width} | fields
+    return BeamCase(
+        checkpoint=checkpoint, prompt_len=prompt_len, beam_width=beam_width, max_tokens=max_tokens, **fields
+    )
+
+
+BEAM_NOISE = 1e-4
+NUM_NOISE_SEEDS = 6
+BEAM_CASES = (
+    beam_case("mesh/llama", 5, 4, 12, unlike=("never",)),
+    beam_case("mesh/llama", 12, 3, 16, length_penalty=2.0, early_stopping=True, unlike=(False,)),
+    beam_case("mesh/llama", 20, 4, 16, length_penalty=0.6, early_stopping="never"),
+    beam_case("mesh/llama", 3, 6, 10, length_penalty=0.0, num_ends=2),
+    beam_case("mesh/llama", 9, 2, 24, num_ends=0),
+    beam_case("gqa", 7, 4, 12, length_penalty=-1.0),
+    beam_case("gqa", 3, 5, 8, early_stopping=True, num_ends=2, unlike=(False,)),
+    beam_case("gqa", 16, 2, 20, early_stopping="never", num_return_sequences=1, unlike=(False,)),
+    beam_case("qwen3", 4, 3, 12, num_return_sequences=2, unlike=(True,)),
+    beam_case("qwen3", 11, 6, 8, length_penalty=0.6, early_stopping="never", num_ends=2, unlike=(True,)),
+    beam_case("qwen3", 6, 4, 10, length_penalty=-1.0, early_stopping="never", num_return_sequences=2),
+    beam_case("gemma3", 14, 4, 16, length_penalty=0.0, early_stopping="never"),
+    beam_case("gemma3", 8, 3, 10, length_penalty=0.6, early_stopping=True),
+)
+
+
+class Noise(LogitsProcessor):
+    """Adds uniform noise, as other rounding would."""
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of every beam, each up to BEAM_NOISE higher or lower."""
+        return scores + torch.from_numpy(self.rng.uniform(-BEAM_NOISE, BEAM_NOISE, scores.shape).astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamAnswer:
+    """The texts of a beam search, best first: generated ids and scores."""
+
+    sequences: list[list[int]]
+    scores: list[float]
+
+
+def beam_answer(
+    model: PreTrainedModel, case: BeamCase, prompt: np.ndarray, eos: list[int], noise: Noise | None = None
+) -> BeamAnswer:
+    """What transformers generates."""
+    ids = torch.tensor(prompt[None], dtype=torch.long)
+    model.generation_config.eos_token_id = eos or None
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=case.beam_width,
+        max_new_tokens=case.max_tokens,
+        length_penalty=case.length_penalty,
+        early_stopping=case.early_stopping,
+        num_return_sequences=case.num_return_sequences,
+        logits_processor=[noise] if noise else [],
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    lengths = (output.beam_indices >= 0).sum(-1).tolist()
+    generated = output.sequences[:, len(prompt) :].tolist()
+    return BeamAnswer(
+        sequences=[ids[:length] for ids, length in zip(generated, lengths, strict=True)],
+        scores=[round(score, 6) for score in output.sequences_scores.tolist()],
+    )
+
+
+def beam_record(model: PreTrainedModel, case: BeamCase, seed: int) -> dict[str, Any] | None:
+    """One entry of cases.json, or None where this seed's answer is not robust or shows too little."""
+    rng = np.random.default_rng(2000 + seed)
+    prompt = rng.integers(3, model.config.vocab_size, case.prompt_len)
+    eos: list[int] = []
+    if case.num_ends:  # tokens that the search meets when nothing ends it
+        unended = beam_answer(model, case, prompt, [])
+        met = np.unique([ids[:-1] for ids in unended.sequences])
+        eos = sorted(rng.choice(met, case.num_ends, replace=False).tolist())
+    answer = beam_answer(model, case, prompt, eos)
+    others = (beam_answer(model, replace(case, early_stopping=other), prompt, eos) for other in case.unlike)
+    if any(other.sequences == answer.sequences for other in others):
+        return None
+    if case.num_ends and not case.unlike and len({len(ids) for ids in answer.sequences}) == 1:
+        return None
+    noisy = (beam_answer(model, case, prompt, eos, Noise(seed)) for seed in range(NUM_NOISE_SEEDS))
+    if any(other.sequences != answer.sequences for other in noisy):
+        return None
+    record = asdict(case) | {"prompt": prompt.tolist(), "eos": eos} | asdict(answer)
+    del record["unlike"], record["num_ends"], record["prompt_len"]
+    return record
+
+
+def make_beam() -> str:
+    """Writes beam/cases.json."""
+    records = []
+    for case in BEAM_CASES:
+        model = AutoModelForCausalLM.from_pretrained(
+            HERE / case.checkpoint, dtype=torch.float32, attn_implementation="eager"
+        )
+        record = next(filter(None, (beam_record(model.eval(), case, seed) for seed in range(1000))), None)
+        if record is None:
+            raise RuntimeError(f"no seed below 1000 gives a robust and telling answer to {case}")
+        records.append(json.dumps(record))
+    text = "[\n" + ",\n".join(records) + "\n]\n"
+    (fresh(HERE / "beam") / "cases.json").write_text(text, encoding="utf-8")
+    return f"beam: {len(records)} cases, {len(text)} characters"
+
+
 def main(names: list[str]) -> None:
-    """Makes the named cases, or all of them, the tokenizers and the chats."""
+    """Makes the named cases, or all of them, the tokenizers, the chats and the beam searches."""
     torch.set_num_threads(1)
-    others = {"tokenizers": make_tokenizers, "chat": make_chat}
+    others = {"tokenizers": make_tokenizers, "chat": make_chat, "beam": make_beam}
     for name in names or [*CASES, *others]:
         print(others[name]() if name in others else make_case(name, CASES[name]), flush=True)
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from jaxinfer.sampling_params import SamplingParams, StructuredOutput
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams, StructuredOutput
 
 SEED = "in 0..9223372036854775807"
 PRIORITY = "in -2147483648..2147483647"
@@ -217,3 +217,70 @@ def test_sampling_params_unknown_keyword_names_nearest(keyword: str, hint: str) 
     with pytest.raises(TypeError) as caught:
         SamplingParams.from_keywords({keyword: 1})
     assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
+
+
+BEAM_INTEGERS = {
+    "beam_width": ((0, -1, 33), "in 1..32"),
+    "max_tokens": ((0, -1), ">= 1"),
+    "num_return_sequences": ((0, -1), ">= 1"),
+    "priority": ((-(2**31) - 1, 2**31), PRIORITY),
+}
+NEVER = "True, False or 'never'"
+WRONG_BEAM = [
+    *((name, value, ValueError, allowed) for name, (values, allowed) in BEAM_INTEGERS.items() for value in values),
+    *((name, value, TypeError, "must be an int") for name in BEAM_INTEGERS for value in (*NO_INTEGERS, None)),
+    ("num_return_sequences", 5, ValueError, "num_return_sequences must be <= beam_width = 4"),
+    *(
+        ("length_penalty", value, ValueError, "in [-50, 50]")
+        for value in (math.nan, math.inf, -math.inf, np.float32("nan"), 10**400, 50.5, -51)
+    ),
+    *(("length_penalty", value, TypeError, "in [-50, 50]") for value in NO_NUMBERS),
+    *(("early_stopping", value, ValueError, NEVER) for value in ("", "always", "Never", "True")),
+    *(("early_stopping", value, TypeError, NEVER) for value in (None, 0, 1, 1.0, np.True_, ["never"])),
+    *(("stop_token_ids", value, TypeError, "") for value in (3, "3", b"3", {3}, [True], [1.0], ["3"], [None])),
+    ("stop_token_ids", [0, -1], ValueError, ">= 0"),
+    *(
+        (name, value, TypeError, "must be True or False")
+        for name in ("ignore_eos", "skip_special_tokens")
+        for value in (0, 1, None, "yes")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "allowed"), WRONG_BEAM)
+def test_beam_search_params_wrong_value_names_field_value_and_range(name, value, error, allowed) -> None:
+    with pytest.raises(error, match=f"^{name}.* must ") as caught:
+        BeamSearchParams(**{name: value})
+    assert allowed in str(caught.value)
+    parts = value if isinstance(value, list) else []
+    assert any(shown in str(caught.value) for part in (value, *parts) for shown in (str(part), repr(part)))
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        {"beam_width": 1},
+        {"beam_width": 32, "num_return_sequences": 32},
+        {"max_tokens": 1},
+        {"length_penalty": -50},
+        {"length_penalty": 50},
+        {"early_stopping": True},
+        {"early_stopping": "never"},
+        {"stop_token_ids": ()},
+        {"priority": -(2**31)},
+    ],
+    ids=str,
+)
+def test_beam_search_params_edge_of_range_passes(edge) -> None:
+    params = BeamSearchParams(**edge)
+    assert {name: getattr(params, name) for name in edge} == edge
+
+
+def test_beam_search_params_become_plain_values() -> None:
+    params = BeamSearchParams(
+        beam_width=np.int64(2), length_penalty=np.float32(0.5), stop_token_ids=[np.int64(3)], priority=np.int32(-1)
+    )
+    assert params == BeamSearchParams(beam_width=2, length_penalty=0.5, stop_token_ids=(3,), priority=-1)
+    assert [type(value) for value in (params.beam_width, params.length_penalty)] == [int, float]
+    assert type(params.stop_token_ids) is tuple and type(params.stop_token_ids[0]) is int
+    assert params == dataclasses.replace(params) == pickle.loads(pickle.dumps(params))

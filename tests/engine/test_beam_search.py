@@ -173,6 +173,17 @@ def test_beam_group_full_of_finished_ends_as_early_stopping_says(early_stopping,
     assert [hypothesis.token_ids for hypothesis in group.hypotheses(2)] == [(0,), (1,)]
 
 
+@pytest.mark.parametrize(("early_stopping", "goes_on"), [(True, False), (False, True), ("never", True)])
+def test_beam_group_best_live_beam_beats_worst_finished_only_if_short(early_stopping, goes_on: bool) -> None:
+    group = BeamGroup(
+        beam_width=2, max_tokens=9, length_penalty=-1.0, early_stopping=early_stopping, stop_token_ids=frozenset({0})
+    )
+    assert advance(group, candidates(-1.0, -1.5, -8.0)) == [(0, 1), (0, 2)]
+    # The worst finished text gets 2 * -4.5; the best live beam has 2 * -1.75 now, and would have 9 * -1.75 at the end.
+    assert bool(advance(group, candidates(-3.0, -0.25, -9.0), candidates(-9.0, -9.0, -9.0))) == goes_on
+    assert [hypothesis.score for hypothesis in group.hypotheses(2)] == [-1.0, -9.0]
+
+
 def test_beam_group_ties_go_to_earlier_beam_then_lower_id() -> None:
     group = BeamGroup(beam_width=2, max_tokens=2, length_penalty=0.0, stop_token_ids=frozenset({3}))
     assert advance(group, BeamCandidates(token_ids=[5, 1, 3, 4], logprobs=[-1.0, -1.0, -2.0, -9.0])) == [(0, 1), (0, 5)]

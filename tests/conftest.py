@@ -78,8 +78,9 @@ def one_shape(monkeypatch) -> None:
 
     smallest = StepShapes.shape
 
-    def largest(self, *, num_decode: int, num_prefill: int, num_logits: int) -> StepShape:
-        return smallest(self, num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_logits)
+    def largest(self, *, num_decode: int, num_prefill: int, num_logits: int, scored: bool = False) -> StepShape:
+        largest = {"num_decode": self.max_decode, "num_prefill": self.max_prefill, "num_logits": num_logits}
+        return smallest(self, **largest, scored=scored)
 
     monkeypatch.setattr(StepShapes, "shape", largest)
 

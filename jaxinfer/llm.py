@@ -6,6 +6,7 @@ Does not know: how anything is computed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -25,8 +26,8 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, require_int
 from jaxinfer.controller import TextGenerationController
+from jaxinfer.drafters import find_draft_checkpoint, make_drafter
 from jaxinfer.driver import Delivery, Driver, Ticket
-from jaxinfer.engine.drafting import PROMPT_LOOKUP, PromptLookup
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
@@ -130,8 +131,11 @@ class LLM:
         self.max_model_len = max_model_len
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self._wrapper = assemble(model_config, store, config)
-        drafter = PromptLookup(config.num_draft_tokens) if config.draft_model == PROMPT_LOOKUP else None
+        draft = find_draft_checkpoint(config, model_config, max_model_len=max_model_len)
+        self._wrapper = assemble(model_config, store, config, beside=None if draft is None else draft.footprint(config))
+        draft_config = dataclasses.replace(config, max_model_len=max_model_len)
+        self._draft_wrapper = None if draft is None else draft.load(draft_config, num_pages=self._wrapper.num_pages)
+        drafter = make_drafter(config, self._draft_wrapper)
         self._engine = DynamicEngine(self._wrapper, config, max_model_len=max_model_len, drafter=drafter)
         self._controller = TextGenerationController(
             self._engine,
@@ -146,7 +150,8 @@ class LLM:
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # At garbage collection and at exit: the driver's thread must not outlive its LLM.
-        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._wrapper, self._template_sandbox)
+        wrappers = [wrapper for wrapper in (self._wrapper, self._draft_wrapper) if wrapper is not None]
+        self._finalizer = weakref.finalize(self, _shut_down, self._driver, wrappers, self._template_sandbox)
 
     @overload
     def generate(
@@ -426,10 +431,16 @@ class LLM:
     def warmup(self) -> None:
         """Compiles every program that serving can need, so that no request waits for the compiler."""
         self._wrapper.warmup()
+        if self._draft_wrapper is not None:
+            self._draft_wrapper.warmup()
 
     def stats(self) -> EngineStats:
         """Queue, pages, cache hits, preemptions, tokens, steps and compilations so far."""
-        return self._engine.stats()
+        stats = self._engine.stats()
+        if self._draft_wrapper is None:
+            return stats
+        num_compilations = stats.num_compilations + self._draft_wrapper.num_compilations
+        return dataclasses.replace(stats, num_compilations=num_compilations)
 
     def close(self) -> None:
         """Ends running requests and frees device memory; a closed LLM can only be closed again."""
@@ -584,9 +595,10 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shut_down(driver: Driver, wrapper: DecoderWrapper, sandbox: TemplateSandbox) -> None:
+def _shut_down(driver: Driver, wrappers: Sequence[DecoderWrapper], sandbox: TemplateSandbox) -> None:
     driver.close()
-    wrapper.close()
+    for wrapper in wrappers:
+        wrapper.close()
     sandbox.close()
 
 

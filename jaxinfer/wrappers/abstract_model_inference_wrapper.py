@@ -55,7 +55,7 @@ class AbstractModelInferenceWrapper(ABC):
     def collect(self, handle: Any) -> StepResult:
         """Waits for a step that is through and returns its tokens, none if it samples none.
 
-        Handles are collected in the order of their launches.
+        Handles are collected in the order of their launches; those of steps that sample nothing may be left out.
         """
 
     @abstractmethod

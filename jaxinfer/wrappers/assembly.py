@@ -22,6 +22,8 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family
 from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+from jaxinfer.wrappers.memory import Footprint, activation_bytes
+from jaxinfer.wrappers.step_batch import StepShapes
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,12 @@ def context_length(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def assemble(
-    model_config: ModelConfig, store: TensorStore, config: EngineConfig, *, progress: bool = True
+    model_config: ModelConfig,
+    store: TensorStore,
+    config: EngineConfig,
+    *,
+    beside: Footprint | None = None,
+    progress: bool = True,
 ) -> DecoderWrapper:
     """Builds the wrapper of a model whose tensors are in a store.
 
@@ -51,6 +58,7 @@ def assemble(
       model_config: the model's numbers.
       store: its tensors, by checkpoint name.
       config: the engine's settings.
+      beside: of a second model that will be loaded on the same devices, with as many pages.
       progress: show a bar while loading.
 
     Raises:
@@ -70,7 +78,9 @@ def assemble(
         mesh=mesh,
         progress=progress,
     )
-    wrapper = DecoderWrapper(model, parameters, model_config=model_config, config=config, layout=layout, mesh=mesh)
+    wrapper = DecoderWrapper(
+        model, parameters, model_config=model_config, config=config, layout=layout, mesh=mesh, beside=beside
+    )
     logger.info(
         "%s, %.1fM parameters, mesh %s on %s, %s, attention %s, weights %.0f MiB, KV %d pages of %d tokens (%.0f MiB)",
         model_config.architecture,
@@ -85,6 +95,23 @@ def assemble(
         wrapper.kv_bytes / 2**20,
     )
     return wrapper
+
+
+def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
+    """What a model will take of a device's memory, about.
+
+    Raises:
+      ValueError: it cannot be laid out on the mesh.
+    """
+    layout = lay_out(model_config, config, jax.devices()[0].platform)
+    shapes, itemsize = StepShapes(config, max_model_len=layout.max_model_len), layout.dtype.itemsize
+    page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
+    num_devices = layout.num_stages * layout.num_shards
+    return Footprint(
+        fixed_bytes=model_config.num_parameters * itemsize // num_devices
+        + activation_bytes(model_config, shapes, itemsize),
+        page_bytes=page.page_bytes(itemsize) // num_devices,
+    )
 
 
 def lay_out(model_config: ModelConfig, config: EngineConfig, platform: str) -> Layout:

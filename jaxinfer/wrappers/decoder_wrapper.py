@@ -18,14 +18,13 @@ from jaxtyping import Float, Int32
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.decoder_step import pack_inputs
 from jaxinfer.wrappers.edit_words import pack_allowed, pack_edits
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle, copy_sizes
-from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
+from jaxinfer.wrappers.memory import Footprint, activation_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
@@ -57,6 +56,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
       config: the engine's settings.
       layout: what the model was built for.
       mesh: where it lies.
+      beside: of a second model that will share the devices, with as many pages.
 
     Raises:
       ValueError: the KV pool does not fit into free memory.
@@ -71,6 +71,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         config: EngineConfig,
         layout: Layout,
         mesh: Mesh,
+        beside: Footprint | None = None,
     ):
         self._mesh = mesh
         self._shapes = StepShapes(config, max_model_len=layout.max_model_len)
@@ -78,7 +79,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
-        self._num_pages = config.num_kv_pages or self._fitting_pages(config, model_config, layout.dtype.itemsize)
+        self._num_pages = config.num_kv_pages or self._fitting_pages(
+            config, model_config, layout.dtype.itemsize, beside or Footprint()
+        )
         self._step_programs = StepPrograms(
             model,
             shapes=self._shapes,
@@ -241,16 +244,16 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """A program of StepPrograms by name, for reading its memory plan and text."""
         return self._programs.get(name, *arguments)
 
-    def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int) -> int:
+    def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int, beside: Footprint) -> int:
         devices = self._mesh.local_devices
         free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
         if devices[0].platform == "cpu":
             free //= self._mesh.size  # CPU devices share one memory
         else:
-            free -= _activation_bytes(model_config, self._shapes, itemsize)
+            free -= activation_bytes(model_config, self._shapes, itemsize)
         return num_kv_pages(
-            free=free,
-            page_bytes=self._page_bytes // self._mesh.size,
+            free=free - beside.fixed_bytes,
+            page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
 
@@ -285,14 +288,3 @@ def _logprobs(columns: Int32[np.ndarray, "M J"]) -> LogprobArrays:
         top_ids=columns[:, 2 : 2 + num_top],
         top_logprobs=np.ascontiguousarray(columns[:, 2 + num_top :]).view(np.float32),
     )
-
-
-def _activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:
-    """A generous estimate of a device's ring and largest step: residual, QKV, feed-forward and float32 logits."""
-    largest = shapes.all_shapes()[-1]
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    per_token = 4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size
-    experts = config.num_experts * (3 * config.expert_ffn_size + 2 * config.hidden_size)
-    numbers = largest.num_tokens * per_token + min(largest.num_tokens, EXPERT_BLOCK) * experts
-    rows = shapes.num_stages * (largest.num_decode + largest.num_prefill) * shapes.table_width
-    return (numbers + 4 * largest.num_logits * config.vocab_size) * max(itemsize, 4) + 4 * rows

@@ -1,17 +1,35 @@
 """How many KV pages fit.
 
-Owns: the reading of free memory and the arithmetic of the pool's size.
+Owns: the reading of free memory, the estimate of what else takes it, and the arithmetic of the pool's size.
 Does not know: what pages are used for.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import jax
 
+from jaxinfer.config import ModelConfig
+from jaxinfer.layers.moe import EXPERT_BLOCK
+from jaxinfer.wrappers.step_batch import StepShapes
+
 CPU_SHARE = 0.5
 """Of a CPU's available memory, at most, for the KV pool."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """What a model takes of a device's memory.
+
+    Args:
+      fixed_bytes: weights and activations.
+      page_bytes: of one KV page.
+    """
+
+    fixed_bytes: int = 0
+    page_bytes: int = 0
 
 
 def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
@@ -50,3 +68,14 @@ def num_kv_pages(*, free: int, page_bytes: int, useful_pages: int) -> int:
             f"use a smaller page_size or model, or raise gpu_memory_utilization"
         )
     return min(fitting - 1, useful_pages)
+
+
+def activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:
+    """A generous estimate of a device's ring and largest step: residual, QKV, feed-forward and float32 logits."""
+    largest = shapes.all_shapes()[-1]
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    per_token = 4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size
+    experts = config.num_experts * (3 * config.expert_ffn_size + 2 * config.hidden_size)
+    numbers = largest.num_tokens * per_token + min(largest.num_tokens, EXPERT_BLOCK) * experts
+    rows = shapes.num_stages * (largest.num_decode + largest.num_prefill) * shapes.table_width
+    return (numbers + 4 * largest.num_logits * config.vocab_size) * max(itemsize, 4) + 4 * rows

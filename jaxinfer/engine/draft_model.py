@@ -1,0 +1,106 @@
+"""Drafts by a small model.
+
+Owns: what the small model has computed of each sequence, and the steps in which it proposes.
+Does not know: devices, how drafts are verified. Never imports jax.
+
+The small model's wrapper has the slots and pages of the large one: what the large model computes of a prompt, the small
+one computes too, in the same pages, so that shared and cached pages hold the keys of both. It samples with each
+request's own numbers, seed and positions: as both models see the same noise, they choose the same token more often than
+two independent samples would. Where the small model's keys are missing (behind a sequence that was never drafted for),
+its proposals are worse and nothing else.
+
+Source: Leviathan et al. 2023, "Fast inference from transformers via speculative decoding", for drafts by a small model;
+Daliri et al. 2024, "Coupling without communication and drafter-invariant speculative decoding", for the shared noise
+in place of rejection sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.engine.batch import make_batch
+from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepBatch
+
+MAX_UNREAD = 8
+"""Launches that may wait to be read; an unbounded queue deadlocks processes that share a mesh."""
+_UNDRAFTED = 0
+
+
+class DraftModel:
+    """Proposes what a small model samples.
+
+    Args:
+      wrapper: the small model, with the shapes and the number of pages of the large one.
+      num_tokens: proposed at a time, at most.
+    """
+
+    def __init__(self, wrapper: AbstractModelInferenceWrapper, num_tokens: int):
+        self._wrapper = wrapper
+        self._num_tokens = num_tokens
+        self._num_computed: weakref.WeakKeyDictionary[SequenceState, int] = weakref.WeakKeyDictionary()
+
+    def plan(self, sequence: SequenceState, most: int) -> Sequence[int]:
+        """As Drafter's: placeholders."""
+        return [_UNDRAFTED] * min(most, self._num_tokens)
+
+    def complete(self, schedule: Schedule) -> Schedule:
+        """As Drafter's: computes what is new in prompts, then drafts where drafts are wanted."""
+        self._compute_prompts(schedule)
+        wanted = [chunk for chunk in schedule.prefills if chunk.drafts]
+        drafts = iter(self._propose(wanted))
+        chunks = tuple(
+            dataclasses.replace(chunk, token_ids=[chunk.token_ids[0], *next(drafts)]) if chunk.drafts else chunk
+            for chunk in schedule.prefills
+        )
+        return dataclasses.replace(schedule, prefills=chunks)
+
+    def _compute_prompts(self, schedule: Schedule) -> None:
+        known = [chunk for chunk in schedule.prefills if not chunk.drafts]
+        for chunk in known:
+            self._num_computed[chunk.sequence] = chunk.start + len(chunk.token_ids)
+        if known:
+            chunks = tuple(dataclasses.replace(chunk, num_sampled=0, scored=range(0)) for chunk in known)
+            self._launch(Schedule((), chunks, schedule.page_copies))
+
+    def _propose(self, wanted: Sequence[PrefillChunk]) -> list[list[int]]:
+        """The drafts of each chunk: what is missing of the known tokens first, then a token at a time, fed on device."""
+        unread: deque[Any] = deque()
+        read: list[np.ndarray] = []
+        most = max((len(chunk.drafts) for chunk in wanted), default=0)
+        for number in range(most):
+            going_on = [chunk for chunk in wanted if len(chunk.drafts) > number]
+            rows = tuple(DecodeRow(chunk.sequence, chunk.slot, None) for chunk in going_on)
+            step = Schedule(rows, ()) if number else Schedule((), tuple(map(self._missing, going_on)))
+            unread.append(self._launch(step))
+            if len(unread) > MAX_UNREAD:
+                read.append(self._wrapper.collect(unread.popleft()).token_ids)
+        read += [self._wrapper.collect(handle).token_ids for handle in unread]
+        drafts: list[list[int]] = [[] for _ in wanted]
+        for number, tokens in enumerate(read):
+            going_on = [entry for entry, chunk in zip(drafts, wanted, strict=True) if len(chunk.drafts) > number]
+            for entry, token_id in zip(going_on, tokens, strict=False):  # behind them comes padding
+                entry.append(int(token_id))
+        return drafts
+
+    def _missing(self, chunk: PrefillChunk) -> PrefillChunk:
+        """The known tokens that the small model lacks, one row of them at most, in place of the drafts."""
+        sequence, end = chunk.sequence, chunk.start + 1
+        start = max(min(self._num_computed.get(sequence, chunk.start), chunk.start), end - PREFILL_BLOCK)
+        self._num_computed[sequence] = chunk.start + len(chunk.drafts)
+        return dataclasses.replace(chunk, start=start, token_ids=sequence.token_ids[start:end], num_sampled=1)
+
+    def _launch(self, schedule: Schedule) -> Any:
+        """Launches a step and moves it through the pipeline."""
+        shapes = self._wrapper.shapes
+        handle = self._wrapper.launch(dataclasses.replace(make_batch(schedule, shapes), num_top=None))
+        for _ in range(shapes.num_stages - 1):
+            self._wrapper.launch(StepBatch.idle(shapes))
+        return handle

@@ -1,4 +1,4 @@
-"""The command `jaxinfer`: generate, replay, chat, info and bench, over the Python API.
+"""The command `jaxinfer`: generate, replay, score, chat, info and bench, over the Python API.
 
 Owns: commands, reading prompts, printing, one-line errors.
 Does not know: how anything is computed. Flags come from the settings dataclasses (flags.py).
@@ -118,6 +118,38 @@ def replay(
 
 
 @app.command()
+@takes_settings(EngineConfig)
+def score(
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text; none reads a pipe")] = None,
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    window: Annotated[
+        int | None, typer.Option(help="tokens that see each other (default: as many as the model's context takes)")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="tokens from window to window (default: half a window)")] = None,
+    as_json: AsJson = False,
+    **fields: Any,
+) -> None:
+    """Say how well a model predicts a text: its log-probability, perplexity and bits a byte."""
+    text = _read_text(file, missing="no text: name a file or use a pipe")
+    config = EngineConfig.from_keywords(fields)
+    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+        found = llm.perplexity(text, window=window, stride=stride)
+    numbers = {
+        "tokens": found.num_tokens,
+        "logprob": found.logprob,
+        "perplexity": found.value,
+        "bits_per_byte": found.bits_per_byte,
+    }
+    if as_json:
+        print(json.dumps(numbers))
+    else:
+        sizes = f"{found.num_tokens:,} tokens, log-probability {found.logprob:,.2f}"
+        print(f"{sizes}, perplexity {found.value:,.3f} a token, {found.bits_per_byte:.3f} bits a byte")
+
+
+@app.command()
 @takes_settings(*SETTINGS, defaults={"max_tokens": MAX_REPLY_TOKENS})
 def chat(
     *,
@@ -186,13 +218,18 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
         raise ValueError("pass prompts as arguments or with --file, not both")
     if prompts:
         return prompts
+    text = _read_text(file, missing="no prompt: pass one as an argument, with --file or through a pipe")
+    return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
+
+
+def _read_text(file: Path | None, *, missing: str) -> str:
+    """The text of a file, or of a pipe; an error where there is neither."""
     if file is None and sys.stdin.isatty():
-        raise ValueError("no prompt: pass one as an argument, with --file or through a pipe")
+        raise ValueError(missing)
     try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file or 'standard input'} is not UTF-8 text: {error}") from error
-    return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
 
 
 def _opened(record: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:

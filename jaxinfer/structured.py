@@ -37,6 +37,9 @@ TRIAL_SECONDS = 20.0
 TRIAL = Path(__file__).with_name("grammar_trial.py")
 MARKER = b"\xff"  # llguidance takes tokens that begin with this byte, which UTF-8 never has, for special ones
 # Without it a mask would hold only the tokenization that the tokenizer itself would choose for text that must come.
+WHITESPACE = r"\n? {0,12}"
+"""Between the tokens of JSON, unless a schema's own x-guidance says otherwise; unlimited, a weak model may never get
+beyond it."""
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
 
@@ -219,8 +222,8 @@ def _llguidance() -> Any:
 def _grammar(spec: StructuredOutput) -> tuple[str, str]:
     """The field that is given, and its grammar in llguidance's Lark."""
     if spec.json is not None:
-        schema = '{"type": "object"}' if spec.json == "{}" else spec.json
-        return "structured.json", f"start: %json {schema}{NO_FORCING}"
+        schema = {"x-guidance": {"whitespace_pattern": WHITESPACE}} | (json.loads(str(spec.json)) or {"type": "object"})
+        return "structured.json", f"start: %json {json.dumps(schema)}{NO_FORCING}"
     if spec.regex is not None:
         pattern = _llguidance().regex_to_lark(spec.regex, "")
         return "structured.regex", f"start: /{pattern}/{NO_FORCING}"

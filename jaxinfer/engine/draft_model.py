@@ -71,7 +71,7 @@ class DraftModel:
             self._launch(Schedule((), chunks, schedule.page_copies))
 
     def _propose(self, wanted: Sequence[PrefillChunk]) -> list[list[int]]:
-        """The drafts of each chunk: what is missing of the known tokens first, then a token at a time, fed on device."""
+        """The drafts of each chunk: first behind known tokens, then one after the other, fed on the device."""
         unread: deque[Any] = deque()
         read: list[np.ndarray] = []
         most = max((len(chunk.drafts) for chunk in wanted), default=0)

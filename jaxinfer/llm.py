@@ -6,7 +6,6 @@ Does not know: how anything is computed.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
@@ -26,9 +25,9 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, require_int
 from jaxinfer.controller import TextGenerationController
-from jaxinfer.drafters import find_draft_checkpoint, make_drafter
 from jaxinfer.driver import Delivery, Driver, Ticket
-from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.loaded_engine import LoadedEngine
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.preparation import Prompt, Submission
@@ -38,8 +37,6 @@ from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.scoring import Perplexity, Window, sliding_windows
 from jaxinfer.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from jaxinfer.wrappers.assembly import assemble, context_length
-from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 
 logger = logging.getLogger("jaxinfer")
 _BAR_SECONDS = 0.25
@@ -126,23 +123,17 @@ class LLM:
         provenance: Provenance,
     ) -> None:
         _show_log_lines()
-        max_model_len = context_length(config, model_config)
         self.config = config
-        self.max_model_len = max_model_len
         self.model_config = model_config
         self.tokenizer = tokenizer
-        draft = find_draft_checkpoint(config, model_config, max_model_len=max_model_len)
-        self._wrapper = assemble(model_config, store, config, beside=None if draft is None else draft.footprint(config))
-        draft_config = dataclasses.replace(config, max_model_len=max_model_len)
-        self._draft_wrapper = None if draft is None else draft.load(draft_config, num_pages=self._wrapper.num_pages)
-        drafter = make_drafter(config, self._draft_wrapper)
-        self._engine = DynamicEngine(self._wrapper, config, max_model_len=max_model_len, drafter=drafter)
+        self._loaded = LoadedEngine(model_config, store, config)
+        self.max_model_len = self._loaded.max_model_len
         self._controller = TextGenerationController(
-            self._engine,
+            self._loaded.engine,
             tokenizer,
             defaults=defaults,
             vocab_size=model_config.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=self.max_model_len,
             seed=config.seed,
             provenance=provenance,
         )
@@ -150,8 +141,7 @@ class LLM:
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # At garbage collection and at exit: the driver's thread must not outlive its LLM.
-        wrappers = [wrapper for wrapper in (self._wrapper, self._draft_wrapper) if wrapper is not None]
-        self._finalizer = weakref.finalize(self, _shut_down, self._driver, wrappers, self._template_sandbox)
+        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._loaded, self._template_sandbox)
 
     @overload
     def generate(
@@ -430,17 +420,11 @@ class LLM:
 
     def warmup(self) -> None:
         """Compiles every program that serving can need, so that no request waits for the compiler."""
-        self._wrapper.warmup()
-        if self._draft_wrapper is not None:
-            self._draft_wrapper.warmup()
+        self._loaded.warmup()
 
     def stats(self) -> EngineStats:
-        """Queue, pages, cache hits, preemptions, tokens, steps and compilations so far."""
-        stats = self._engine.stats()
-        if self._draft_wrapper is None:
-            return stats
-        num_compilations = stats.num_compilations + self._draft_wrapper.num_compilations
-        return dataclasses.replace(stats, num_compilations=num_compilations)
+        """Queue, pages, cache hits, preemptions, drafts, tokens, steps and compilations so far."""
+        return self._loaded.stats()
 
     def close(self) -> None:
         """Ends running requests and frees device memory; a closed LLM can only be closed again."""
@@ -595,10 +579,9 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shut_down(driver: Driver, wrappers: Sequence[DecoderWrapper], sandbox: TemplateSandbox) -> None:
+def _shut_down(driver: Driver, loaded: LoadedEngine, sandbox: TemplateSandbox) -> None:
     driver.close()
-    for wrapper in wrappers:
-        wrapper.close()
+    loaded.close()
     sandbox.close()
 
 

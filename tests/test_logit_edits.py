@@ -96,10 +96,10 @@ def test_expected_tokens_show_what_was_asked(expected):
 def test_generate_plain_batches_run_no_edited_program():
     with on_mesh(MODEL, (1, 1)) as llm:
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
-        names = {name for name, *_ in llm._wrapper._programs._programs}
-        assert names == {"forward", "sample"} and not llm._wrapper._arrays.edits
+        names = {name for name, *_ in llm._loaded.wrapper._programs._programs}
+        assert names == {"forward", "sample"} and not llm._loaded.wrapper._arrays.edits
         llm.generate([5], SamplingParams(temperature=0, max_tokens=4, presence_penalty=1.0))
-        names = {name for name, *_ in llm._wrapper._programs._programs}
+        names = {name for name, *_ in llm._loaded.wrapper._programs._programs}
         assert names == {"forward", "sample", "edit", "sample_edited"}
 
 

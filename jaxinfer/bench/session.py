@@ -19,9 +19,8 @@ from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.loaded_engine import LoadedEngine
 from jaxinfer.request import Request
-from jaxinfer.wrappers.assembly import assemble, context_length
 from jaxinfer.wrappers.step_batch import pages_for
 
 _BATCH_BROKE = (
@@ -120,15 +119,19 @@ class Session:
     def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
         self.model_config = model_config
         self.config = config
-        self.wrapper = assemble(model_config, store, config)
-        self.engine = DynamicEngine(self.wrapper, config, max_model_len=context_length(config, model_config))
+        self._loaded = LoadedEngine(model_config, store, config)
+        self.engine = self._loaded.engine
         self._ids = itertools.count()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.wrapper.close()
+        self._loaded.close()
+
+    def warmup(self) -> None:
+        """Compiles every program that the engine can need."""
+        self._loaded.warmup()
 
     def prompts(self, count: int, length: int, *seed: int) -> list[tuple[int, ...]]:
         """Random prompts of one length."""
@@ -155,8 +158,13 @@ class Session:
           num_steps: decode steps in the window.
 
         Raises:
-          ValueError: rows end, wait or are preempted inside the window; the message names the knobs.
+          ValueError: rows end, wait or are preempted inside the window, or steps bring several tokens; the message
+            names the knobs.
         """
+        if self.config.draft_model is not None:
+            raise ValueError(
+                "steps are timed one token at a time; leave draft_model out, or measure with bench throughput"
+            )
         started = time.perf_counter()
         self.generate(prompts, 1)
         prefill_s = time.perf_counter() - started
@@ -191,7 +199,7 @@ class Session:
                 counts[event.request_id] += 1
 
     def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
-        return max(1, context_length(self.config, self.model_config) - max(map(len, prompts)))
+        return max(1, self._loaded.max_model_len - max(map(len, prompts)))
 
     def _add(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
         ids = [f"bench-{next(self._ids)}" for _ in prompts]
@@ -202,5 +210,5 @@ class Session:
     def _abort(self, ids: Mapping[str, int]) -> None:
         for request_id in ids:
             self.engine.abort(request_id)
-        for _ in range(2 * self.wrapper.shapes.num_stages):  # steps launched ahead are read and dropped
+        for _ in range(2 * self.config.pipeline_parallel_size):  # steps launched ahead are read and dropped
             self.engine.step()

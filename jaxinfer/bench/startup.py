@@ -145,7 +145,7 @@ def probe(import_s: float) -> None:
         session.generate(session.prompts(1, spec["prompt_len"], 1), 1)
         second_s = lap()
         if spec["warmup"]:
-            session.wrapper.warmup()
+            session.warmup()
         warmup_s = lap() if spec["warmup"] else None
     times = StartupTimes(
         interpreter_s=total_s - import_s - device_s - load_s - first_s,

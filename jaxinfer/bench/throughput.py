@@ -81,7 +81,7 @@ def measure(session: Session, trace: Sequence[TraceEntry], *, prefix_len: int = 
         return random_prompts(lengths, vocab_size=vocab_size, seed=(seed, number), prefix_len=prefix_len)
 
     if any(entry.arrival_time for entry in trace):
-        session.wrapper.warmup()
+        session.warmup()
     else:
         _serve(session.engine, trace, prompts(0), "warm-up")
     before = session.engine.stats()

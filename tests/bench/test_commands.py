@@ -89,7 +89,7 @@ def test_throughput_counts_are_the_traces(run, session, tmp_path):
 
 def test_throughput_arrivals_warm_up_everything_and_prefixes_hit(run, session, monkeypatch):
     warmed = []
-    monkeypatch.setattr(session.wrapper, "warmup", lambda: warmed.append(True))
+    monkeypatch.setattr(session, "warmup", lambda: warmed.append(True))
     arguments = ("--model", GQA, "--num-requests", 3, "--spread", 0, *LENGTHS, "--prompt-len", 70, "--prefix-len", 64)
     record = json.loads(run("throughput", *arguments, "--request-rate", 500, "--json", "-").stdout)
     assert warmed and record["result"]["output_tokens"] == 18

@@ -128,7 +128,7 @@ def test_after_warm_up_nothing_compiles_and_pages_stay_in_place(layout):
         run(llm, "llama")
         run(llm, "llama")
         assert llm.stats().num_compilations == before
-        wrapper = llm._wrapper
+        wrapper = llm._loaded.wrapper
         pages = wrapper.caches[0].keys
         local = NamedSharding(pages.sharding.mesh, KV_PAGES).shard_shape(pages.shape)
         pool = "f32[" + ",".join(map(str, local)) + "]"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from jaxinfer import cli
 from jaxinfer.api import split_settings
 from jaxinfer.flags import SETTINGS, read_settings
+from jaxinfer.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -37,6 +38,12 @@ def test_readme_commands_have_the_flags_they_show(command):
     assert all(f"{flag} " in result.output for flag in flags)
     for file in (word for word in words if word.startswith("configs/")):
         assert (ROOT / file).exists()
+
+
+def test_readme_has_every_sampling_parameter_with_its_default():
+    table = TEXT.partition("| `SamplingParams` | default |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]*\| [^|]*\|$", table, re.MULTILINE)
+    assert dict(rows) == {field.name: str(field.default) for field in dataclasses.fields(SamplingParams)}
 
 
 def test_readme_links_exist():

@@ -36,7 +36,7 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
     shape = shapes.shape(
         num_decode=len(schedule.decodes),
         num_prefill=len(blocks),
-        num_logits=sum(rows.num_rows for rows in sampled),
+        num_logits=sum(rows.num_sampled for rows in sampled),
         scored=scored,
     )
     dump_slot, width = shapes.num_slots, shapes.table_width
@@ -71,8 +71,8 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
     feeds = np.zeros(shape.num_logits, bool)
     places = [*range(len(schedule.decodes)), *(shapes.max_decode + token for token in _sampled_tokens(schedule))]
     index[: len(places)] = places
-    logit_slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_rows)]
-    feeds[np.cumsum([rows.num_rows for rows in sampled], dtype=int) - 1] = True
+    logit_slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_sampled)]
+    feeds[np.cumsum([rows.num_sampled for rows in sampled], dtype=int) - 1] = True
     requests = [rows.sequence.request for rows in sampled]
     return StepBatch(
         shape=shape,

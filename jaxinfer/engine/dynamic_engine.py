@@ -279,15 +279,16 @@ class DynamicEngine:
         result = self._wrapper.collect(step.handle)
         if result.scores is not None:
             _keep_scores(step.schedule, result.scores)
-        events, first = [], 0
+        token_ids = result.token_ids.tolist()
+        events, row = [], 0
         for rows in step.schedule.sampled:
             # A finished sequence was launched once more before the host knew; that token is dropped.
             if rows.sequence.finish_reason is None:
                 if rows.sequence.request.request_id in self._searches:
-                    self._read_beam(rows.sequence, first, result)
+                    self._read_beam(rows.sequence, row, result)
                 else:
-                    events += self._read(rows, range(first, first + rows.num_rows), result)
-            first += rows.num_rows
+                    events += self._read(rows, token_ids[row : row + rows.num_sampled], row, result.logprobs)
+            row += rows.num_sampled
         return events
 
     def _read_beam(self, sequence: SequenceState, place: int, result: StepResult) -> None:
@@ -306,11 +307,12 @@ class DynamicEngine:
                 )
             )
 
-    def _read(self, rows: SampledRows, places: range, result: StepResult) -> list[TokenEvent]:
-        """The events of a sequence's logit rows."""
+    def _read(self, rows: SampledRows, sampled: list[int], first: int, found: LogprobArrays | None) -> list[TokenEvent]:
+        """The events of a sequence's logit rows, of which the step's `first` is the first one."""
         sequence, request = rows.sequence, rows.sequence.request
-        is_first = len(sequence.token_ids) == len(request.prompt_token_ids)
-        sampled = result.token_ids[places.start : places.stop].tolist()
+        scores = None
+        if request.prompt_logprobs is not None and len(sequence.token_ids) == len(request.prompt_token_ids):
+            scores = tuple(sequence.prompt_logprobs)
         num_new = self._scheduler.append(sequence, sampled, rows.drafts)
         self._generation_tokens += num_new
         self._draft_tokens += len(rows.drafts)
@@ -318,16 +320,13 @@ class DynamicEngine:
         if sequence.finish_reason is not None:
             del self._sequences[request.request_id]
             self._num_finished += 1
-        logprobs: list[TokenLogprobs | None] = [None] * num_new
-        if sequence.num_top is not None and result.logprobs is not None:
-            logprobs = [_token_logprobs(result.logprobs, place, sequence.num_top) for place in places[:num_new]]
-        scores = None if request.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
+        num_top = sequence.num_top
         return [
             TokenEvent(
                 request_id=request.request_id,
                 token_id=sampled[i],
-                logprobs=logprobs[i],
-                prompt_logprobs=scores if is_first and i == 0 else None,
+                logprobs=None if found is None or num_top is None else _token_logprobs(found, first + i, num_top),
+                prompt_logprobs=scores if i == 0 else None,
                 finish_reason=sequence.finish_reason if i == num_new - 1 else None,
                 num_cached_tokens=sequence.num_cached_tokens or 0,
             )

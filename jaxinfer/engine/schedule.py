@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
 
 from jaxinfer.constraint import ConstraintState
 from jaxinfer.request import FinishReason, Request, TokenLogprobs
@@ -24,6 +26,7 @@ class SequenceState:
       request: what was asked.
       order: (priority, arrival, ..); smaller runs first and is preempted last.
       token_ids: prompt and the tokens read so far.
+      limit: tokens at which it ends.
       leader: one whose first tokens are the same, up to this one's last, so that its pages can be shared; None for
         nobody, or once admitted.
       num_top: report log-probabilities, and those of so many of the most likely tokens; None for none.
@@ -48,6 +51,7 @@ class SequenceState:
     request: Request
     order: tuple[int, ...]
     token_ids: list[int]
+    limit: int
     leader: SequenceState | None = None
     num_top: int | None = None
     is_host_fed: bool = False
@@ -95,6 +99,8 @@ class DecodeRow:
       new_page: (index in its page table, page) that the token needs, or None.
     """
 
+    num_sampled: ClassVar[int] = 1
+    drafts: ClassVar[Sequence[int]] = ()
     sequence: SequenceState
     slot: int
     new_page: tuple[int, int] | None
@@ -133,27 +139,11 @@ class PrefillChunk:
         return self.token_ids[1:] if self.num_sampled > 1 else ()
 
 
-@dataclass(frozen=True, slots=True)
-class SampledRows:
-    """Consecutive logit rows of a step that belong to one sequence.
-
-    Args:
-      sequence: whose.
-      slot: its slot at the time.
-      drafts: the tokens proposed behind each row but the last.
-    """
-
-    sequence: SequenceState
-    slot: int
-    drafts: Sequence[int] = ()
-
-    @property
-    def num_rows(self) -> int:
-        """How many."""
-        return 1 + len(self.drafts)
+SampledRows = DecodeRow | PrefillChunk
+"""Whose num_sampled logit rows follow each other; drafts are the tokens proposed behind each but the last."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Schedule:
     """The work of one step.
 
@@ -169,9 +159,7 @@ class Schedule:
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
 
-    @property
+    @cached_property
     def sampled(self) -> tuple[SampledRows, ...]:
         """Who samples, in the order of the step's logit rows."""
-        decodes = [SampledRows(row.sequence, row.slot) for row in self.decodes]
-        chunks = [SampledRows(chunk.sequence, chunk.slot, chunk.drafts) for chunk in self.prefills if chunk.num_sampled]
-        return (*decodes, *chunks)
+        return (*self.decodes, *(chunk for chunk in self.prefills if chunk.num_sampled))

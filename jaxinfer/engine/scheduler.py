@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.constraint import ConstraintError
+from jaxinfer.constraint import ConstraintError, ConstraintState
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import FinishReason, Request
@@ -178,6 +178,7 @@ class Scheduler:
             request=request,
             order=(request.priority, next(self._arrivals)),
             token_ids=list(request.prompt_token_ids),
+            limit=self.limit(request),
             leader=leader,
             num_top=request.logprobs if num_top is None else num_top,
             is_host_fed=is_host_fed,
@@ -195,6 +196,7 @@ class Scheduler:
             request=sequence.request,
             order=(*sequence.order[:2], next(self._arrivals)),
             token_ids=[*sequence.token_ids, token_id],
+            limit=sequence.limit,
             leader=sequence,
             num_top=sequence.num_top,
             is_host_fed=True,
@@ -238,6 +240,9 @@ class Scheduler:
           How many of the sampled tokens it got.
         """
         sequence.num_unread -= len(sampled)
+        if not drafts:
+            self._append(sequence, sampled[0])
+            return 1
         num_right = next((i for i, draft in enumerate(drafts) if draft != sampled[i]), len(drafts))
         if num_right < len(drafts) and sequence.slot != NO_SLOT:
             sequence.num_computed = len(sequence.token_ids) + num_right
@@ -246,7 +251,7 @@ class Scheduler:
         while num_new <= num_right and sequence.finish_reason is None:
             self._append(sequence, sampled[num_new])
             num_new += 1
-        if drafts and sequence.slot != NO_SLOT:
+        if sequence.slot != NO_SLOT:
             self._give_back_pages(sequence)
         return num_new
 
@@ -278,11 +283,11 @@ class Scheduler:
 
     def _end(self, sequence: SequenceState, token_id: int) -> FinishReason | None:
         """Why a sequence ends with its newest token, if it does."""
-        if token_id in sequence.request.stop_token_ids or _completes_constraint(sequence, token_id):
+        if token_id in sequence.request.stop_token_ids:
             return "stop"
-        if len(sequence.token_ids) >= self.limit(sequence.request):
-            return "length"
-        return None
+        if sequence.constraint is not None and _completes(sequence.constraint, token_id):
+            return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.limit else None
 
     def _enqueue(self, sequence: SequenceState) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))
@@ -331,7 +336,7 @@ class Scheduler:
         ready = [
             sequence
             for sequence in self._running
-            if sequence.is_ready and not sequence.is_parked and sequence.num_tokens < self.limit(sequence.request)
+            if sequence.is_ready and not sequence.is_parked and sequence.num_tokens < sequence.limit
         ]
         through = [
             sequence
@@ -352,7 +357,7 @@ class Scheduler:
 
     def _add_ready(self, step: _Step, sequence: SequenceState) -> None:
         """Adds a row for a sequence's next token, or a chunk that verifies drafts of several."""
-        drafts = self._drafts(step, sequence)
+        drafts = self._drafts(step, sequence) if sequence.is_host_fed else ()
         start, num_pages = sequence.num_computed, len(sequence.pages)
         if sequence.is_decoding and not drafts:
             if self._grow(sequence, start + 1):
@@ -368,22 +373,24 @@ class Scheduler:
 
     def _drafts(self, step: _Step, sequence: SequenceState) -> Sequence[int]:
         """Tokens to verify: not beyond the sequence's end, the step's budget and the pages that are free."""
-        if self._plan_drafts is None or not sequence.is_host_fed:
+        if self._plan_drafts is None:
             return ()
         num_tokens = len(sequence.token_ids)
         num_positions = (len(sequence.pages) + self.pages.num_available) * self._config.page_size
-        most = min(self.limit(sequence.request) - 1, num_positions) - num_tokens
+        most = min(sequence.limit - 1, num_positions) - num_tokens
         return self._plan_drafts(sequence, max(min(most, step.budget, PREFILL_BLOCK - 1), 0))
 
     def _grow(self, sequence: SequenceState, num_tokens: int) -> bool:
         """Takes pages up to a length, preempting the newest running sequences, this one last; False if it had to go."""
+        if num_tokens <= len(sequence.pages) * self._config.page_size:
+            return True
         missing = pages_for(num_tokens, self._config.page_size) - len(sequence.pages)
         while missing > self.pages.num_available:
             newest = max(self._running, key=lambda running: running.order)
             self._preempt(newest)
             if newest is sequence:
                 return False
-        sequence.pages += self.pages.allocate(max(missing, 0))
+        sequence.pages += self.pages.allocate(missing)
         return True
 
     def _give_back_pages(self, sequence: SequenceState) -> None:
@@ -539,10 +546,7 @@ def _scored(sequence: SequenceState, start: int, end: int) -> range:
     return range(first, max(first, min(end, len(sequence.request.prompt_token_ids) - 1)))
 
 
-def _completes_constraint(sequence: SequenceState, token_id: int) -> bool:
-    """Tells a sequence's constraint of its newest token; whether nothing may follow any more."""
-    constraint = sequence.constraint
-    if constraint is None:
-        return False
+def _completes(constraint: ConstraintState, token_id: int) -> bool:
+    """Tells a constraint of a token; whether nothing may follow any more."""
     constraint.advance(token_id)
     return constraint.is_complete or not constraint.allowed().any()

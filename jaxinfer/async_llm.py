@@ -16,10 +16,10 @@ from typing import Any
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.driver import Delivery, EngineClosedError
 from jaxinfer.engine.dynamic_engine import EngineStats
-from jaxinfer.llm import LLM
+from jaxinfer.llm import LLM, score_params
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.preparation import Prompt, Submission
-from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.tokenizer import Tokenizer
 
 
@@ -89,6 +89,14 @@ class AsyncLLM:
         """
         return self._stream(self._llm.prepare_chat(messages, sampling_params, **template))
 
+    async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> RequestOutput:
+        """Looks for the most likely texts of one prompt; arguments, result and errors as LLM.beam_search's."""
+        return await self._last(self._llm.prepare_beam_search(prompt, params))
+
+    async def score(self, prompt: Prompt, *, prompt_logprobs: int = 0) -> RequestOutput:
+        """Scores one prompt; arguments, result and errors as LLM.score's."""
+        return await self._last(self._llm.prepare(prompt, score_params(prompt_logprobs)))
+
     @property
     def default_params(self) -> SamplingParams:
         """The checkpoint's own way of sampling, used where no SamplingParams are given."""
@@ -103,6 +111,11 @@ class AsyncLLM:
 
         ticket = self._llm.start(submission, deliver=deliver)
         return AsyncOutputStream(outputs, lambda: self._llm.cancel(ticket))
+
+    async def _last(self, submission: Submission) -> RequestOutput:
+        """The finished output of a request; cancelling the task aborts it."""
+        outputs = [output async for output in self._stream(submission)]
+        return outputs[-1]
 
     async def warmup(self) -> None:
         """Compiles every program that serving can need; the event loop goes on."""

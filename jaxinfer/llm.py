@@ -219,8 +219,7 @@ class LLM:
         prompt_list, is_single = _as_prompts(prompts)
         entries = _one_each("params", prompt_list, BeamSearchParams() if params is None else params, BeamSearchParams)
         submissions = [
-            self._controller.prepare_beam_search(prompt, entry)
-            for prompt, entry in zip(prompt_list, entries, strict=True)
+            self.prepare_beam_search(prompt, entry) for prompt, entry in zip(prompt_list, entries, strict=True)
         ]
         outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
@@ -245,8 +244,7 @@ class LLM:
         Example:
           [entry[token].logprob for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])]
         """
-        params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=prompt_logprobs)
-        return self.generate(prompts, params, use_tqdm=use_tqdm)
+        return self.generate(prompts, score_params(prompt_logprobs), use_tqdm=use_tqdm)
 
     def perplexity(self, text: Prompt, *, window: int | None = None, stride: int | None = None) -> Perplexity:
         """How well the model predicts a text of any length, through a sliding window.
@@ -384,6 +382,11 @@ class LLM:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         return self._controller.prepare(prompt, self._params_or_default(sampling_params))
 
+    def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> Submission:
+        """A validated beam search for one prompt, for start; arguments and errors as beam_search's."""
+        checked = BeamSearchParams() if params is None else _checked("params", params, BeamSearchParams)
+        return self._controller.prepare_beam_search(prompt, checked)
+
     def prepare_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -499,6 +502,11 @@ class OutputStream(Iterator[RequestOutput]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def score_params(prompt_logprobs: int) -> SamplingParams:
+    """Parameters that score a prompt and generate nothing."""
+    return SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=prompt_logprobs)
 
 
 def _wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput]:

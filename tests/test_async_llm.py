@@ -7,7 +7,7 @@ import pytest
 from conftest import load_golden
 from safetensors.numpy import load_file
 
-from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
+from jaxinfer import LLM, AsyncLLM, BeamSearchParams, EngineClosedError, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -51,6 +51,21 @@ def test_generate_many_tasks_equal_one_by_one(llm, expected):
 
     assert asyncio.run(main()) == list(expected.values())
     assert asyncio.run(main()) == list(expected.values()), "a second event loop"
+
+
+def test_beam_search_and_score_beside_each_other_equal_llm(llm, path):
+    params = BeamSearchParams(beam_width=2, max_tokens=5, num_return_sequences=2)
+
+    async def main():
+        return await asyncio.gather(llm.beam_search("the house", params), llm.score("the house"))
+
+    searched, scored = asyncio.run(main())
+    with LLM(path, **SMALL) as plain:
+        expected = plain.beam_search("the house", params)
+        assert [(text.text, text.score) for text in searched.outputs] == [
+            (text.text, text.score) for text in expected.outputs
+        ]
+        assert scored.prompt_logprobs == plain.score("the house").prompt_logprobs
 
 
 def test_generate_from_loops_in_several_threads(llm, expected):

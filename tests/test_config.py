@@ -66,7 +66,7 @@ def test_engine_config_integers_become_int(kind) -> None:
     assert config == EngineConfig(
         max_num_seqs=3, max_model_len=99, num_kv_pages=7, seed=5, page_size=16, max_num_batched_tokens=32
     )
-    assert all(type(value) in (int, float, bool, str) for value in dataclasses.asdict(config).values())
+    assert all(type(value) in (int, float, bool, str, type(None)) for value in dataclasses.asdict(config).values())
 
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)])

@@ -2,16 +2,10 @@
 
 import numpy as np
 import pytest
-from engine_tools import make_engine, run_all
+from engine_tools import make_engine, request, run_all
 from fake_wrapper import continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from jaxinfer.request import Request
-
-
-def request(name, prompt, max_tokens=5, **fields) -> Request:
-    return Request(request_id=str(name), prompt_token_ids=tuple(prompt), max_tokens=max_tokens, **fields)
 
 
 @st.composite

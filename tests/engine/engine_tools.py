@@ -1,11 +1,12 @@
 """Small helpers around a DynamicEngine over the fake wrapper."""
 
-from fake_wrapper import FakeWrapper, text_of
+from fake_wrapper import FakeWrapper, logprobs, text_of
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine.beam_search import BeamCandidates, BeamGroup
 from jaxinfer.engine.drafting import PROMPT_LOOKUP
 from jaxinfer.engine.dynamic_engine import DynamicEngine
-from jaxinfer.request import Request
+from jaxinfer.request import Request, TokenLogprobs
 
 
 def request(name, prompt, max_tokens=5, **fields) -> Request:
@@ -53,3 +54,41 @@ def tokens_of(events, requests):
 def assert_own_texts(events, requests, *, max_model_len=64):
     """Every request got what it would have got alone."""
     assert tokens_of(events, requests) == {entry.request_id: text_of(entry, max_model_len) for entry in requests}
+
+
+def plain_search(entry, params, *, max_model_len=64):
+    """What a beam search finds that asks for one text's log-probabilities after the other."""
+    group = BeamGroup(
+        beam_width=params.beam_width,
+        max_tokens=min(entry.max_tokens, max_model_len - len(entry.prompt_token_ids)),
+        length_penalty=params.length_penalty,
+        early_stopping=params.early_stopping,
+        stop_token_ids=entry.stop_token_ids,
+    )
+    texts = [entry.prompt_token_ids]
+    while texts:
+        values = [logprobs(text) for text in texts]
+        steps = group.advance([BeamCandidates(token_ids=range(len(row)), logprobs=row.tolist()) for row in values])
+        texts = [(*texts[step.parent], step.token_id) for step in steps]
+    return group.hypotheses(params.num_return_sequences)
+
+
+def plain_scores(entry):
+    """The log-probabilities of a request's prompt from its second token on; None where it does not ask."""
+    prompt, num_top = entry.prompt_token_ids, entry.prompt_logprobs
+    if num_top is None:
+        return None
+    return tuple(
+        token_logprobs(logprobs(prompt[:place]), token_id, num_top) for place, token_id in enumerate(prompt) if place
+    )
+
+
+def token_logprobs(values, token_id, num_top):
+    """Of a token with these log-probabilities over the vocabulary."""
+    top = sorted(range(len(values)), key=lambda token: -values[token])[:num_top]
+    return TokenLogprobs(
+        logprob=values[token_id],
+        rank=1 + sum(values > values[token_id]),
+        top_ids=tuple(top),
+        top_logprobs=tuple(values[top]),
+    )

@@ -1,37 +1,13 @@
 """Constraints in the engine: every token is sampled under the mask that all tokens before it leave, and nobody else
 waits for that."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 from engine_tools import assert_own_texts, finish, make_engine, request, run_all, tokens_of
-from fake_wrapper import VOCAB_SIZE, continuation, text_of
+from fake_policies import Residues, ResidueState
+from fake_wrapper import continuation, text_of
 
-from jaxinfer.constraint import ConstraintError, pack_ids
-
-
-@dataclass(frozen=True)
-class Residues:
-    """Allows the tokens that have the residue of the sum of all before; complete after so many."""
-
-    length: int = 1000
-
-    def start(self):
-        return ResidueState(self.length)
-
-
-class ResidueState:
-    def __init__(self, length):
-        self._left, self._sum = length, 0
-
-    is_complete = property(lambda self: self._left == 0)
-
-    def allowed(self):
-        return pack_ids(range(self._sum % 5, VOCAB_SIZE, 5), VOCAB_SIZE)
-
-    def advance(self, token_id):
-        self._sum, self._left = self._sum + token_id, self._left - 1
+from jaxinfer.constraint import ConstraintError
 
 
 class DeadEnd(Residues):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from engine_tools import assert_own_texts, finish, make_engine, plain_search, request, run_all
-from fake_wrapper import VOCAB_SIZE, continuation, next_token
+from fake_policies import Scripted, partly, right, wrong
+from fake_wrapper import VOCAB_SIZE, continuation
 
 from jaxinfer.constraint import OnlyThese
 from jaxinfer.engine.drafting import PromptLookup
@@ -15,27 +15,7 @@ from jaxinfer.engine.schedule import SequenceState
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.wrappers.step_batch import pages_for
 
-NUM_DRAFTS = 4
 STOP = frozenset(range(0, 97, 9))
-
-
-class Scripted:
-    """Proposes what really follows, save at the positions that `wrong` names."""
-
-    def __init__(self, wrong: Callable[[int], bool], num_tokens=NUM_DRAFTS):
-        self._wrong, self._num_tokens = wrong, num_tokens
-
-    def plan(self, sequence, most):
-        return self._text(sequence, min(most, self._num_tokens))
-
-    def complete(self, schedule):
-        return schedule
-
-    def _text(self, sequence, count):
-        text, seed = list(sequence.token_ids), sequence.request.seed if sequence.request.top_k else 0
-        for _ in range(count):
-            text.append((next_token(text, seed) + self._wrong(len(text))) % VOCAB_SIZE)
-        return text[len(sequence.token_ids) :]
 
 
 class Late(Scripted):
@@ -52,18 +32,6 @@ class Late(Scripted):
             for chunk in schedule.prefills
         ]
         return dataclasses.replace(schedule, prefills=tuple(chunks))
-
-
-def right(position):
-    return False
-
-
-def wrong(position):
-    return True
-
-
-def partly(position):
-    return position % 7 in (2, 3)
 
 
 def requests_of(max_tokens=20, **fields):

@@ -1,80 +1,9 @@
-"""The engine over a fake device: any history of requests gives every request its own text and leaks nothing."""
+"""The engine over a fake device: order, limits, preemption, prefix cache, use of the pipeline."""
 
 import numpy as np
 import pytest
 from engine_tools import make_engine, request, run_all
 from fake_wrapper import continuation
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-
-@st.composite
-def histories(draw):
-    """Engine settings and a sequence of adds, steps and aborts, many of them with common prefixes."""
-    page_size = draw(st.sampled_from([8, 16]))
-    settings_ = {
-        "page_size": page_size,
-        "max_num_seqs": draw(st.sampled_from([1, 2, 3, 5])),
-        "num_kv_pages": draw(st.integers(8, 14)),
-        "max_num_batched_tokens": draw(st.sampled_from([16, 32, 64])),
-        "enable_prefix_caching": draw(st.booleans()),
-        "run_ahead": draw(st.booleans()),
-        "pipeline_parallel_size": draw(st.sampled_from([1, 1, 2, 3, 4])),
-    }
-    actions = []
-    for number in range(draw(st.integers(1, 8))):
-        family, length = draw(st.integers(0, 1)), draw(st.integers(1, 45))
-        prompt = [(family * 31 + i) % 7 for i in range(length)]
-        prompt[-1] = draw(st.integers(0, 3))
-        stop = frozenset(range(0, 97, 9)) if draw(st.booleans()) else frozenset()
-        actions.append(("add", (number, prompt, draw(st.integers(1, 18)), stop)))
-        actions += [("step", None)] * draw(st.integers(0, 4))
-        if draw(st.integers(0, 4)) == 0:
-            actions.append(("abort", str(draw(st.integers(0, number)))))
-    return settings_, actions
-
-
-@settings(max_examples=150, deadline=None)
-@given(histories())
-def test_engine_any_history_gives_own_text_and_leaks_no_page(history):
-    engine_settings, actions = history
-    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
-    requests, outputs, finished, aborted = {}, {}, {}, set()
-
-    def take(events):
-        for event in events:
-            assert event.request_id not in finished
-            assert event.request_id not in aborted
-            outputs[event.request_id].append(event.token_id)
-            if event.finish_reason:
-                finished[event.request_id] = event.finish_reason
-
-    for action, value in actions:
-        if action == "add":
-            name, prompt, max_tokens, stop = value
-            requests[str(name)] = request(name, prompt, max_tokens, stop_token_ids=stop)
-            outputs[str(name)] = []
-            engine.add_request(requests[str(name)])
-        elif action == "step":
-            take(engine.step())
-        elif engine.abort(value):
-            aborted.add(value)
-    for _ in range(4000):
-        if not engine.has_unfinished():
-            break
-        take(engine.step())
-    assert not engine.has_unfinished()
-    for name, entry in requests.items():
-        expected = continuation(entry.prompt_token_ids, entry.max_tokens, entry.stop_token_ids)
-        if name in aborted:
-            assert outputs[name] == expected[: len(outputs[name])]
-        else:
-            assert outputs[name] == expected
-            assert finished[name] == ("stop" if expected[-1] in entry.stop_token_ids else "length")
-    stats = engine.stats()
-    assert stats.kv_pages_used == 0
-    assert stats.num_requests_running == stats.num_requests_waiting == 0
-    assert wrapper.max_pending <= engine_settings["pipeline_parallel_size"] + engine_settings["run_ahead"]
 
 
 def test_engine_tight_pool_preempts_every_request_and_keeps_output():

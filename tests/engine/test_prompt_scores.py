@@ -2,7 +2,7 @@
 
 import pytest
 from engine_tools import assert_own_texts, finish, make_engine, plain_scores, request, run_all
-from test_drafting import Scripted, partly
+from fake_policies import Scripted, partly
 
 from jaxinfer.wrappers.step_batch import NO_TARGET
 

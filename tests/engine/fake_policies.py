@@ -1,0 +1,62 @@
+"""A drafter that knows what follows the fake wrapper's texts, and a constraint that every token changes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fake_wrapper import VOCAB_SIZE, next_token
+
+from jaxinfer.constraint import pack_ids
+
+
+def right(position):
+    return False
+
+
+def wrong(position):
+    return True
+
+
+def partly(position):
+    return position % 7 in (2, 3)
+
+
+class Scripted:
+    """Proposes what really follows, save at the positions that `wrong` names."""
+
+    def __init__(self, wrong: Callable[[int], bool], num_tokens=4):
+        self._wrong, self._num_tokens = wrong, num_tokens
+
+    def plan(self, sequence, most):
+        return self._text(sequence, min(most, self._num_tokens))
+
+    def complete(self, schedule):
+        return schedule
+
+    def _text(self, sequence, count):
+        text, seed = list(sequence.token_ids), sequence.request.seed if sequence.request.top_k else 0
+        for _ in range(count):
+            text.append((next_token(text, seed) + self._wrong(len(text))) % VOCAB_SIZE)
+        return text[len(sequence.token_ids) :]
+
+
+@dataclass(frozen=True)
+class Residues:
+    """Allows the tokens that have the residue of the sum of all before; complete after so many."""
+
+    length: int = 1000
+
+    def start(self):
+        return ResidueState(self.length)
+
+
+class ResidueState:
+    def __init__(self, length):
+        self._left, self._sum = length, 0
+
+    is_complete = property(lambda self: self._left == 0)
+
+    def allowed(self):
+        return pack_ids(range(self._sum % 5, VOCAB_SIZE, 5), VOCAB_SIZE)
+
+    def advance(self, token_id):
+        self._sum, self._left = self._sum + token_id, self._left - 1

@@ -1,0 +1,160 @@
+"""Drafts: the tokens of plain decoding in fewer steps, whoever proposes and whatever the engine does meanwhile.
+
+In float32 on CPU, where tokens are equal; with drafts a token's log-probability comes from a prefill row instead of a
+decode row, and differs by the order of sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from mesh_tools import VOCAB_SIZE, on_mesh
+
+from jaxinfer import LLM, EngineConfig, RequestOutput, SamplingParams
+
+MATRIX = pytest.mark.matrix
+MODEL = "gpt2"  # of the checkpoints, the one that repeats itself most
+RANDOM = np.random.default_rng(0)
+GREEDY, COMMON = {"temperature": 0.0}, {"logprobs": 1, "ignore_eos": True}
+EDITED = [  # never drafted for, but in the batches of those that are
+    ([7, 8, 9] * 7, SamplingParams(max_tokens=20, frequency_penalty=1.0, ignore_eos=True, **GREEDY)),
+    ([4] * 12, SamplingParams(max_tokens=20, structured={"regex": "[a-d]{9}"}, **GREEDY)),
+]
+DRAFTED = [
+    ([7, 8, 9] * 7, SamplingParams(max_tokens=24, **GREEDY, **COMMON)),
+    ([*RANDOM.integers(0, VOCAB_SIZE, 23).tolist()], SamplingParams(max_tokens=24, **GREEDY, **COMMON)),
+    ([4] * 12, SamplingParams(max_tokens=30, temperature=0.3, seed=3, **COMMON)),
+    ([9, 1, 30, 2] * 4, SamplingParams(max_tokens=30, temperature=0.7, seed=3, **COMMON)),
+    ([5] * 17, SamplingParams(max_tokens=30, temperature=0.5, seed=5, n=2, **COMMON)),
+]
+ASKED = [*EDITED, *DRAFTED]
+
+
+@pytest.fixture(params=["prompt-lookup"])
+def drafts(request) -> dict[str, Any]:
+    """Engine settings of every kind of draft."""
+    return {"draft_model": request.param, "num_draft_tokens": 3}
+
+
+def generate(llm: LLM) -> list[RequestOutput]:
+    prompts, params = zip(*ASKED, strict=True)
+    return llm.generate(list(prompts), list(params), use_tqdm=False)
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
+    return [[entry.token_ids for entry in output.outputs] for output in outputs]
+
+
+def sampled_logprobs(output: RequestOutput) -> list[float]:
+    return [
+        found[token].logprob
+        for entry in output.outputs
+        for token, found in zip(entry.token_ids, entry.logprobs, strict=True)
+    ]
+
+
+@functools.cache
+def plainly() -> tuple[list[RequestOutput], list[int]]:
+    """Without drafts, every prompt by itself on one device, and the steps that each took."""
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", enable_prefix_caching=False) as llm:
+        outputs, steps = [], []
+        for prompt, params in ASKED:
+            before = llm.stats().num_steps
+            outputs.append(llm.generate(prompt, params))
+            steps.append(llm.stats().num_steps - before)
+        return outputs, steps
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        ((1, 1), {"num_kv_pages": 12, "enable_prefix_caching": False}),
+        ((2, 2), {"max_num_batched_tokens": 64}),
+        ((4, 2), {"max_num_batched_tokens": 64, "enable_prefix_caching": False}),
+        pytest.param((1, 1), {"run_ahead": False}, marks=MATRIX),
+        pytest.param((1, 1), {"max_num_batched_tokens": 64}, marks=MATRIX),
+        pytest.param((1, 1), {"num_draft_tokens": 15}, marks=MATRIX),
+        pytest.param((2, 4), {"num_kv_pages": 12, "enable_prefix_caching": False}, marks=MATRIX),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("one_shape")
+def test_generate_with_drafts_equals_plain_decoding(drafts, layout, fields):
+    expected, _ = plainly()
+    with on_mesh(MODEL, layout, tokenizer="byte", **drafts | fields) as llm:
+        found = generate(llm)
+        stats = llm.stats()
+        if llm.config.enable_prefix_caching:
+            assert tokens_of(generate(llm)) == tokens_of(found)
+            assert llm.stats().prefix_cache_hits > stats.prefix_cache_hits
+    assert tokens_of(found) == tokens_of(expected)
+    for one, other in zip(found[len(EDITED) :], expected[len(EDITED) :], strict=True):
+        np.testing.assert_allclose(sampled_logprobs(one), sampled_logprobs(other), rtol=0, atol=1e-4)
+    assert 0 < stats.accepted_draft_tokens < stats.draft_tokens
+    assert (stats.num_preemptions > 0) == ("num_kv_pages" in fields)
+    assert stats.kv_pages_used == 0
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_generate_accepted_drafts_are_steps_that_are_not_taken(drafts):
+    (expected, plain_steps), repetitive = plainly(), [2, 4]
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", enable_prefix_caching=False, **drafts) as llm:
+        for number in repetitive:
+            before = llm.stats()
+            output = llm.generate(*ASKED[number])
+            after = llm.stats()
+            assert tokens_of([output]) == tokens_of([expected[number]])
+            accepted = after.accepted_draft_tokens - before.accepted_draft_tokens
+            assert accepted > 0
+            assert after.num_steps - before.num_steps < plain_steps[number]
+        assert llm.stats().draft_acceptance_rate == llm.stats().accepted_draft_tokens / llm.stats().draft_tokens
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_generate_with_drafts_ends_where_plain_decoding_does(drafts):
+    """At a stop token or a stop string among accepted drafts nothing behind it is reported; max_tokens and
+    max_model_len hold."""
+    (prompt, params), tokens = ASKED[4], plainly()[0][4].token_ids
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", enable_prefix_caching=False, **drafts) as llm:
+        for count in (1, 2, 3, 7, 22):
+            assert llm.generate(prompt, replace(params, max_tokens=count)).token_ids == tokens[:count]
+        for stop in set(tokens):
+            output = llm.generate(prompt, replace(params, stop_token_ids=[stop]))
+            assert output.token_ids == tokens[: tokens.index(stop) + 1]
+            assert (output.finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+        whole = llm.generate(prompt, replace(params, max_tokens=None))
+        assert whole.token_ids[:30] == tokens and len(whole.token_ids) == 64 - len(prompt)
+        streamed = list(llm.stream(prompt, params))
+        assert "".join(output.delta for output in streamed) == streamed[-1].text
+        stop = whole.text[3:6]
+        assert llm.generate(prompt, replace(params, stop=stop)).text == whole.text.partition(stop)[0]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, pytest.param(2, marks=MATRIX)])
+def test_warmup_with_drafts_then_nothing_compiles(drafts, max_num_seqs):
+    with on_mesh(MODEL, (1, 1), max_num_seqs=max_num_seqs, tokenizer="byte", **drafts) as llm:
+        llm.warmup()
+        before = llm.stats().num_compilations
+        generate(llm)
+        assert llm.stats().accepted_draft_tokens > 0
+        assert llm.stats().num_compilations == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"num_draft_tokens": 0}, ValueError, r"num_draft_tokens must be in 1\.\.15, got 0"),
+        ({"num_draft_tokens": 16}, ValueError, r"num_draft_tokens must be in 1\.\.15, got 16"),
+        ({"num_draft_tokens": 2.0}, TypeError, r"num_draft_tokens must be an int in 1\.\.15, got 2.0"),
+        ({"draft_model": ""}, TypeError, "draft_model must be a checkpoint's directory or hub id, .* got ''"),
+        ({"draft_model": 3}, TypeError, "draft_model must be a checkpoint's directory or hub id, .* got 3"),
+    ],
+    ids=str,
+)
+def test_engine_config_wrong_drafts_name_field_value_and_range(fields, error, message):
+    with pytest.raises(error, match=message):
+        EngineConfig(**fields)

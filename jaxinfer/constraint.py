@@ -144,3 +144,16 @@ def pack_ids(token_ids: Collection[int] | np.ndarray, vocab_size: int) -> np.nda
     bits = np.zeros(packed_len(vocab_size) * WORD_BITS, np.bool_)
     bits[np.asarray(token_ids, np.intp)] = True
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+
+
+def allows_beside(mask: np.ndarray, token_ids: Collection[int]) -> bool:
+    """Whether a mask allows any token but these.
+
+    Example:
+      >>> allows_beside(pack_ids([3, 7], 40), [7, 99]), allows_beside(pack_ids([3, 7], 40), [3, 7])
+      (True, False)
+    """
+    if not token_ids:
+        return bool(mask.any())
+    num_bits = len(mask) * WORD_BITS
+    return bool((mask & ~pack_ids([token_id for token_id in token_ids if token_id < num_bits], num_bits)).any())

@@ -157,6 +157,19 @@ def test_generate_constrained_samples_are_single_requests_with_raw_logprobs(llm)
 
 
 @pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"structured": {"choice": ["a"]}}, "a"),
+        ({"structured": {"regex": "ab?"}, "bad_words": ["b"]}, "a"),
+    ],
+    ids=str,
+)
+def test_generate_min_tokens_text_ends_early_where_only_an_end_is_left(llm, fields, text):
+    output = llm.generate([1, 2, 3], SamplingParams(max_tokens=8, min_tokens=5, **fields, **GREEDY))
+    assert (output.text, output.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"structured": {"regex": "("}}, r"structured.regex must be a grammar .*unclosed group"),
@@ -169,6 +182,10 @@ def test_generate_constrained_samples_are_single_requests_with_raw_logprobs(llm)
         (
             {"structured": {"choice": ["no"]}, "allowed_token_ids": [1, 2]},
             r"structured, bad_words and allowed_token_ids together leave no token to begin with",
+        ),
+        (
+            {"structured": {"regex": "[ab]+"}, "stop_token_ids": [*b"ab"], "min_tokens": 2},
+            r"together leave no token to begin with, while min_tokens 2 holds back stop tokens",
         ),
     ],
     ids=str,

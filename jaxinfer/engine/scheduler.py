@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.constraint import ConstraintError, ConstraintState
+from jaxinfer.constraint import ConstraintError, ConstraintState, allows_beside
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import FinishReason, Request
@@ -285,7 +285,7 @@ class Scheduler:
         """Why a sequence ends with its newest token, if it does."""
         if token_id in sequence.request.stop_token_ids:
             return "stop"
-        if sequence.constraint is not None and _completes(sequence.constraint, token_id):
+        if sequence.constraint is not None and _completes(sequence, sequence.constraint, token_id):
             return "stop"
         return "length" if len(sequence.token_ids) >= sequence.limit else None
 
@@ -546,7 +546,9 @@ def _scored(sequence: SequenceState, start: int, end: int) -> range:
     return range(first, max(first, min(end, len(sequence.request.prompt_token_ids) - 1)))
 
 
-def _completes(constraint: ConstraintState, token_id: int) -> bool:
-    """Tells a constraint of a token; whether nothing may follow any more."""
+def _completes(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> bool:
+    """Tells a sequence's constraint of its newest token; whether nothing may follow any more."""
     constraint.advance(token_id)
-    return constraint.is_complete or not constraint.allowed().any()
+    edits, num_new = sequence.request.edits, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
+    held_back = sequence.request.stop_token_ids if edits is not None and num_new < edits.min_tokens else ()
+    return constraint.is_complete or not allows_beside(constraint.allowed(), held_back)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mesh_tools import VOCAB_SIZE, on_mesh
+from mesh_tools import VOCAB_SIZE, layout_name, on_mesh
 
 from jaxinfer import LLM, EngineConfig, RequestOutput, SamplingParams
 
@@ -32,6 +32,7 @@ DRAFTED = [
     ([5] * 17, SamplingParams(max_tokens=30, temperature=0.5, seed=5, n=2, **COMMON)),
 ]
 ASKED = [*EDITED, *DRAFTED]
+TIGHT = {"num_kv_pages": 12, "enable_prefix_caching": False}
 
 
 @pytest.fixture(params=["prompt-lookup"])
@@ -72,13 +73,13 @@ def plainly() -> tuple[list[RequestOutput], list[int]]:
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), {"num_kv_pages": 12, "enable_prefix_caching": False}),
+        ((1, 1), TIGHT),
         ((2, 2), {"max_num_batched_tokens": 64}),
         ((4, 2), {"max_num_batched_tokens": 64, "enable_prefix_caching": False}),
         pytest.param((1, 1), {"run_ahead": False}, marks=MATRIX),
         pytest.param((1, 1), {"max_num_batched_tokens": 64}, marks=MATRIX),
         pytest.param((1, 1), {"num_draft_tokens": 15}, marks=MATRIX),
-        pytest.param((2, 4), {"num_kv_pages": 12, "enable_prefix_caching": False}, marks=MATRIX),
+        pytest.param((2, 4), TIGHT, marks=MATRIX),
     ],
     ids=str,
 )
@@ -102,7 +103,7 @@ def test_generate_with_drafts_equals_plain_decoding(drafts, layout, fields):
 @pytest.mark.usefixtures("one_shape")
 def test_generate_accepted_drafts_are_steps_that_are_not_taken(drafts):
     (expected, plain_steps), repetitive = plainly(), [2, 4]
-    with on_mesh(MODEL, (1, 1), tokenizer="byte", enable_prefix_caching=False, **drafts) as llm:
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", **TIGHT, **drafts) as llm:
         for number in repetitive:
             before = llm.stats()
             output = llm.generate(*ASKED[number])
@@ -119,7 +120,7 @@ def test_generate_with_drafts_ends_where_plain_decoding_does(drafts):
     """At a stop token or a stop string among accepted drafts nothing behind it is reported; max_tokens and
     max_model_len hold."""
     (prompt, params), tokens = ASKED[4], plainly()[0][4].token_ids
-    with on_mesh(MODEL, (1, 1), tokenizer="byte", enable_prefix_caching=False, **drafts) as llm:
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", **TIGHT, **drafts) as llm:
         for count in (1, 2, 3, 7, 22):
             assert llm.generate(prompt, replace(params, max_tokens=count)).token_ids == tokens[:count]
         for stop in set(tokens):
@@ -134,9 +135,21 @@ def test_generate_with_drafts_ends_where_plain_decoding_does(drafts):
         assert llm.generate(prompt, replace(params, stop=stop)).text == whole.text.partition(stop)[0]
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, pytest.param(2, marks=MATRIX)])
-def test_warmup_with_drafts_then_nothing_compiles(drafts, max_num_seqs):
-    with on_mesh(MODEL, (1, 1), max_num_seqs=max_num_seqs, tokenizer="byte", **drafts) as llm:
+def test_warmup_with_drafts_knows_every_program_that_is_needed(drafts, monkeypatch):
+    wanted: list[tuple] = []
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", **TIGHT, **drafts) as llm:
+        programs = llm._wrapper._programs
+        monkeypatch.setattr(programs, "compile_all", wanted.extend)
+        llm.warmup()
+        llm.generate(*ASKED[4])
+        assert llm.stats().accepted_draft_tokens > 0
+        assert set(programs._programs) <= set(wanted)
+
+
+@MATRIX
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=layout_name)
+def test_warmup_with_drafts_then_nothing_compiles(drafts, layout):
+    with on_mesh(MODEL, layout, tokenizer="byte", max_num_seqs=2, **drafts) as llm:
         llm.warmup()
         before = llm.stats().num_compilations
         generate(llm)

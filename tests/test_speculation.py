@@ -138,7 +138,7 @@ def test_generate_with_drafts_ends_where_plain_decoding_does(drafts):
 def test_warmup_with_drafts_knows_every_program_that_is_needed(drafts, monkeypatch):
     wanted: list[tuple] = []
     with on_mesh(MODEL, (1, 1), tokenizer="byte", **TIGHT, **drafts) as llm:
-        programs = llm._wrapper._programs
+        programs = llm._loaded.wrapper._programs
         monkeypatch.setattr(programs, "compile_all", wanted.extend)
         llm.warmup()
         llm.generate(*ASKED[4])

@@ -173,7 +173,7 @@ def looked_up(text, most):
 @pytest.mark.parametrize("vocab_size", [1, 2, 4, 30])
 def test_prompt_lookup_plan_equals_brute_force(vocab_size):
     random, lookup, owner = np.random.default_rng(vocab_size), PromptLookup(5), request("x", [0])
-    sequences = [SequenceState(request=owner, order=(i, i), token_ids=[]) for i in range(2)]
+    sequences = [SequenceState(request=owner, order=(i, i), token_ids=[], limit=64) for i in range(2)]
     for step, sequence in itertools.product(range(30), sequences):  # two texts grow in turn
         sequence.token_ids += random.integers(0, vocab_size, 1 + step % 4).tolist()
         most = int(random.integers(0, 8))

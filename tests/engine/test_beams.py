@@ -35,12 +35,13 @@ def test_beam_search_any_prompt_length_equals_plain_loop(prompt_len, caching, st
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("beam_width", [1, 2, 4])
 def test_beam_search_with_end_tokens_equals_plain_loop(beam_width, early_stopping):
-    settings = params(beam_width=beam_width, num_return_sequences=1, early_stopping=early_stopping, length_penalty=0.5)
-    engine, _ = make_engine(max_num_seqs=beam_width)
-    entry = search_of(beam_width, max_tokens=30, stop_token_ids=STOP)
-    engine.add_beam_search(entry, settings)
+    settings = params(beam_width=beam_width, num_return_sequences=beam_width, early_stopping=early_stopping)
+    engine, _ = make_engine(max_num_seqs=2 * beam_width)
+    searches = [search_of(i, max_tokens=20, stop_token_ids=STOP) for i in range(8)]
+    for entry in searches:
+        engine.add_beam_search(entry, settings)
     finish(engine)
-    assert_found(engine, [entry], settings)
+    assert_found(engine, searches, settings)
 
 
 def test_beam_search_ends_at_max_model_len():

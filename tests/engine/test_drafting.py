@@ -5,9 +5,9 @@ import itertools
 
 import numpy as np
 import pytest
-from engine_tools import assert_own_texts, finish, make_engine, plain_search, request, run_all
+from engine_tools import assert_own_texts, finish, make_engine, plain_search, request, run_all, token_logprobs
 from fake_policies import Scripted, partly, right, wrong
-from fake_wrapper import VOCAB_SIZE, continuation
+from fake_wrapper import VOCAB_SIZE, continuation, logprobs
 
 from jaxinfer.constraint import OnlyThese
 from jaxinfer.engine.drafting import PromptLookup
@@ -47,6 +47,15 @@ def test_drafts_of_any_quality_leave_texts_alone(drafter, stages, run_ahead):
     engine, _ = make_engine(drafter=drafter, pipeline_parallel_size=stages, run_ahead=run_ahead)
     requests = requests_of()
     assert_own_texts(run_all(engine, requests, want_events=True), requests)
+
+
+def test_drafts_leave_log_probabilities_alone():
+    engine, _ = make_engine(drafter=Scripted(partly))
+    events = run_all(engine, [request(0, [1, 2], 20, logprobs=3)], want_events=True)
+    text = [1, 2]
+    for event in events:
+        assert event.logprobs == token_logprobs(logprobs(text), event.token_id, 3)
+        text.append(event.token_id)
 
 
 @pytest.mark.parametrize(("quality", "accepted"), [(right, 16), (wrong, 0)])

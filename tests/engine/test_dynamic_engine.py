@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_tools import make_engine, request, run_all
+from engine_tools import assert_own_texts, finish, make_engine, request, run_all
 from fake_wrapper import continuation
 
 
@@ -159,3 +159,16 @@ def test_engine_chunks_of_one_prompt_enter_on_consecutive_ticks():
         engine.step()
     assert [int(batch.prefill_len.sum()) for batch in wrapper.batches[:8]] == [16] * 5 + [0] * 3
     assert len(wrapper.batches) == 8
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_engine_preempted_request_waits_for_its_unread_tokens_even_where_there_is_room(stages):
+    engine, _ = make_engine(num_kv_pages=6, enable_prefix_caching=False, pipeline_parallel_size=stages)
+    requests = [request(i, [i, 2, 3], 40) for i in range(3)]
+    for entry in requests:
+        engine.add_request(entry)
+    early = []
+    while not engine.stats().num_preemptions:
+        early += engine.step()
+    engine.abort("0")
+    assert_own_texts([event for event in [*early, *finish(engine)] if event.request_id != "0"], requests[1:])

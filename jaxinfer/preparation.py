@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxinfer.bad_words import BadWords
 from jaxinfer.config import GenerationDefaults
-from jaxinfer.constraint import AllOf, OnlyThese, TokenConstraint, allows_beside
+from jaxinfer.constraint import AllOf, OnlyThese, TokenConstraint
 from jaxinfer.request import Request
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams, StructuredOutput
 from jaxinfer.structured import GrammarCompiler
@@ -153,12 +153,6 @@ class Preparation:
         if params.min_tokens and allowed is not None and request.stop_token_ids.issuperset(allowed):
             raise ValueError(
                 f"min_tokens {params.min_tokens} holds back all of allowed_token_ids, which are stop tokens; allow more"
-            )
-        held_back = request.stop_token_ids if params.min_tokens else ()
-        if request.constraint is not None and not allows_beside(request.constraint.start().allowed(), held_back):
-            others = f", while min_tokens {params.min_tokens} holds back stop tokens" if held_back else ""
-            raise ValueError(
-                f"structured, bad_words and allowed_token_ids together leave no token to begin with{others}; allow more"
             )
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:

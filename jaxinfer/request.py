@@ -81,6 +81,11 @@ class Request:
         require_int("max_tokens", self.max_tokens, 1)
 
     @property
+    def min_tokens(self) -> int:
+        """New tokens before an end token may come."""
+        return 0 if self.edits is None else self.edits.min_tokens
+
+    @property
     def is_edited(self) -> bool:
         """Whether its tokens are sampled from anything but the model's own logits."""
         return self.edits is not None or self.constraint is not None

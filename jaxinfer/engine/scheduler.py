@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.constraint import ConstraintError, ConstraintState, allows_beside
+from jaxinfer.constraint import ConstraintError, ConstraintState, TokenConstraint, allows_beside
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import FinishReason, Request
@@ -110,6 +110,8 @@ class Scheduler:
         self._followers: dict[SequenceState, list[SequenceState]] = {}
         self._arrivals = itertools.count()
         self._num_stages = shapes.num_stages
+        # One chunk is left to prompts, so that they go on beside any number of host-fed sequences.
+        self._max_ready_chunks = max(min(shapes.max_chunks, shapes.max_prefill) - 1, 1)
         self._step = 0
         self._prefill_share = 0
         self.num_preemptions = 0
@@ -134,7 +136,8 @@ class Scheduler:
           num_sequences: how many of its kind have to run at the same time.
 
         Raises:
-          ValueError: the prompt leaves no room for a token, or the request needs more pages than there are.
+          ValueError: the prompt leaves no room for a token, the request needs more pages than there are, or its
+            constraint allows no first token.
         """
         num_prompt = len(request.prompt_token_ids)
         if num_prompt >= self._max_model_len:
@@ -150,6 +153,8 @@ class Scheduler:
                 f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
                 f"{self.pages.num_pages}; lower max_tokens or raise num_kv_pages"
             )
+        if request.constraint is not None:
+            _check_first_token(request, request.constraint)
 
     def limit(self, request: Request) -> int:
         """Tokens of prompt and output together at which it ends."""
@@ -345,8 +350,12 @@ class Scheduler:
             and not (sequence.num_unread and self._has_to_be_read(sequence))
         ]
         through.sort(key=lambda sequence: (sequence.last_sampled, sequence.order))
-        share = -(-len(ready) // self._num_stages)
-        return sorted(through[:share], key=lambda sequence: sequence.order)
+        due = through[: -(-len(ready) // self._num_stages)]
+        # Host-fed ones may each take a chunk; those for which there is none wait the longest next time.
+        host_fed = [sequence for sequence in due if sequence.is_host_fed][self._max_ready_chunks :]
+        if host_fed:
+            due = [sequence for sequence in due if sequence not in host_fed]
+        return sorted(due, key=lambda sequence: sequence.order)
 
     def _has_to_be_read(self, sequence: SequenceState) -> bool:
         """Whether the next launch needs to know its last token.
@@ -365,8 +374,7 @@ class Scheduler:
                 step.decodes.append(DecodeRow(sequence, sequence.slot, new_page))
             return
         token_ids = [sequence.token_ids[-1], *drafts]
-        # One chunk is left to prompts, so that they go on beside any number of host-fed sequences.
-        if step.num_rows and step.num_chunks > 1 and self._grow(sequence, start + len(token_ids)):
+        if step.num_rows and self._grow(sequence, start + len(token_ids)):
             pages = tuple(sequence.pages)
             chunk = PrefillChunk(sequence, sequence.slot, start, token_ids, pages, num_sampled=len(token_ids))
             step.add(chunk, cost=len(drafts))
@@ -482,8 +490,9 @@ class Scheduler:
     def _find_prefix(self, sequence: SequenceState) -> _Prefix:
         """What is there of a sequence: all but its last token where its leader runs, else what the prefix cache has."""
         page_size, leader = self._config.page_size, sequence.leader
-        if leader is not None and leader.slot != NO_SLOT and leader.num_computed >= len(sequence.token_ids) - 1:
-            num_tokens = len(sequence.token_ids) - 1
+        num_tokens = len(sequence.token_ids) - 1
+        is_there = leader is not None and leader.slot != NO_SLOT and leader.num_computed >= num_tokens
+        if leader is not None and is_there and sequence.num_reusable == num_tokens:
             num_full, rest = divmod(num_tokens, page_size)
             return _Prefix(num_tokens, leader.pages[:num_full], leader.pages[num_full] if rest else 0)
         if not self._config.enable_prefix_caching:
@@ -549,6 +558,20 @@ def _scored(sequence: SequenceState, start: int, end: int) -> range:
 def _completes(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> bool:
     """Tells a sequence's constraint of its newest token; whether nothing may follow any more."""
     constraint.advance(token_id)
-    edits, num_new = sequence.request.edits, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
-    held_back = sequence.request.stop_token_ids if edits is not None and num_new < edits.min_tokens else ()
+    request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
+    held_back = request.stop_token_ids if num_new < request.min_tokens else ()
     return constraint.is_complete or not allows_beside(constraint.allowed(), held_back)
+
+
+def _check_first_token(request: Request, constraint: TokenConstraint) -> None:
+    """Refuses a constraint that allows nothing to begin with."""
+    held_back = request.stop_token_ids if request.min_tokens else ()
+    try:
+        if allows_beside(constraint.start().allowed(), held_back):
+            return
+    except ConstraintError as error:
+        raise ValueError(f"the constraint of request {request.request_id} allows no first token: {error}") from error
+    others = f", while min_tokens {request.min_tokens} holds back stop tokens" if held_back else ""
+    raise ValueError(
+        f"structured, bad_words and allowed_token_ids together leave no token to begin with{others}; allow more"
+    )

@@ -104,6 +104,15 @@ def test_constrained_error_aborts_that_request_alone(stages):
     assert run_all(engine, [request("c", [1], 3)])["c"] == continuation([1], 3)
 
 
+@pytest.mark.parametrize("constraint", [DeadEnd(0), Failing(0)])
+def test_constrained_that_allows_no_first_token_is_refused_and_the_engine_goes_on(constraint):
+    engine, _ = make_engine()
+    with pytest.raises(ValueError, match=r"no token to begin with|no first token: lost"):
+        engine.add_request(request("a", [1], constraint=constraint))
+    assert not engine.has_unfinished()
+    assert run_all(engine, [request("a", [1])]) == {"a": continuation([1], 5)}
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_constrained_preempted_keeps_its_place(stages):
     engine, _ = make_engine(num_kv_pages=6, enable_prefix_caching=False, pipeline_parallel_size=stages)

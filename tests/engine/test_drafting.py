@@ -5,7 +5,16 @@ import itertools
 
 import numpy as np
 import pytest
-from engine_tools import assert_own_texts, finish, make_engine, plain_search, request, run_all, token_logprobs
+from engine_tools import (
+    assert_own_texts,
+    finish,
+    make_engine,
+    plain_search,
+    request,
+    run_all,
+    token_logprobs,
+    tokens_of,
+)
 from fake_policies import Scripted, partly, right, wrong
 from fake_wrapper import VOCAB_SIZE, continuation, logprobs
 
@@ -187,3 +196,15 @@ def test_prompt_lookup_plan_equals_brute_force(vocab_size):
         sequence.token_ids += random.integers(0, vocab_size, 1 + step % 4).tolist()
         most = int(random.integers(0, 8))
         assert list(lookup.plan(sequence, most)) == looked_up(sequence.token_ids, min(most, 5))
+
+
+def test_drafts_with_room_for_one_chunk_are_made_in_turn():
+    """Steps of two prefill rows, one of which is left to prompts: whoever waits the longest goes first."""
+    engine, _ = make_engine(drafter=Scripted(right), max_num_batched_tokens=32, run_ahead=False)
+    requests = [request(n, [n], 60) for n in range(4)]
+    for entry in requests:
+        engine.add_request(entry)
+    events = [event for _ in range(20) for event in engine.step()]
+    counts = [len(tokens) for tokens in tokens_of(events, requests).values()]
+    assert max(counts) - min(counts) <= 10  # the first ones began sooner
+    finish(engine)

@@ -94,3 +94,11 @@ def test_scores_aborted_amid_prompt_leave_others_alone(num_steps):
     early = [event for _ in range(num_steps) for event in engine.step()]
     engine.abort("1")
     assert_scored([*early, *finish(engine)], requests[1:])
+
+
+def test_scores_of_a_follower_do_not_come_from_its_leaders_pages():
+    engine, _ = make_engine()
+    leader, follower = request("leader", scored(1, 20).prompt_token_ids), scored(1, 20)
+    engine.add_request(leader)
+    engine.add_request(follower, leader="leader")
+    assert_scored(finish(engine), [leader, follower])

@@ -85,7 +85,10 @@ class _Draft:
 def _find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int) -> _Draft | None:
     if config.draft_model is None or config.draft_model == PROMPT_LOOKUP:
         return None
-    path = directory.resolve(config.draft_model)
+    try:
+        path = directory.resolve(config.draft_model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"draft_model: {error}") from error
     draft = parse_model_config(directory.read_json(path / "config.json"))
     if draft.vocab_size != model.vocab_size:
         raise ValueError(

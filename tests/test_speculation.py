@@ -7,12 +7,19 @@ decode row, and differs by the order of sums.
 from __future__ import annotations
 
 import functools
+import shutil
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import load_golden
 from mesh_tools import VOCAB_SIZE, layout_name, on_mesh
+from safetensors.numpy import load_file, save_file
+from scipy.special import softmax
+from scipy.stats import chisquare
+from wrapper_tools import make_wrapper, prefill_step
 
 from jaxinfer import LLM, EngineConfig, RequestOutput, SamplingParams
 
@@ -39,6 +46,18 @@ TIGHT = {"num_kv_pages": 12, "enable_prefix_caching": False}
 def drafts(request) -> dict[str, Any]:
     """Engine settings of every kind of draft."""
     return {"draft_model": request.param, "num_draft_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def draft_model(tmp_path_factory) -> dict[str, Any]:
+    """Engine settings with a draft model that is nearly the model."""
+    path, random = tmp_path_factory.mktemp("draft"), np.random.default_rng(0)
+    golden = load_golden(f"mesh/{MODEL}").path
+    shutil.copy(golden / "config.json", path)
+    weights = load_file(golden / "model.safetensors")
+    noisy = {name: x + 0.03 * x.std() * random.standard_normal(x.shape).astype(x.dtype) for name, x in weights.items()}
+    save_file(noisy, path / "model.safetensors")
+    return {"draft_model": str(path), "num_draft_tokens": 3}
 
 
 def generate(llm: LLM) -> list[RequestOutput]:
@@ -70,6 +89,22 @@ def plainly() -> tuple[list[RequestOutput], list[int]]:
         return outputs, steps
 
 
+def check_equals_plain_decoding(layout, fields):
+    expected, _ = plainly()
+    with on_mesh(MODEL, layout, tokenizer="byte", **fields) as llm:
+        found = generate(llm)
+        stats = llm.stats()
+        if llm.config.enable_prefix_caching:
+            assert tokens_of(generate(llm)) == tokens_of(found)
+            assert llm.stats().prefix_cache_hits > stats.prefix_cache_hits
+    assert tokens_of(found) == tokens_of(expected)
+    for one, other in zip(found[len(EDITED) :], expected[len(EDITED) :], strict=True):
+        np.testing.assert_allclose(sampled_logprobs(one), sampled_logprobs(other), rtol=0, atol=1e-4)
+    assert 0 < stats.accepted_draft_tokens < stats.draft_tokens
+    assert (stats.num_preemptions > 0) == ("num_kv_pages" in fields)
+    assert stats.kv_pages_used == 0
+
+
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
@@ -85,19 +120,67 @@ def plainly() -> tuple[list[RequestOutput], list[int]]:
 )
 @pytest.mark.usefixtures("one_shape")
 def test_generate_with_drafts_equals_plain_decoding(drafts, layout, fields):
-    expected, _ = plainly()
-    with on_mesh(MODEL, layout, tokenizer="byte", **drafts | fields) as llm:
-        found = generate(llm)
+    check_equals_plain_decoding(layout, drafts | fields)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        ((1, 1), TIGHT),
+        ((2, 2), {"max_num_batched_tokens": 64}),
+        pytest.param((4, 2), TIGHT, marks=MATRIX),
+        pytest.param((1, 4), {"run_ahead": False}, marks=MATRIX),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("one_shape")
+def test_generate_with_draft_model_equals_plain_decoding(draft_model, layout, fields):
+    check_equals_plain_decoding(layout, draft_model | fields)
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_generate_with_draft_model_samples_the_models_distribution(draft_model):
+    """Three tokens of two choices each, 600 times, against the model's own logits; all but the first are drafted."""
+    prompt, count, temperature = [5, 17, 200, 31], 600, 1.5
+    wrapper = make_wrapper(load_golden(f"mesh/{MODEL}").path, max_model_len=64, max_num_batched_tokens=48)
+    texts: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for text, share in texts.items():
+            logits = wrapper.logits(prefill_step(wrapper, [*prompt, *text]))[0]
+            best = np.argsort(-logits)[:2]
+            for token, part in zip(best.tolist(), softmax(logits[best] / temperature), strict=True):
+                longer[(*text, token)] = share * float(part)
+        texts = longer
+    wrapper.close()
+    params = SamplingParams(n=count, max_tokens=3, temperature=temperature, top_k=2, seed=2, ignore_eos=True)
+    with on_mesh(MODEL, (1, 1), max_num_seqs=16, max_num_batched_tokens=256, **draft_model) as llm:
+        found = Counter(output.token_ids for output in llm.generate(prompt, params).outputs)
         stats = llm.stats()
-        if llm.config.enable_prefix_caching:
-            assert tokens_of(generate(llm)) == tokens_of(found)
-            assert llm.stats().prefix_cache_hits > stats.prefix_cache_hits
-    assert tokens_of(found) == tokens_of(expected)
-    for one, other in zip(found[len(EDITED) :], expected[len(EDITED) :], strict=True):
-        np.testing.assert_allclose(sampled_logprobs(one), sampled_logprobs(other), rtol=0, atol=1e-4)
     assert 0 < stats.accepted_draft_tokens < stats.draft_tokens
-    assert (stats.num_preemptions > 0) == ("num_kv_pages" in fields)
-    assert stats.kv_pages_used == 0
+    assert found.keys() <= texts.keys()
+    assert chisquare([found[text] for text in texts], [count * share for share in texts.values()]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (
+            {"draft_model": "demo"},
+            ValueError,
+            "draft_model must have the vocabulary of the model, 301 tokens, got 4096",
+        ),
+        (
+            {"draft_model": "./nowhere"},
+            FileNotFoundError,
+            "draft_model: no such checkpoint directory or hub id: ./nowhere",
+        ),
+    ],
+    ids=str,
+)
+def test_llm_wrong_draft_model_is_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        on_mesh(MODEL, (1, 1), **fields)
 
 
 @pytest.mark.usefixtures("one_shape")

@@ -48,7 +48,7 @@ def assert_equal_to_golden(outputs: list[RequestOutput], cases: list[dict]) -> N
         assert output.finished
 
 
-@pytest.mark.parametrize("checkpoint", ["gqa", "gemma3", pytest.param("qwen3", marks=MATRIX)])
+@pytest.mark.parametrize("checkpoint", ["gqa", *(pytest.param(name, marks=MATRIX) for name in ("gemma3", "qwen3"))])
 def test_beam_search_golden_cases_equal_transformers(checkpoint):
     cases = [case for case in CASES if case["checkpoint"] == checkpoint]
     with LLM(load_golden(checkpoint).path, **FIELDS) as llm:

@@ -143,7 +143,7 @@ class Preparation:
 
     def _check_edits(self, params: SamplingParams, request: Request) -> None:
         """Refuses token ids outside the vocabulary, and masks that leave no token."""
-        for name in ("logit_bias", "allowed_token_ids"):
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             beyond = [token_id for token_id in getattr(params, name) or () if token_id >= self._vocab_size]
             if beyond:
                 raise ValueError(

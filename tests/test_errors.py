@@ -67,10 +67,11 @@ DOORS = SAMPLERS | {
 SAMPLING = [  # what SamplingParams ask of the model: fields, message
     ({"logit_bias": {301: 1.0}}, r"logit_bias has token 301, expected ids in 0\.\.300"),
     ({"allowed_token_ids": [5, 999]}, r"allowed_token_ids has token 999, expected ids in 0\.\.300"),
+    ({"stop_token_ids": [7, 999]}, r"stop_token_ids has token 999, expected ids in 0\.\."),
     ({"allowed_token_ids": [7, 257], "stop_token_ids": [7], "min_tokens": 2}, "min_tokens 2 holds back all of allowed"),
     ({"structured": {"regex": "("}}, "structured.regex must be a grammar"),
     ({"structured": {"choice": ["a"]}, "bad_words": ["a"]}, "structured, bad_words and .* leave no token"),
-    ({"max_tokens": 44}, "request needs 7 KV pages for 49 tokens, the pool has 6; lower max_tokens or raise num_kv_pa"),
+    ({"max_tokens": 44}, "request needs 7 KV pages for 49 tokens, the pool has 6; lower max_tokens, shorten the prom"),
     ({"max_tokens": None}, "request needs 8 KV pages for 64 tokens, the pool has 6"),
     ({"n": 3, "max_tokens": 60}, "request needs 8 KV pages for 64 tokens, the pool has 6"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from conftest import load_golden
@@ -10,6 +12,7 @@ from test_sampling import numbers_of, sample
 from wrapper_tools import make_wrapper, prefill_step
 
 from jaxinfer import SamplingParams
+from jaxinfer.wrappers.step_batch import SamplerVariant
 
 MODEL = "llama"
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9] * 7, [4] * 12, [9, 1], [200, 5, 17], [33] * 3]
@@ -94,13 +97,45 @@ def test_expected_tokens_show_what_was_asked(expected):
 
 
 def test_generate_plain_batches_run_no_edited_program():
-    with on_mesh(MODEL, (1, 1)) as llm:
-        llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
-        names = {name for name, *_ in llm._loaded.wrapper._programs._programs}
-        assert names == {"forward", "sample"} and not llm._loaded.wrapper._arrays.edits
-        llm.generate([5], SamplingParams(temperature=0, max_tokens=4, presence_penalty=1.0))
-        names = {name for name, *_ in llm._loaded.wrapper._programs._programs}
-        assert names == {"forward", "sample", "edit", "sample_edited"}
+    everything = [
+        SamplingParams(max_tokens=4, presence_penalty=1.0, ignore_eos=True),
+        SamplingParams(max_tokens=4, bad_words=["a"], n=2),
+        SamplingParams(max_tokens=4, structured={"regex": "[ab]+"}, logprobs=2),
+        SamplingParams(max_tokens=1, prompt_logprobs=3),
+    ]
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with on_mesh(MODEL, (1, 1), tokenizer="byte", enable_prefix_caching=False) as llm:
+        wrapper = llm._loaded.wrapper
+        plain = llm.generate(PROMPTS, greedy, use_tqdm=False)
+        programs = dict(wrapper._programs._programs)
+        assert {name for name, *_ in programs} == {"forward", "sample"} and not wrapper._arrays.edits
+        llm.generate(PROMPTS[: len(everything)], everything, use_tqdm=False)
+        llm.beam_search(PROMPTS[0])
+        assert len(wrapper._programs._programs) > len(programs)
+        called: list[tuple] = []
+        get = wrapper._programs.get
+        wrapper._programs.get = lambda *key: called.append(key) or get(*key)
+        again = llm.generate(PROMPTS, greedy, use_tqdm=False)
+    assert set(called) <= set(programs)
+    assert [output.token_ids for output in again] == [output.token_ids for output in plain]
+
+
+def test_greedy_program_computes_nothing_but_the_best_token():
+    """Its text has the inputs of a plain step and neither noise nor a softmax, unlike that of the full sampler."""
+    wrapper = make_wrapper(load_golden(f"mesh/{MODEL}").path, max_model_len=64)
+    head, state, rows = 1, 4, 5
+    inputs = head + state + 1 + rows  # and the hidden states
+
+    def entry(variant: SamplerVariant) -> str:
+        return wrapper.compiled("sample", 4, variant, None).as_text()
+
+    greedy, full = entry(SamplerVariant.GREEDY), entry(SamplerVariant.FULL)
+    for text in (greedy, full):
+        assert len(set(re.findall(r"parameter\((\d+)\)", text[text.index("ENTRY") :]))) <= inputs
+    for operation in ("exponential", "log-plus-one", "shift-right-logical"):
+        assert f" {operation}(" not in greedy
+    assert " shift-right-logical(" in full
+    wrapper.close()
 
 
 def test_generate_logprobs_are_of_the_raw_logits():

@@ -132,7 +132,8 @@ class DynamicEngine:
         )
         self._num_stages = wrapper.shapes.num_stages
         self._max_num_seqs = config.max_num_seqs
-        self._max_in_flight = self._num_stages + config.run_ahead
+        # Sequences with drafts wait to be read; run ahead of, they would take turns in half-empty steps.
+        self._max_in_flight = self._num_stages + (config.run_ahead and drafter is None)
         self._in_flight: deque[_InFlight] = deque()
         self._sequences: dict[str, SequenceState] = {}
         self._searches: dict[str, BeamSearch] = {}

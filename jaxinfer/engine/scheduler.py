@@ -151,7 +151,7 @@ class Scheduler:
             times = "" if num_sequences == 1 else f"{num_sequences} x "
             raise ValueError(
                 f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
-                f"{self.pages.num_pages}; lower max_tokens or raise num_kv_pages"
+                f"{self.pages.num_pages}; lower max_tokens, shorten the prompt or raise num_kv_pages"
             )
         if request.constraint is not None:
             _check_first_token(request, request.constraint)
@@ -290,9 +290,10 @@ class Scheduler:
         """Why a sequence ends with its newest token, if it does."""
         if token_id in sequence.request.stop_token_ids:
             return "stop"
-        if sequence.constraint is not None and _completes(sequence, sequence.constraint, token_id):
-            return "stop"
-        return "length" if len(sequence.token_ids) >= sequence.limit else None
+        reason = None
+        if sequence.constraint is not None:
+            reason = _end_of_constraint(sequence, sequence.constraint, token_id)
+        return reason or ("length" if len(sequence.token_ids) >= sequence.limit else None)
 
     def _enqueue(self, sequence: SequenceState) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))
@@ -555,12 +556,23 @@ def _scored(sequence: SequenceState, start: int, end: int) -> range:
     return range(first, max(first, min(end, len(sequence.request.prompt_token_ids) - 1)))
 
 
-def _completes(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> bool:
-    """Tells a sequence's constraint of its newest token; whether nothing may follow any more."""
+def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> FinishReason | None:
+    """Tells a sequence's constraint of its newest token, and why the sequence ends with it, if it does.
+
+    Raises:
+      ConstraintError: no token may follow, and the text must not end here.
+    """
     constraint.advance(token_id)
+    if constraint.is_complete:
+        return "stop"
     request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
     held_back = request.stop_token_ids if num_new < request.min_tokens else ()
-    return constraint.is_complete or not allows_beside(constraint.allowed(), held_back)
+    allowed = constraint.allowed()
+    if allows_beside(allowed, held_back):
+        return None
+    if allowed.any():  # an end token, were it not for min_tokens
+        return "stop"
+    raise ConstraintError("structured, bad_words and allowed_token_ids together leave no token to go on with")
 
 
 def _check_first_token(request: Request, constraint: TokenConstraint) -> None:

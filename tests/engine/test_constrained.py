@@ -87,17 +87,17 @@ def test_constrained_mask_arrives_with_the_launch_that_samples(stages):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
-@pytest.mark.parametrize("constraint", [Residues(3), DeadEnd(3)], ids=["complete", "dead end"])
-def test_constrained_ends_with_stop_where_nothing_may_follow(constraint, stages):
+def test_constrained_ends_with_stop_where_it_is_complete(stages):
     engine, _ = make_engine(pipeline_parallel_size=stages)
-    events = run_all(engine, [request("a", [1, 2], 8, constraint=constraint)], want_events=True)
+    events = run_all(engine, [request("a", [1, 2], 8, constraint=Residues(3))], want_events=True)
     assert [event.finish_reason for event in events] == [None, None, "stop"]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
-def test_constrained_error_aborts_that_request_alone(stages):
+@pytest.mark.parametrize("constraint", [Failing(3), DeadEnd(3)], ids=["error", "dead end"])
+def test_constrained_error_aborts_that_request_alone(constraint, stages):
     engine, _ = make_engine(pipeline_parallel_size=stages)
-    requests = [request("a", [1, 2], 8, constraint=Failing(3)), request("b", [3], 12)]
+    requests = [request("a", [1, 2], 8, constraint=constraint), request("b", [3], 12)]
     events = run_all(engine, requests, want_events=True)
     assert [event.finish_reason for event in events if event.request_id == "a"] == [None, None, "abort"]
     assert tokens_of(events, requests)["b"] == continuation([3], 12)

@@ -208,3 +208,15 @@ def test_drafts_with_room_for_one_chunk_are_made_in_turn():
     counts = [len(tokens) for tokens in tokens_of(events, requests).values()]
     assert max(counts) - min(counts) <= 10  # the first ones began sooner
     finish(engine)
+
+
+def test_drafts_of_sequences_that_begin_at_different_times_share_steps():
+    """Right drafts bring 5 tokens a step to everyone: a run of 41 tokens ends 9 steps after the last arrival."""
+    engine, _ = make_engine(drafter=Scripted(right))
+    requests = [request(n, [n], 41) for n in range(3)]
+    events = []
+    for entry in requests:
+        engine.add_request(entry)
+        events += engine.step()
+    assert_own_texts([*events, *finish(engine)], requests)
+    assert engine.stats().num_steps == 2 + 9

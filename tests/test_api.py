@@ -12,7 +12,7 @@ from conftest import load_golden
 from safetensors.numpy import load_file
 
 import jaxinfer
-from jaxinfer import LLM, EngineClosedError, SamplingParams
+from jaxinfer import LLM, BeamSearchParams, EngineClosedError, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
 from jaxinfer.tokenizer import ByteTokenizer
 
@@ -248,7 +248,7 @@ def test_tokenizer_argument_replaces_the_checkpoints(path):
         assert llm.generate("abc", GREEDY).prompt_token_ids == (97, 98, 99)
 
 
-def test_warmup_then_300_random_requests_compile_nothing(path):
+def test_warmup_then_200_random_requests_of_every_kind_compile_nothing(path):
     compiled = []
 
     def listen(event: str, duration: float, **kwargs) -> None:
@@ -259,7 +259,7 @@ def test_warmup_then_300_random_requests_compile_nothing(path):
     with LLM(path, **SMALL | {"max_num_seqs": 2, "num_kv_pages": 16, "max_num_batched_tokens": 32}) as llm:
         llm.warmup()
         before = llm.stats().num_compilations
-        prompts = [random.integers(0, 320, random.integers(1, 70)).tolist() for _ in range(300)]
+        prompts = [random.integers(0, 320, random.integers(1, 70)).tolist() for _ in range(200)]
         params = [
             SamplingParams(
                 max_tokens=int(random.integers(1, 12)),
@@ -270,12 +270,16 @@ def test_warmup_then_300_random_requests_compile_nothing(path):
                 presence_penalty=float(random.choice([0.0, 0.0, 0.5])),
                 logit_bias=[None, None, {int(random.integers(320)): 5.0}][random.integers(3)],
                 logprobs=[None, 0, 3][random.integers(3)],
+                n=[1, 1, 1, 3][random.integers(4)],
+                prompt_logprobs=[None, None, 2][random.integers(3)],
+                bad_words=[None, None, ["a"]][random.integers(3)],
             )
             for _ in prompts
         ]
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs.append(llm.beam_search(prompts[0], BeamSearchParams(beam_width=2, max_tokens=5)))
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         assert all(output.finished for output in outputs)

@@ -140,8 +140,8 @@ def test_generate_with_draft_model_equals_plain_decoding(draft_model, layout, fi
 
 @pytest.mark.usefixtures("one_shape")
 def test_generate_with_draft_model_samples_the_models_distribution(draft_model):
-    """Three tokens of two choices each, 600 times, against the model's own logits; all but the first are drafted."""
-    prompt, count, temperature = [5, 17, 200, 31], 600, 1.5
+    """Three tokens of two choices each, 300 times, against the model's own logits; all but the first are drafted."""
+    prompt, count, temperature = [5, 17, 200, 31], 300, 1.5
     wrapper = make_wrapper(load_golden(f"mesh/{MODEL}").path, max_model_len=64, max_num_batched_tokens=48)
     texts: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):

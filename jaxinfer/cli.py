@@ -93,6 +93,8 @@ def generate(
     with _opened(record) as records, LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
         params = dataclasses.replace(llm.default_params, **sampling)
         if stream:
+            if params.n > 1 and not as_json:
+                raise ValueError(f"--stream prints one text as it is made, got n {params.n}; use --json or n 1")
             for text in texts:
                 _print_stream(llm, text, params, records, as_json=as_json, echo=echo)
             return

@@ -52,7 +52,7 @@ class LLM:
         checkpoint's own. Without any the LLM works on token ids.
       **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
         num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
-        attention_backend, seed and the parallel sizes.
+        attention_backend, draft_model, num_draft_tokens, seed and the parallel sizes.
 
     Raises:
       FileNotFoundError: no such checkpoint.

@@ -215,7 +215,8 @@ def _completion_record(output: CompletionOutput) -> CompletionRecord:
 
 
 def _view(output: CompletionOutput) -> OutputView:
-    caption = f"{len(output.token_ids)} tokens, {output.finish_reason or 'running'}, seed {output.seed}"
+    origin = f"seed {output.seed}" if output.score is None else f"score {output.score:.4f}"
+    caption = f"{len(output.token_ids)} tokens, {output.finish_reason or 'running'}, {origin}"
     if output.logprobs is None:
         text = output.text if output.text is not None else str(list(output.token_ids))
         return OutputView(tokens=(TokenView(text=text),), caption=caption)

@@ -88,6 +88,16 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["score"], 1, "no text: name a file or use a pipe"),
+        (["score", MODEL + "/config.json", *FLAGS, "--window", "64"], 1, "window must be in 2..63, got 64"),
+        (
+            ["score", MODEL + "/config.json", *FLAGS, "--window", "8", "--stride", "8"],
+            1,
+            "stride must be in 1..7, got 8",
+        ),
+        (["generate", "x", *FLAGS, "--stream", "--n", "2"], 1, "--stream prints one text as it is made, got n 2"),
+        (["generate", "x", "--structured", "{"], 1, "structured must be"),
+        (["generate", "x", *FLAGS, "--structured", '{"regex": "("}'], 1, "structured.regex must be a grammar"),
         (["generate"], 1, "no prompt: pass one as an argument, with --file or through a pipe"),
         (
             ["generate", "x", "--model", "none"],
@@ -215,6 +225,22 @@ def test_generate_record_and_replay_of_sampled_prompts_without_a_seed(run, tmp_p
     numbers = enumerate((len(record.outputs[0].token_ids) for record in records), start=1)
     assert (code, out) == (0, "".join(f"record {number}: same, {length} tokens\n" for number, length in numbers))
     assert " was " not in err
+
+
+def test_score_prints_what_perplexity_finds(run, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the house by the river, and the river by the house")
+    with LLM(MODEL, **SMALL) as llm:
+        found = llm.perplexity(file.read_text(), window=20, stride=10)
+    options = [*FLAGS, "--window", 20, "--stride", 10]
+    code, out, _ = run("score", file, *options, "--json")
+    numbers = json.loads(out)
+    assert (code, numbers["tokens"], numbers["logprob"]) == (0, found.num_tokens, pytest.approx(found.logprob))
+    assert numbers["perplexity"] == pytest.approx(found.value)
+    assert numbers["bits_per_byte"] == pytest.approx(found.bits_per_byte)
+    code, out, _ = run("score", *options, stdin=file.read_text())
+    assert (code, out.count("\n")) == (0, 1)
+    assert f"perplexity {found.value:,.3f} a token, {found.bits_per_byte:.3f} bits a byte" in out
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from conftest import load_golden
 
 import jaxinfer
-from jaxinfer import LLM, EngineConfig, GenerationRecord, SamplingParams
+from jaxinfer import LLM, BeamSearchParams, EngineConfig, GenerationRecord, SamplingParams
 from jaxinfer.checkpoint.directory import fingerprint
 from jaxinfer.outputs import CompletionRecord
 from jaxinfer.record import JsonRecord, Provenance
@@ -145,6 +145,21 @@ def test_output_record_has_what_was_used(outputs):
     assert text.provenance.model == str(PATH) and text.provenance.engine == EngineConfig(**SMALL)
     assert text.provenance.versions["jaxinfer"] == jaxinfer.__version__
     assert GenerationRecord.from_json(text.to_json()) == text
+
+
+def test_replay_of_samples_structured_output_and_a_beam_search_is_the_same():
+    with LLM(PATH, **SMALL) as llm:
+        params = SamplingParams(
+            n=2, temperature=1.0, max_tokens=6, structured={"regex": "[a-z ]+"}, logit_bias={70: 1.0}
+        )
+        sampled = llm.generate("one two", params)
+        searched = llm.beam_search([5, 6, 7], BeamSearchParams(beam_width=2, max_tokens=4, num_return_sequences=2))
+    records = [GenerationRecord.from_json(output.record.to_json()) for output in (sampled, searched, sampled)]
+    assert [str(replay) for replay in replay_records(records)] == [
+        "same, 12 tokens",
+        "same, 8 tokens",
+        "same, 12 tokens",
+    ]
 
 
 def test_output_without_an_llm_has_no_record(outputs):

@@ -21,6 +21,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.sampling import NUM_CANDIDATES
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
+from jaxinfer.wrappers.decoder_step import SCORE_BLOCK
 from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes
 from jaxinfer.wrappers.step_programs import StepPrograms
 
@@ -138,3 +139,12 @@ def test_after_warm_up_nothing_compiles_and_pages_stay_in_place(layout):
             assert memory.alias_size_in_bytes >= 2 * len(wrapper.caches) * np.prod(local) * 4, shape
             assert memory.temp_size_in_bytes < np.prod(local) * 4, shape
             assert not re.search(re.escape(pool) + r"\S* copy\(", compiled.as_text()), shape
+
+
+def test_score_program_holds_few_rows_of_logits_at_a_time():
+    """4096 tokens of a vocabulary of 16384 would be 256 MiB of logits."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8, "vocab_size": 16384}
+    wrapper = make_random_wrapper(sizes, max_num_seqs=2, num_kv_pages=8)
+    plan = wrapper.compiled("score", 4096, 20).memory_analysis()
+    assert plan.temp_size_in_bytes < 8 * SCORE_BLOCK * 16384 * 4 < 4096 * 16384 * 4
+    wrapper.close()

@@ -1,7 +1,6 @@
 """What runs in the next step.
 
-Owns: the queues, the token budget, chunked prefill, admission with bounded skip-ahead, preemption by recomputation,
-shared pages of sequences that begin alike.
+Owns: the queues, the token budget, chunked prefill, admission with bounded skip-ahead, preemption by recomputation.
 Does not know: devices, arrays, text. Never imports jax.
 
 A pipeline of S stages gives a token S steps after it was asked for: a sequence decodes in every S-th step, and the
@@ -16,18 +15,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.constraint import ConstraintError, ConstraintState, TokenConstraint, allows_beside
-from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
+from jaxinfer.engine.ending import check_first_token, end_reason
+from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.sequence_pages import SequencePages
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
-logger = logging.getLogger("jaxinfer")
 MAX_SKIPS = 16
 """How often younger requests may overtake the oldest waiting one that does not fit yet."""
 SKIP_WINDOW = 8
@@ -64,21 +62,6 @@ class _Step:
         self.num_chunks -= 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Prefix:
-    """The beginning of a sequence that is there already.
-
-    Args:
-      num_tokens: how much.
-      pages: full ones, to be shared.
-      partial_page: to be copied; 0 for none.
-    """
-
-    num_tokens: int
-    pages: Sequence[int]
-    partial_page: int = 0
-
-
 class Scheduler:
     """First come, first served within a priority.
 
@@ -103,7 +86,7 @@ class Scheduler:
         self._shapes = shapes
         self._max_model_len = max_model_len
         self._plan_drafts = plan_drafts
-        self.pages = PageAllocator(num_pages)
+        self._pages = SequencePages(num_pages, page_size=config.page_size, caching=config.enable_prefix_caching)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: list[SequenceState] = []
         self._waiting: list[tuple[tuple[int, ...], SequenceState]] = []  # heap by order
@@ -117,6 +100,11 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
+
+    @property
+    def pages(self) -> PageAllocator:
+        """The pool of pages."""
+        return self._pages.allocator
 
     @property
     def num_running(self) -> int:
@@ -153,8 +141,7 @@ class Scheduler:
                 f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
                 f"{self.pages.num_pages}; lower max_tokens, shorten the prompt or raise num_kv_pages"
             )
-        if request.constraint is not None:
-            _check_first_token(request, request.constraint)
+        check_first_token(request)
 
     def limit(self, request: Request) -> int:
         """Tokens of prompt and output together at which it ends."""
@@ -257,16 +244,14 @@ class Scheduler:
             self._append(sequence, sampled[num_new])
             num_new += 1
         if sequence.slot != NO_SLOT:
-            self._give_back_pages(sequence)
+            self._pages.give_back_unused(sequence)
         return num_new
 
     def finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         """Ends a sequence, running or waiting, and gives back what it holds; its unread tokens will be dropped."""
         sequence.finish_reason = reason
         if sequence.slot != NO_SLOT:
-            self._publish(sequence)
-            self._release(sequence)
-            self._running.remove(sequence)
+            self._stop_running(sequence)
         elif (sequence.order, sequence) in self._waiting:
             self._waiting.remove((sequence.order, sequence))
             heapq.heapify(self._waiting)
@@ -276,24 +261,11 @@ class Scheduler:
 
     def _append(self, sequence: SequenceState, token_id: int) -> None:
         sequence.token_ids.append(token_id)
-        try:
-            reason = self._end(sequence, token_id)
-        except ConstraintError as error:
-            logger.warning("request %s ends: %s", sequence.request.request_id, error)
-            reason = "abort"
+        reason = end_reason(sequence)
         if reason is not None:
             self.finish(sequence, reason)
         elif sequence.slot != NO_SLOT:
-            self._publish(sequence)
-
-    def _end(self, sequence: SequenceState, token_id: int) -> FinishReason | None:
-        """Why a sequence ends with its newest token, if it does."""
-        if token_id in sequence.request.stop_token_ids:
-            return "stop"
-        reason = None
-        if sequence.constraint is not None:
-            reason = _end_of_constraint(sequence, sequence.constraint, token_id)
-        return reason or ("length" if len(sequence.token_ids) >= sequence.limit else None)
+            self._pages.publish(sequence)
 
     def _enqueue(self, sequence: SequenceState) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))
@@ -333,7 +305,7 @@ class Scheduler:
             sequence.num_unread += chunk.num_sampled
             sequence.last_sampled = self._step
             sequence.is_decoding = chunk.num_sampled > 0
-            self._publish(sequence)
+            self._pages.publish(sequence)
             if chunk.num_sampled:
                 self._let_follow(sequence)
 
@@ -384,35 +356,24 @@ class Scheduler:
         """Tokens to verify: not beyond the sequence's end, the step's budget and the pages that are free."""
         if self._plan_drafts is None:
             return ()
-        num_tokens = len(sequence.token_ids)
-        num_positions = (len(sequence.pages) + self.pages.num_available) * self._config.page_size
-        most = min(sequence.limit - 1, num_positions) - num_tokens
+        most = min(sequence.limit - 1, self._pages.most_tokens(sequence)) - len(sequence.token_ids)
         return self._plan_drafts(sequence, max(min(most, step.budget, PREFILL_BLOCK - 1), 0))
 
     def _grow(self, sequence: SequenceState, num_tokens: int) -> bool:
         """Takes pages up to a length, preempting the newest running sequences, this one last; False if it had to go."""
-        if num_tokens <= len(sequence.pages) * self._config.page_size:
-            return True
-        missing = pages_for(num_tokens, self._config.page_size) - len(sequence.pages)
+        missing = self._pages.num_missing(sequence, num_tokens)
         while missing > self.pages.num_available:
             newest = max(self._running, key=lambda running: running.order)
             self._preempt(newest)
             if newest is sequence:
                 return False
-        sequence.pages += self.pages.allocate(missing)
+        if missing:
+            self._pages.grow(sequence, missing)
         return True
-
-    def _give_back_pages(self, sequence: SequenceState) -> None:
-        """Releases the pages of rejected drafts."""
-        needed = pages_for(len(sequence.token_ids), self._config.page_size)
-        self.pages.release(sequence.pages[needed:])
-        del sequence.pages[needed:]
 
     def _preempt(self, sequence: SequenceState) -> None:
         self.num_preemptions += 1
-        self._publish(sequence)
-        self._release(sequence)
-        self._running.remove(sequence)
+        self._stop_running(sequence)
         self._enqueue(sequence)
 
     def _break_deadlock(self) -> bool:
@@ -426,11 +387,11 @@ class Scheduler:
         self._preempt(max(parked, key=lambda sequence: sequence.order))
         return True
 
-    def _release(self, sequence: SequenceState) -> None:
-        self.pages.release(sequence.pages)
+    def _stop_running(self, sequence: SequenceState) -> None:
+        self._pages.release(sequence)
         self._free_slots.append(sequence.slot)
-        sequence.slot, sequence.pages, sequence.is_decoding = NO_SLOT, [], False
-        sequence.num_computed = sequence.num_published = 0
+        sequence.slot, sequence.is_decoding = NO_SLOT, False
+        self._running.remove(sequence)
 
     def _admit(self, step: _Step) -> None:
         """Admits waiting sequences; a few younger ones may overtake one that does not fit yet."""
@@ -464,21 +425,14 @@ class Scheduler:
 
     def _add_waiting(self, step: _Step, sequence: SequenceState) -> bool:
         """Admits a waiting sequence if its pages and its first chunk fit."""
-        prefix = self._find_prefix(sequence)
-        num_new = pages_for(len(sequence.token_ids), self._config.page_size) - len(prefix.pages)
+        prefix = self._pages.find_prefix(sequence)
         # Every running sequence keeps a page to grow into; without it, admission and preemption would alternate.
-        room = self.pages.num_available - len(self._running)
-        if num_new + self.pages.num_idle(prefix.pages) > room:
+        if self._pages.num_taken(sequence, prefix) > self.pages.num_available - len(self._running):
             return False
         if not self._chunk_len(step, len(sequence.token_ids) - prefix.num_tokens):
             return False
-        self.pages.share(prefix.pages)
-        sequence.pages = [*prefix.pages, *self.pages.allocate(num_new)]
-        if prefix.partial_page:
-            step.page_copies.append((prefix.partial_page, sequence.pages[len(prefix.pages)]))
+        step.page_copies += self._pages.take(sequence, prefix)
         sequence.slot, sequence.leader = self._free_slots.pop(), None
-        sequence.num_computed = prefix.num_tokens
-        sequence.num_published = len(prefix.pages)
         sequence.num_skipped = 0
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = len(prefix.pages) * self._config.page_size
@@ -487,20 +441,6 @@ class Scheduler:
         self._running.append(sequence)
         self._add_chunk(step, sequence)
         return True
-
-    def _find_prefix(self, sequence: SequenceState) -> _Prefix:
-        """What is there of a sequence: all but its last token where its leader runs, else what the prefix cache has."""
-        page_size, leader = self._config.page_size, sequence.leader
-        num_tokens = len(sequence.token_ids) - 1
-        is_there = leader is not None and leader.slot != NO_SLOT and leader.num_computed >= num_tokens
-        if leader is not None and is_there and sequence.num_reusable == num_tokens:
-            num_full, rest = divmod(num_tokens, page_size)
-            return _Prefix(num_tokens, leader.pages[:num_full], leader.pages[num_full] if rest else 0)
-        if not self._config.enable_prefix_caching:
-            return _Prefix(0, ())
-        self._extend_hashes(sequence, len(sequence.token_ids) // page_size)
-        pages = self.pages.find(sequence.page_hashes[: sequence.num_reusable // page_size])
-        return _Prefix(len(pages) * page_size, pages)
 
     def _chunk_len(self, step: _Step, remaining: int) -> int:
         """Tokens of a further chunk; 0 if none fits."""
@@ -525,28 +465,6 @@ class Scheduler:
         )
         step.add(chunk, cost=length)
 
-    def _extend_hashes(self, sequence: SequenceState, num_pages: int) -> None:
-        page_size = self._config.page_size
-        while len(sequence.page_hashes) < num_pages:
-            start = len(sequence.page_hashes) * page_size
-            previous = sequence.page_hashes[-1] if sequence.page_hashes else b""
-            sequence.page_hashes.append(next_page_hash(previous, sequence.token_ids[start : start + page_size]))
-
-    def _publish(self, sequence: SequenceState) -> None:
-        """Offers the sequence's new full pages, launched and known, to the prefix cache.
-
-        The device runs launches in order, so whoever finds a page reads it after it was written.
-        """
-        if not self._config.enable_prefix_caching:
-            return
-        num_full = min(sequence.num_computed, len(sequence.token_ids)) // self._config.page_size
-        self._extend_hashes(sequence, num_full)
-        while sequence.num_published < num_full:
-            index = sequence.num_published
-            parent = sequence.pages[index - 1] if index else 0
-            self.pages.publish(sequence.pages[index], sequence.page_hashes[index], parent=parent)
-            sequence.num_published += 1
-
 
 def _scored(sequence: SequenceState, start: int, end: int) -> range:
     """The positions of a chunk whose next prompt token has yet to be scored."""
@@ -554,36 +472,3 @@ def _scored(sequence: SequenceState, start: int, end: int) -> range:
         return range(0)
     first = max(start, sequence.num_scored)
     return range(first, max(first, min(end, len(sequence.request.prompt_token_ids) - 1)))
-
-
-def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> FinishReason | None:
-    """Tells a sequence's constraint of its newest token, and why the sequence ends with it, if it does.
-
-    Raises:
-      ConstraintError: no token may follow, and the text must not end here.
-    """
-    constraint.advance(token_id)
-    if constraint.is_complete:
-        return "stop"
-    request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
-    held_back = request.stop_token_ids if num_new < request.min_tokens else ()
-    allowed = constraint.allowed()
-    if allows_beside(allowed, held_back):
-        return None
-    if allowed.any():  # an end token, were it not for min_tokens
-        return "stop"
-    raise ConstraintError("structured, bad_words and allowed_token_ids together leave no token to go on with")
-
-
-def _check_first_token(request: Request, constraint: TokenConstraint) -> None:
-    """Refuses a constraint that allows nothing to begin with."""
-    held_back = request.stop_token_ids if request.min_tokens else ()
-    try:
-        if allows_beside(constraint.start().allowed(), held_back):
-            return
-    except ConstraintError as error:
-        raise ValueError(f"the constraint of request {request.request_id} allows no first token: {error}") from error
-    others = f", while min_tokens {request.min_tokens} holds back stop tokens" if held_back else ""
-    raise ValueError(
-        f"structured, bad_words and allowed_token_ids together leave no token to begin with{others}; allow more"
-    )

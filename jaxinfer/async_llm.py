@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.arguments import score_params
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.driver import Delivery, EngineClosedError
 from jaxinfer.engine.dynamic_engine import EngineStats
-from jaxinfer.llm import LLM, score_params
+from jaxinfer.llm import LLM
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.preparation import Prompt, Submission
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams

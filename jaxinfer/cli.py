@@ -24,7 +24,8 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config import EngineConfig
 from jaxinfer.driver import EngineClosedError
 from jaxinfer.flags import SETTINGS, takes_settings
-from jaxinfer.llm import LLM, OutputStream
+from jaxinfer.llm import LLM
+from jaxinfer.output_stream import OutputStream
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.replay import read_records, replay_records
 from jaxinfer.sampling_params import SamplingParams

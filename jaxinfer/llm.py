@@ -1,6 +1,6 @@
 """The user's door: LLM.
 
-Owns: a model's life from loading to closing; turning arguments into submissions and outputs; progress bars.
+Owns: a model's life from loading to closing; turning arguments into submissions, and these into outputs.
 Does not know: how anything is computed.
 """
 
@@ -9,16 +9,13 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import queue
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
-from tqdm.auto import tqdm
-
+from jaxinfer.arguments import as_prompts, checked, one_each, score_params
 from jaxinfer.chat_template import ChatRenderer, as_conversations, read_chat_templates
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
@@ -29,6 +26,7 @@ from jaxinfer.driver import Delivery, Driver, Ticket
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.loaded_engine import LoadedEngine
 from jaxinfer.models.registry import parse_model_config
+from jaxinfer.output_stream import OutputStream, wait_for
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.preparation import Prompt, Submission
 from jaxinfer.provenance import find_provenance
@@ -39,8 +37,6 @@ from jaxinfer.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 logger = logging.getLogger("jaxinfer")
-_BAR_SECONDS = 0.25
-_Params = TypeVar("_Params", SamplingParams, BeamSearchParams)
 
 
 class LLM:
@@ -182,7 +178,7 @@ class LLM:
           TypeError, ValueError: a prompt or its parameters are wrong; nothing was started.
           EngineClosedError: the LLM is closed.
         """
-        prompt_list, is_single = _as_prompts(prompts)
+        prompt_list, is_single = as_prompts(prompts)
         params = self._params_for(prompt_list, sampling_params)
         submissions = [
             self._controller.prepare(prompt, entry) for prompt, entry in zip(prompt_list, params, strict=True)
@@ -216,8 +212,8 @@ class LLM:
         Example:
           llm.beam_search("In the beginning", BeamSearchParams(beam_width=4, num_return_sequences=2)).outputs
         """
-        prompt_list, is_single = _as_prompts(prompts)
-        entries = _one_each("params", prompt_list, BeamSearchParams() if params is None else params, BeamSearchParams)
+        prompt_list, is_single = as_prompts(prompts)
+        entries = one_each("params", prompt_list, BeamSearchParams() if params is None else params, BeamSearchParams)
         submissions = [
             self.prepare_beam_search(prompt, entry) for prompt, entry in zip(prompt_list, entries, strict=True)
         ]
@@ -377,15 +373,15 @@ class LLM:
 
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
         """A validated request for one prompt, for start; arguments and errors as stream's."""
-        prompts, is_single = _as_prompts(prompt)
+        prompts, is_single = as_prompts(prompt)
         if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         return self._controller.prepare(prompt, self._params_or_default(sampling_params))
 
     def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> Submission:
         """A validated beam search for one prompt, for start; arguments and errors as beam_search's."""
-        checked = BeamSearchParams() if params is None else _checked("params", params, BeamSearchParams)
-        return self._controller.prepare_beam_search(prompt, checked)
+        params = BeamSearchParams() if params is None else checked("params", params, BeamSearchParams)
+        return self._controller.prepare_beam_search(prompt, params)
 
     def prepare_chat(
         self,
@@ -450,12 +446,12 @@ class LLM:
         return OutputStream(ticket, lambda: self.cancel(ticket))
 
     def _params_or_default(self, params: SamplingParams | None) -> SamplingParams:
-        return self.default_params if params is None else _checked("sampling_params", params, SamplingParams)
+        return self.default_params if params is None else checked("sampling_params", params, SamplingParams)
 
     def _run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
         tickets = self._driver.submit(submissions)
         try:
-            return _wait_for(tickets, show_bar=show_bar)
+            return wait_for(tickets, show_bar=show_bar)
         except BaseException:  # Ctrl-C ends these requests and leaves the engine to the others
             self._driver.cancel(tickets)
             raise
@@ -463,100 +459,9 @@ class LLM:
     def _params_for(
         self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
-        return _one_each(
+        return one_each(
             "sampling_params", prompts, self._controller.default_params if params is None else params, SamplingParams
         )
-
-
-class OutputStream(Iterator[RequestOutput]):
-    """Outputs of one request as they come; close() (or leaving a with block, or dropping it) aborts the request.
-
-    Args:
-      ticket: where they come from.
-      cancel: ends the request.
-    """
-
-    def __init__(self, ticket: Ticket, cancel: Callable[[], None]):
-        self._ticket = ticket
-        self._cancel = weakref.finalize(self, cancel)
-        self._is_done = False
-
-    def __next__(self) -> RequestOutput:
-        if self._is_done:
-            raise StopIteration
-        try:
-            output = self._ticket.next_output()
-        except BaseException:
-            self.close()
-            raise
-        self._is_done = output.finished
-        return output
-
-    def close(self) -> None:
-        """Aborts the request if it still runs; iterating then ends."""
-        self._is_done = True
-        self._cancel()
-
-    def __enter__(self) -> OutputStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def score_params(prompt_logprobs: int) -> SamplingParams:
-    """Parameters that score a prompt and generate nothing."""
-    return SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=prompt_logprobs)
-
-
-def _wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput]:
-    started = time.monotonic()
-    outputs: list[RequestOutput] = []
-    with tqdm(
-        total=len(tickets), desc="generating", unit="prompt", disable=None if show_bar else True, leave=False
-    ) as bar:
-        while len(outputs) < len(tickets):
-            try:
-                outputs.append(tickets[len(outputs)].next_output(_BAR_SECONDS if show_bar else None))
-                bar.update()
-            except queue.Empty:
-                num_tokens = sum(ticket.num_tokens for ticket in tickets)
-                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s")
-    return outputs
-
-
-def _as_prompts(prompts: object) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether there was only one, not in a list."""
-    if isinstance(prompts, str):
-        return [prompts], True
-    entries = _as_sequence(prompts)
-    if entries and not isinstance(entries[0], str) and not hasattr(entries[0], "__iter__"):
-        return [entries], True
-    return entries, False
-
-
-def _as_sequence(values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"expected a string, token ids, or a list of either, got {type(values).__name__}")
-    return list(values)
-
-
-def _checked(name: str, params: object, kind: type[_Params]) -> _Params:
-    if not isinstance(params, kind):
-        raise TypeError(f"{name} must be {kind.__name__}, got {type(params).__name__}")
-    return params
-
-
-def _one_each(name: str, prompts: Sequence[Any], params: Any, kind: type[_Params]) -> list[_Params]:
-    """The parameters of every prompt, from one for all or one for each."""
-    if isinstance(params, kind):
-        return [params] * len(prompts)
-    if isinstance(params, (str, Mapping)) or not hasattr(params, "__iter__"):
-        raise TypeError(f"{name} must be {kind.__name__}, one or a list of one each, got {type(params).__name__}")
-    entries = [_checked(name, entry, kind) for entry in params]
-    if len(entries) != len(prompts):
-        raise ValueError(f"got {len(entries)} {name} for {len(prompts)} prompts; pass one, or one each")
-    return entries
 
 
 def _logprob(output: RequestOutput, window: Window) -> float:

@@ -235,10 +235,14 @@ class TextGenerationController:
         answer.finished_time = time.monotonic()
 
     def _end_search(self, search: FinishedSearch) -> str:
-        """Gives a beam search's texts their tokens; fewer were found only if the vocabulary has no more."""
+        """Gives a beam search's texts their tokens; fewer were found only if the vocabulary has no more, and none only
+        if the model's numbers are not finite."""
         answer = self._answers[search.request_id]
         answer.num_cached_tokens = search.num_cached_tokens
         answer.finished_time = answer.first_token_time = time.monotonic()
+        if not search.hypotheses:
+            self.abort(search.request_id)
+            return search.request_id
         del answer.completions[len(search.hypotheses) :]
         for completion, found in zip(answer.completions, search.hypotheses, strict=True):
             completion.complete(found.token_ids, found.finish_reason, found.score)

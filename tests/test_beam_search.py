@@ -116,3 +116,14 @@ def test_beam_search_end_tokens_of_the_checkpoint_end_texts(end):
         (output,) = search(llm, [case], stop_token_ids=others, ignore_eos=False)
     assert [list(entry.token_ids) for entry in output.outputs] == case["sequences"]
     assert {(entry.finish_reason, entry.stop_reason) for entry in output.outputs} == {("stop", None), ("length", None)}
+
+
+def test_beam_search_of_a_diverged_model_is_aborted_and_the_engine_goes_on():
+    path = load_golden("gqa").path
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
+    with LLM.from_params(read_json(path / "config.json"), weights, **FIELDS) as llm:
+        output = llm.beam_search([5, 6], BeamSearchParams(beam_width=2, max_tokens=3))
+        assert (output.finish_reason, output.token_ids) == ("abort", ())
+        assert llm.generate([5, 6], SamplingParams(max_tokens=2)).finished
+        assert llm.stats().kv_pages_used == 0

@@ -58,9 +58,10 @@ class BeamSearch:
         """
         self._scheduler.park(sequence)
         self.num_cached_tokens = sequence.num_cached_tokens or 0
-        possible = [pair for pair in zip(found.top_ids, found.top_logprobs, strict=True) if pair[1] > -math.inf]
-        token_ids, logprobs = zip(*possible, strict=True)
-        self._candidates[sequence] = BeamCandidates(token_ids=token_ids, logprobs=logprobs)
+        # Not padding, nor what a diverged model says.
+        pairs = zip(found.top_ids, found.top_logprobs, strict=True)
+        possible = {token_id: logprob for token_id, logprob in pairs if logprob > -math.inf}
+        self._candidates[sequence] = BeamCandidates(token_ids=list(possible), logprobs=list(possible.values()))
         if len(self._candidates) < len(self._live):
             return False
         steps = self._group.advance([self._candidates.pop(beam) for beam in self._live])

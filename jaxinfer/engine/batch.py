@@ -7,7 +7,7 @@ Does not know: queues, devices. Never imports jax.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxinfer.wrappers.step_batch import (
     SamplerVariant,
     SlotEdits,
     StepBatch,
+    StepShape,
     StepShapes,
     pack_sampling,
 )
@@ -39,64 +40,69 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         num_logits=sum(rows.num_sampled for rows in sampled),
         scored=scored,
     )
-    dump_slot, width = shapes.num_slots, shapes.table_width
-    decode_slots = np.full(shape.num_decode, dump_slot, np.int32)
-    page_index = np.full(shape.num_decode, width, np.int32)
+    requests = [rows.sequence.request for rows in sampled]
+    return StepBatch(
+        shape=shape,
+        dump_slot=shapes.num_slots,
+        **_decode_arrays(schedule, shape, shapes),
+        **_chunk_arrays(schedule, shape, shapes),
+        **_prefill_arrays(blocks, shape, shapes),
+        **_logit_arrays(schedule, shape, shapes),
+        page_copies=np.array(schedule.page_copies, np.int32).reshape(-1, 2),
+        variant=needed_variant(requests),
+        num_top=max((rows.sequence.num_top for rows in sampled if rows.sequence.num_top is not None), default=None),
+        targets=_targets(schedule, shape.num_prefill) if scored else None,
+        edited=any(request.is_edited for request in requests),
+        new_edits={chunk.slot: _edits(chunk.sequence) for chunk in schedule.prefills if chunk.num_sampled},
+    )
+
+
+def _decode_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> dict[str, np.ndarray]:
+    slots = np.full(shape.num_decode, shapes.num_slots, np.int32)
+    page_index = np.full(shape.num_decode, shapes.table_width, np.int32)
     page_id = np.zeros(shape.num_decode, np.int32)
     for row, decode in enumerate(schedule.decodes):
-        decode_slots[row] = decode.slot
+        slots[row] = decode.slot
         if decode.new_page is not None:
             page_index[row], page_id[row] = decode.new_page
+    return {"decode_slots": slots, "decode_page_index": page_index, "decode_page_id": page_id}
 
-    num_chunks = shapes.num_chunks(shape)
-    chunk_slots = np.full(num_chunks, dump_slot, np.int32)
-    pages = np.zeros((num_chunks, width), np.int32)
-    numbers = np.zeros((num_chunks, SAMPLING_FIELDS), np.int32)
+
+def _chunk_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> dict[str, np.ndarray]:
+    count = shapes.num_chunks(shape)
+    slots = np.full(count, shapes.num_slots, np.int32)
+    pages = np.zeros((count, shapes.table_width), np.int32)
+    numbers = np.zeros((count, SAMPLING_FIELDS), np.int32)
     for number, chunk in enumerate(schedule.prefills):
-        chunk_slots[number] = chunk.slot
+        slots[number] = chunk.slot
         pages[number, : len(chunk.pages)] = chunk.pages
         numbers[number] = _numbers(chunk.sequence.request)
+    return {"chunk_slots": slots, "chunk_pages": pages, "chunk_sampling": numbers}
 
-    rows = shape.num_prefill
-    slots = np.full(rows, dump_slot, np.int32)
-    start, length = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    tokens = np.zeros((rows, PREFILL_BLOCK), np.int32)
+
+def _prefill_arrays(
+    blocks: Sequence[tuple[PrefillChunk, int]], shape: StepShape, shapes: StepShapes
+) -> dict[str, np.ndarray]:
+    slots = np.full(shape.num_prefill, shapes.num_slots, np.int32)
+    start, length = np.zeros((2, shape.num_prefill), np.int32)
+    tokens = np.zeros((shape.num_prefill, PREFILL_BLOCK), np.int32)
     for row, (chunk, first) in enumerate(blocks):
         token_ids = chunk.token_ids[first : first + PREFILL_BLOCK]
         slots[row], start[row], length[row] = chunk.slot, chunk.start + first, len(token_ids)
         tokens[row, : length[row]] = token_ids
+    return {"prefill_slots": slots, "prefill_start": start, "prefill_len": length, "prefill_tokens": tokens}
 
+
+def _logit_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> dict[str, np.ndarray]:
     index = np.zeros(shape.num_logits, np.int32)
-    logit_slots = np.full(shape.num_logits, dump_slot, np.int32)
+    slots = np.full(shape.num_logits, shapes.num_slots, np.int32)
     feeds = np.zeros(shape.num_logits, bool)
+    sampled = schedule.sampled
     places = [*range(len(schedule.decodes)), *(shapes.max_decode + token for token in _sampled_tokens(schedule))]
     index[: len(places)] = places
-    logit_slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_sampled)]
-    feeds[np.cumsum([rows.num_sampled for rows in sampled], dtype=int) - 1] = True
-    requests = [rows.sequence.request for rows in sampled]
-    return StepBatch(
-        shape=shape,
-        dump_slot=dump_slot,
-        decode_slots=decode_slots,
-        decode_page_index=page_index,
-        decode_page_id=page_id,
-        chunk_slots=chunk_slots,
-        chunk_pages=pages,
-        chunk_sampling=numbers,
-        prefill_slots=slots,
-        prefill_start=start,
-        prefill_len=length,
-        prefill_tokens=tokens,
-        logit_index=index,
-        logit_slots=logit_slots,
-        logit_feeds=feeds,
-        page_copies=np.array(schedule.page_copies, np.int32).reshape(-1, 2),
-        variant=needed_variant(requests),
-        num_top=max((rows.sequence.num_top for rows in sampled if rows.sequence.num_top is not None), default=None),
-        targets=_targets(schedule, rows) if scored else None,
-        edited=any(request.is_edited for request in requests),
-        new_edits={chunk.slot: _edits(chunk.sequence) for chunk in schedule.prefills if chunk.num_sampled},
-    )
+    slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_sampled)]
+    feeds[np.cumsum([rows.num_sampled for rows in sampled], dtype=int) - 1] = True  # the last row of each
+    return {"logit_index": index, "logit_slots": slots, "logit_feeds": feeds}
 
 
 def allowed_tokens(sampled: Iterable[SampledRows]) -> AllowedTokens | None:

@@ -78,7 +78,7 @@ def one_shape(monkeypatch) -> None:
 
     smallest = StepShapes.shape
 
-    def largest(self, *, num_decode: int, num_prefill: int, num_logits: int, scored: bool = False) -> StepShape:
+    def largest(self, *, num_logits: int, scored: bool = False, **_) -> StepShape:
         largest = {"num_decode": self.max_decode, "num_prefill": self.max_prefill, "num_logits": num_logits}
         return smallest(self, **largest, scored=scored)
 

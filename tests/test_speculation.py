@@ -224,9 +224,10 @@ def test_warmup_with_drafts_knows_every_program_that_is_needed(drafts, monkeypat
         programs = llm._loaded.wrapper._programs
         monkeypatch.setattr(programs, "compile_all", wanted.extend)
         llm.warmup()
-        llm.generate(*ASKED[4])
+        assert llm.generate(*ASKED[4]).token_ids == plainly()[0][4].token_ids
         assert llm.stats().accepted_draft_tokens > 0
         assert set(programs._programs) <= set(wanted)
+        assert any(name == "forward" and rest[0].row_len == 4 for name, *rest in programs._programs)
 
 
 @MATRIX

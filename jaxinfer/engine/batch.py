@@ -38,6 +38,7 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         num_decode=len(schedule.decodes),
         num_prefill=len(blocks),
         num_logits=sum(rows.num_sampled for rows in sampled),
+        row_len=max((min(len(chunk.token_ids), PREFILL_BLOCK) for chunk in schedule.prefills), default=PREFILL_BLOCK),
         scored=scored,
     )
     requests = [rows.sequence.request for rows in sampled]

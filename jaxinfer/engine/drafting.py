@@ -9,6 +9,7 @@ the output is that of decoding one token at a time, token for token, whoever pro
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -48,6 +49,9 @@ class PromptLookup:
     Args:
       num_tokens: proposed at a time, at most.
 
+    A text that repeats itself is expected to go on so: where the earlier occurrence is near the end, what followed it
+    is repeated.
+
     Source: Saxena 2023, "Prompt lookup decoding"; here the latest occurrence counts, and a longer one before a shorter.
     """
 
@@ -82,5 +86,5 @@ class _NgramIndex:
         for length in NGRAM_LENS:
             end = self._ends.get(tuple(token_ids[-length:]))
             if end is not None:
-                return token_ids[end : end + most]
+                return list(itertools.islice(itertools.cycle(token_ids[end : end + most]), most))
         return ()

@@ -91,6 +91,11 @@ class StepInputs:
     logit_slots: Int[Array, " M"]
     logit_feeds: Int[Array, " M"]
 
+    @property
+    def row_len(self) -> int:
+        """Tokens of a prefill row."""
+        return self.prefill_tokens.shape[1]
+
 
 def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple[int, ...], int]]:
     """Every input's dimensions, and the value of its padding."""
@@ -107,7 +112,7 @@ def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple
         "prefill_slots": (blocks, dump_slot),
         "prefill_start": (blocks, 0),
         "prefill_len": (blocks, 0),
-        "prefill_tokens": ((*blocks, PREFILL_BLOCK), 0),
+        "prefill_tokens": ((*blocks, shape.row_len), 0),
         "logit_index": (logits, 0),
         "logit_slots": (logits, dump_slot),
         "logit_feeds": (logits, 0),
@@ -123,7 +128,8 @@ def pack_inputs(batch: StepBatch, shape: StepShape, shapes: StepShapes) -> np.nd
     """A step's inputs, padded to a shape that holds them, as one int32 vector: one upload a step."""
     words, start = np.empty(num_input_words(shape, shapes), np.int32), 0
     for name, (dims, padding) in _input_shapes(shape, shapes).items():
-        size, array = math.prod(dims), getattr(batch, name).ravel()
+        array = batch.prefill_tokens[:, : shape.row_len] if name == "prefill_tokens" else getattr(batch, name)
+        size, array = math.prod(dims), array.ravel()
         words[start : start + array.size] = array
         words[start + array.size : start + size] = padding
         start += size
@@ -173,10 +179,10 @@ class DecoderStep(nnx.Module):
         state = _with_changes(state, inputs)
         flight = self._flight(state, inputs)
         state = _advanced(state, inputs)
-        positions = self._tokens(flight).positions
+        positions = self._tokens(flight, inputs.row_len).positions
         token_ids = jnp.concatenate([state.last_token[inputs.decode_slots], inputs.prefill_tokens.ravel()])
         ring, here, x = pipeline.enter(ring, flight, self.model.embed(token_ids, positions))
-        x, caches = self.model.run_layers(x, caches, self._tokens(here))
+        x, caches = self.model.run_layers(x, caches, self._tokens(here, inputs.row_len))
         ring, logits = pipeline.leave(ring, flight, x)
         hidden = self._for_head(x[self._token_index(logits.index, inputs)])
         prompts = self._for_head(x[inputs.decode_slots.shape[0] :]) if scored else None
@@ -194,7 +200,7 @@ class DecoderStep(nnx.Module):
             page_table=state.page_table[inputs.decode_slots],
         )
         prefill = SegmentRows(inputs.prefill_start, inputs.prefill_len, state.page_table[inputs.prefill_slots])
-        positions = jnp.concatenate([_positions(decode, 1).ravel(), _positions(prefill, PREFILL_BLOCK).ravel()])
+        positions = jnp.concatenate([_positions(decode, 1).ravel(), _positions(prefill, inputs.row_len).ravel()])
         logits = LogitRows(
             index=inputs.logit_index,
             position=positions[self._token_index(inputs.logit_index, inputs)] + 1,
@@ -206,12 +212,14 @@ class DecoderStep(nnx.Module):
 
     def _token_index(self, index: Int[Array, " M"], inputs: StepInputs) -> Int[Array, " M"]:
         """Logit indices as positions among the tokens of a tick."""
-        return jnp.where(index < self.max_decode, index, index - self.max_decode + inputs.decode_slots.shape[0])
+        row, place = jnp.divmod(index - self.max_decode, PREFILL_BLOCK)
+        prefill = inputs.decode_slots.shape[0] + row * inputs.row_len + place
+        return jnp.where(index < self.max_decode, index, prefill)
 
-    def _tokens(self, flight: Flight) -> TokenBatch:
+    def _tokens(self, flight: Flight, row_len: int) -> TokenBatch:
         """Lays the tokens of both segments out flat, with positions and places in the cache."""
         positions, pages, segments = [], [], []
-        for rows, num_queries in ((flight.decode, 1), (flight.prefill, PREFILL_BLOCK)):
+        for rows, num_queries in ((flight.decode, 1), (flight.prefill, row_len)):
             if rows.start.shape[0]:
                 where = _positions(rows, num_queries)
                 positions.append(where.ravel())

@@ -65,6 +65,7 @@ class InFlight:
             num_decode=max(shape.num_decode for shape in found),
             num_prefill=max(shape.num_prefill for shape in found),
             num_logits=max(shape.num_logits for shape in found),
+            row_len=max(shape.row_len for shape in found),
             scored=any(shape.scored for shape in found),
         )
         self._live_rows += sum(handle.batch.num_live_rows for handle in self._handles)

@@ -44,20 +44,22 @@ class StepShape:
 
     Args:
       num_decode: R, rows of the decode segment, one token each.
-      num_prefill: P, rows of the prefill segment, PREFILL_BLOCK tokens each.
+      num_prefill: P, rows of the prefill segment.
+      row_len: tokens of such a row on the device, the first ones of a StepBatch's.
       num_logits: M, token positions behind which a token is sampled.
       scored: the hidden states of all prefill tokens are wanted as well.
     """
 
     num_decode: int
     num_prefill: int = 0
+    row_len: int = PREFILL_BLOCK
     num_logits: int
     scored: bool = False
 
     @property
     def num_tokens(self) -> int:
         """T, the padded tokens of both segments."""
-        return self.num_decode + self.num_prefill * PREFILL_BLOCK
+        return self.num_decode + self.num_prefill * self.row_len
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ class StepBatch:
       chunk_sampling: int32[N, SAMPLING_FIELDS].
       prefill_slots: int32[P]; rows of one chunk follow each other.
       prefill_start, prefill_len: int32[P], position of the row's first token and its live tokens.
-      prefill_tokens: int32[P, Q].
+      prefill_tokens: int32[P, Q], Q = PREFILL_BLOCK whatever the shape.
       logit_index: int32[M], which tokens: r is decode row r, max_decode + p * Q + q is token q of prefill row p.
       logit_slots: int32[M], whose sampling numbers and seed apply; the dump slot for padding.
       logit_feeds: bool[M], the sampled token becomes its slot's last token.
@@ -253,8 +255,9 @@ class StepShapes:
     Decode-only steps have a power of two rows; with a pipeline, a sequence is in every num_stages-th step at most, so
     that a step holds its share of the slots. Steps with prefill combine a power of four decode rows with a power of two
     prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that shapes of
-    samplers are few: a row for each sequence, or with drafts one for each token of theirs too. Steps that score prompts
-    have the largest decode segment and a power of four prefill rows.
+    samplers are few: a row for each sequence, or with drafts one for each token of theirs too. Steps whose chunks are
+    all as short as drafts have prefill rows of that length, except in a pipeline, whose batches share one layout. Steps
+    that score prompts have the largest decode segment and a power of four prefill rows.
 
     Args:
       config: the engine's settings.
@@ -274,12 +277,21 @@ class StepShapes:
         self._prefill_rows = _powers(1, 2, self.max_prefill)
         self._scored_rows = _powers(4, 4, self.max_prefill)
 
-    def shape(self, *, num_decode: int, num_prefill: int, num_logits: int, scored: bool = False) -> StepShape:
+    def shape(
+        self,
+        *,
+        num_decode: int,
+        num_prefill: int,
+        num_logits: int,
+        row_len: int = PREFILL_BLOCK,
+        scored: bool = False,
+    ) -> StepShape:
         """The smallest shape that holds a step.
 
         Args:
           num_decode, num_prefill: live rows.
           num_logits: positions behind which a token is sampled.
+          row_len: tokens of the longest prefill row.
           scored: as StepShape's.
 
         Raises:
@@ -298,7 +310,9 @@ class StepShapes:
         usual = self._num_logits(decode, prefill, drafts=False)
         if num_logits > usual:
             usual = _power_of_two(max(num_logits, self._num_logits(decode, prefill, drafts=True)))
-        return StepShape(num_decode=decode, num_prefill=prefill, num_logits=usual, scored=scored)
+        is_short = prefill > 0 and not scored and self.num_stages == 1 and row_len <= 1 + self.max_drafts
+        row_len = 1 + self.max_drafts if self.max_drafts and is_short else PREFILL_BLOCK
+        return StepShape(num_decode=decode, num_prefill=prefill, row_len=row_len, num_logits=usual, scored=scored)
 
     def num_chunks(self, shape: StepShape) -> int:
         """N, chunks that the prefill segment of a shape can have."""
@@ -315,15 +329,19 @@ class StepShapes:
         rows += [(decode, prefill) for decode in self._mixed_rows for prefill in self._prefill_rows]
         shapes = {
             self.shape(
-                num_decode=decode, num_prefill=prefill, num_logits=self._num_logits(decode, prefill, drafts=drafts)
+                num_decode=decode,
+                num_prefill=prefill,
+                num_logits=self._num_logits(decode, prefill, drafts=drafts),
+                row_len=row_len,
             )
             for decode, prefill in rows
             for drafts in {False, self.max_drafts > 0}
+            for row_len in (1, PREFILL_BLOCK)
         }
         shapes |= {
             self.shape(num_decode=0, num_prefill=prefill, num_logits=0, scored=True) for prefill in self._scored_rows
         }
-        return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_logits, shape.scored))
+        return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_logits, shape.num_prefill, shape.scored))
 
     def _num_logits(self, decode: int, prefill: int, *, drafts: bool) -> int:
         """Logit rows of a shape: for every sequence, or for all their drafts as well."""

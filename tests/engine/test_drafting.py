@@ -180,11 +180,11 @@ def test_prompt_lookup_of_a_text_that_repeats_itself_saves_steps(stages, monkeyp
 
 
 def looked_up(text, most):
-    """Behind the latest earlier occurrence of the last three tokens, or else of the last two."""
+    """Behind the latest earlier occurrence of the last three tokens, or else of the last two, over and over."""
     for length in (3, 2):
         for end in range(len(text) - 1, length - 1, -1):
             if text[end - length : end] == text[-length:]:
-                return text[end : end + most]
+                return (text[end:] * most)[:most]
     return []
 
 

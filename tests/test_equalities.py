@@ -76,7 +76,16 @@ VARIATIONS = {
 
 
 # Every run compiles programs of its own: CI runs the variations that differ most, `-m matrix` the others.
-MATRIX_ONLY = {"three slots", "sixteen slots", "page of 16", "page of 64", "no run-ahead", "no prefix cache"}
+MATRIX_ONLY = {
+    "three slots",
+    "sixteen slots",
+    "whole prompts",
+    "page of 16",
+    "page of 64",
+    "tight pool without prefix cache",
+    "no run-ahead",
+    "no prefix cache",
+}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +127,11 @@ def test_generate_other_families_do_not_depend_on_the_engine(variation, family):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"enable_prefix_caching": False}, pytest.param({"run_ahead": False}, marks=pytest.mark.matrix)],
+    [
+        {},
+        pytest.param({"enable_prefix_caching": False}, marks=pytest.mark.matrix),
+        pytest.param({"run_ahead": False}, marks=pytest.mark.matrix),
+    ],
     ids=str,
 )
 def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):

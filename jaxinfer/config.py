@@ -12,8 +12,9 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
+_Settings = TypeVar("_Settings")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "xla")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
@@ -89,6 +90,19 @@ def unknown_keyword(keyword: str, known: Iterable[str]) -> TypeError:
     near = difflib.get_close_matches(keyword, list(known), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return TypeError(f"unknown argument {keyword!r}{hint}")
+
+
+def from_keywords(settings: type[_Settings], keywords: Mapping[str, Any]) -> _Settings:
+    """Builds a dataclass of settings from keyword arguments.
+
+    Raises:
+      TypeError: a keyword is not a field; the message names the nearest field.
+    """
+    known = [field.name for field in dataclasses.fields(cast(Any, settings))]
+    for keyword in keywords:
+        if keyword not in known:
+            raise unknown_keyword(keyword, known)
+    return settings(**keywords)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,11 +192,7 @@ class EngineConfig:
         Raises:
           TypeError: a keyword is not a field; the message names the nearest field.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for keyword in keywords:
-            if keyword not in known:
-                raise unknown_keyword(keyword, known)
-        return cls(**keywords)
+        return from_keywords(cls, keywords)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from jaxinfer.checkpoint import directory
 from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.communication.volume import CollectiveVolume
 from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.engine.drafting import PROMPT_LOOKUP
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
@@ -123,8 +124,10 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
       system: where.
 
     Raises:
-      FileNotFoundError, TypeError, ValueError: as LLM.
+      FileNotFoundError, TypeError, ValueError: as LLM; or a draft model, whose memory is not counted.
     """
+    if config.draft_model not in (None, PROMPT_LOOKUP):
+        raise ValueError(f"info counts one model, got draft_model {config.draft_model!r} as well; ask for each alone")
     model_config = parse_model_config(directory.read_json(directory.resolve(model) / "config.json"))
     layout = lay_out(model_config, config, system.platform)
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)

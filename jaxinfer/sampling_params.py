@@ -6,7 +6,6 @@ Does not know: jax, text processing, how any of it is done.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from jaxinfer.config import require_bool, require_float, require_int, unknown_keyword
+from jaxinfer.config import from_keywords, require_bool, require_float, require_int
 from jaxinfer.request import MAX_LOGPROBS, LogitEdits
 
 EarlyStopping = bool | Literal["never"]
@@ -119,11 +118,7 @@ def _require_structured(name: str, value: object) -> StructuredOutput:
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a StructuredOutput or a mapping of its fields, got {value!r}")
-    known = [entry.name for entry in dataclasses.fields(StructuredOutput)]
-    for key in value:
-        if key not in known:
-            raise unknown_keyword(str(key), known)
-    return StructuredOutput(**value)
+    return from_keywords(StructuredOutput, {str(key): entry for key, entry in value.items()})
 
 
 def _require_early_stopping(name: str, value: object) -> EarlyStopping:
@@ -256,11 +251,7 @@ class SamplingParams:
         Raises:
           TypeError: a keyword is not a field; the message names the nearest field.
         """
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        for keyword in keywords:
-            if keyword not in known:
-                raise unknown_keyword(keyword, known)
-        return cls(**keywords)
+        return from_keywords(cls, keywords)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -88,6 +88,11 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (
+            ["info", "--model", MODEL, "--draft-model", "demo"],
+            1,
+            "info counts one model, got draft_model 'demo' as well",
+        ),
         (["score"], 1, "no text: name a file or use a pipe"),
         (["score", MODEL + "/config.json", *FLAGS, "--window", "64"], 1, "window must be in 2..63, got 64"),
         (

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 
 _Settings = TypeVar("_Settings")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "reference", "xla")
+ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
 NORM_PLACES = ("before", "behind", "both")
 NORM_KINDS = ("rms", "layer")

@@ -101,7 +101,7 @@ def sequence_batch(token_ids: Int[Array, "R Q"]) -> TokenBatch:
         positions=positions,
         pages=jnp.repeat(pages, length),
         offsets=positions,
-        segments=(Segment(pages[:, None], full, full, num_queries=length),),
+        segments=(Segment(pages[:, None], full, full, pages, num_queries=length),),
     )
 
 

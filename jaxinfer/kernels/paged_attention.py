@@ -7,31 +7,40 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.kernels.pallas import paged_attention_pallas
 from jaxinfer.kernels.reference import paged_attention_reference
 from jaxinfer.kernels.xla import paged_attention_xla
 
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": paged_attention_reference, "xla": paged_attention_xla}
+BACKENDS: dict[str, Callable[..., Array]] = {
+    "reference": paged_attention_reference,
+    "xla": paged_attention_xla,
+    "pallas": paged_attention_pallas,
+}
+_TRITON_CAPABILITY = (8, 0)
+"""Oldest CUDA devices that XLA's Triton compiles for: Ampere."""
 
 
-def choose_backend(requested: str, platform: str) -> str:
+def choose_backend(requested: str, platform: str, compute_capability: str | None = None) -> str:
     """Resolves a requested backend name for a platform.
 
     Args:
         requested: "auto" or a name in `BACKENDS`.
         platform: JAX platform name, such as "cpu" or "gpu".
+        compute_capability: of a CUDA device, such as "9.0"; None where it is unknown or means nothing.
 
     Returns:
-        A name in `BACKENDS`; "auto" is "xla" on every platform.
+        A name in `BACKENDS`; "auto" is "pallas" on GPUs that Triton supports (CUDA from Ampere on), "xla" elsewhere.
 
     Raises:
         ValueError: the name is unknown.
 
     Example:
-        >>> choose_backend("auto", "cpu")
-        'xla'
+        >>> choose_backend("auto", "cpu"), choose_backend("auto", "gpu", "9.0"), choose_backend("auto", "gpu", "7.5")
+        ('xla', 'pallas', 'xla')
     """
     if requested == "auto":
-        return "xla"
+        is_old = compute_capability is not None and tuple(map(int, compute_capability.split("."))) < _TRITON_CAPABILITY
+        return "pallas" if platform == "gpu" and not is_old else "xla"
     if requested not in BACKENDS:
         choices = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"attention backend {requested!r} is unknown on {platform}; choose one of: {choices}")
@@ -50,6 +59,7 @@ def paged_attention(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    owner: Int[Array, " R"] | None = None,
     backend: str = "xla",
 ) -> Float[Array, "R Q N H"]:
     """Causal attention of each row's last tokens over the row's pages.
@@ -70,6 +80,8 @@ def paged_attention(
         window: tokens each query sees, itself included; None for all. An array may differ between devices.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
         sinks: float[N], one more logit per head in the softmax's denominator, without a value.
+        owner: int[R], whose each row is: rows of one owner are pieces of one text and have the same page table, so that
+            a backend may read its pages once for neighbouring rows. It changes no result. None: every row is its own.
         backend: a name in `BACKENDS`; see `choose_backend`.
 
     Returns:
@@ -99,4 +111,5 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        owner=owner,
     )

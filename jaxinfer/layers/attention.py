@@ -31,12 +31,14 @@ class Segment:
       page_table: int32[R, W] pages of each row in order.
       kv_len: int32[R] positions with keys once this step has written its own.
       q_len: int32[R] live queries; the rest of Q is padding.
+      owner: int32[R] whose each row is; neighbouring rows of one owner are pieces of one prompt.
       num_queries: Q.
     """
 
     page_table: Int[Array, "R W"]
     kv_len: Int[Array, " R"]
     q_len: Int[Array, " R"]
+    owner: Int[Array, " R"]
     num_queries: int = field(metadata={"static": True})
 
     @property
@@ -171,6 +173,7 @@ class Attention(nnx.Module):
                     scale=self.scale,
                     window=window,
                     softcap=self.softcap,
+                    owner=segment.owner,
                     backend=self.backend,
                 ).reshape(rows.shape[0], -1)
             )

@@ -68,7 +68,7 @@ def assemble(
     mesh = make_mesh(
         pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
     )
-    layout = lay_out(model_config, config, mesh.devices.flat[0].platform)
+    layout = lay_out(model_config, config, *platform_of(mesh.devices.flat[0]))
     model = abstract_model(model_config, layout)
     parameters = load_parameters(
         model,
@@ -103,7 +103,7 @@ def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
     Raises:
       ValueError: it cannot be laid out on the mesh.
     """
-    layout = lay_out(model_config, config, jax.devices()[0].platform)
+    layout = lay_out(model_config, config, *platform_of(jax.devices()[0]))
     shapes, itemsize = StepShapes(config, max_model_len=layout.max_model_len), layout.dtype.itemsize
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
     num_devices = layout.num_stages * layout.num_shards
@@ -114,7 +114,9 @@ def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
     )
 
 
-def lay_out(model_config: ModelConfig, config: EngineConfig, platform: str) -> Layout:
+def lay_out(
+    model_config: ModelConfig, config: EngineConfig, platform: str, compute_capability: str | None = None
+) -> Layout:
     """How a model lies on the mesh that the engine's settings ask for.
 
     Raises:
@@ -125,10 +127,15 @@ def lay_out(model_config: ModelConfig, config: EngineConfig, platform: str) -> L
         num_shards=config.tensor_parallel_size,
         dtype=choose_dtype(config.dtype, platform),
         max_model_len=context_length(config, model_config),
-        attention_backend=choose_backend(config.attention_backend, platform),
+        attention_backend=choose_backend(config.attention_backend, platform, compute_capability),
     )
     layout.check(model_config)
     return layout
+
+
+def platform_of(device: jax.Device) -> tuple[str, str | None]:
+    """A device's platform and, of a CUDA device, its compute capability."""
+    return device.platform, getattr(device, "compute_capability", None)
 
 
 def abstract_model(model_config: ModelConfig, layout: Layout) -> Any:

@@ -195,11 +195,17 @@ class DecoderStep(nnx.Module):
         """What the batch's stages and its sampler will need, from the state as it is now."""
         dump_slot = state.length.shape[0] - 1
         decode = SegmentRows(
+            slot=inputs.decode_slots,
             start=state.length[inputs.decode_slots],
             q_len=(inputs.decode_slots != dump_slot).astype(jnp.int32),
             page_table=state.page_table[inputs.decode_slots],
         )
-        prefill = SegmentRows(inputs.prefill_start, inputs.prefill_len, state.page_table[inputs.prefill_slots])
+        prefill = SegmentRows(
+            slot=inputs.prefill_slots,
+            start=inputs.prefill_start,
+            q_len=inputs.prefill_len,
+            page_table=state.page_table[inputs.prefill_slots],
+        )
         positions = jnp.concatenate([_positions(decode, 1).ravel(), _positions(prefill, inputs.row_len).ravel()])
         logits = LogitRows(
             index=inputs.logit_index,
@@ -224,7 +230,15 @@ class DecoderStep(nnx.Module):
                 where = _positions(rows, num_queries)
                 positions.append(where.ravel())
                 pages.append(self._pages(rows, where))
-                segments.append(Segment(rows.page_table, rows.start + rows.q_len, rows.q_len, num_queries=num_queries))
+                segments.append(
+                    Segment(
+                        page_table=rows.page_table,
+                        kv_len=rows.start + rows.q_len,
+                        q_len=rows.q_len,
+                        owner=rows.slot,
+                        num_queries=num_queries,
+                    )
+                )
         all_positions = jnp.concatenate(positions)
         return TokenBatch(
             positions=all_positions,

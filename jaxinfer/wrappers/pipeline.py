@@ -31,11 +31,13 @@ class SegmentRows:
     """The rows of one segment; *S stands for batches in flight.
 
     Args:
+      slot: int32[R], whose the row is.
       start: int32[R], position of a row's first query.
       q_len: int32[R], live queries; 0 for padding.
       page_table: int32[R, W].
     """
 
+    slot: Int[Array, "*S R"]
     start: Int[Array, "*S R"]
     q_len: Int[Array, "*S R"]
     page_table: Int[Array, "*S R W"]
@@ -106,7 +108,7 @@ def idle(largest: StepShape, *, num_stages: int, hidden_size: int, dtype: jnp.dt
         return jnp.zeros((num_stages, *dims), jnp.int32)
 
     def rows(count: int) -> SegmentRows:
-        return SegmentRows(zeros(count), zeros(count), zeros(count, table_width))
+        return SegmentRows(zeros(count), zeros(count), zeros(count), zeros(count, table_width))
 
     def activations(num_tokens: int) -> Array:
         return jnp.zeros((num_stages * num_tokens, hidden_size), dtype)

@@ -34,19 +34,19 @@ def attention(backend, names, window, softcap):
     """The typechecked contract under jit, compiled once per static setting."""
     checked = jaxtyped(typechecker=beartype)(paged_attention)
 
-    def call(sinks, *arrays):
+    def call(sinks, owner, *arrays):
         sinks = sinks if "sinks" in names else None
-        return checked(*arrays, scale=SCALE, window=window, softcap=softcap, sinks=sinks, backend=backend)
+        return checked(*arrays, scale=SCALE, window=window, softcap=softcap, sinks=sinks, owner=owner, backend=backend)
 
     return jax.jit(call)
 
 
-def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks=False, **replaced):
+def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks=False, owner=None, **replaced):
     arrays = case.arrays | replaced
     floats = [jnp.asarray(arrays[name], dtype) for name in ("q", "k_pages", "v_pages")]
     ints = [jnp.asarray(arrays[name], jnp.int32) for name in ("page_table", "kv_len", "q_len")]
     call = attention(backend, ("sinks",) if sinks else (), window, softcap)
-    out = call(jnp.asarray(case.sinks), *floats, *ints)
+    out = call(jnp.asarray(case.sinks), owner, *floats, *ints)
     assert out.dtype == dtype
     return np.asarray(out, np.float32)
 
@@ -104,6 +104,24 @@ def test_paged_attention_shuffled_pages_equals_reference(num_queries, features, 
     case = make_case(num_queries, seed=1)
     expected = attend(case, "reference", **FEATURES[features])
     np.testing.assert_allclose(attend(case, backend, **FEATURES[features]), expected, **F32)
+
+
+def prompt_pieces():
+    """Prompts of 40 tokens from position 0, and of 20 from position 7, in rows of 16, then padding; owners beside."""
+    case = make_case(16, 2, kv_lens=(40, 27))
+    texts, starts, lengths = [0, 0, 0, 1, 1, 0, 0], [0, 16, 32, 7, 23, 0, 0], [16, 16, 8, 16, 4, 0, 0]
+    q = np.random.default_rng(5).normal(size=(7, 16, 2 * NUM_KV_HEADS, HEAD_DIM))
+    changed = {"q": q, "page_table": case.arrays["page_table"][texts], "q_len": np.array(lengths)}
+    case.arrays |= changed | {"kv_len": np.add(starts, lengths)}
+    return case, jnp.asarray([5, 5, 5, 2, 2, 9, 9])
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("features", ["plain", "all"])
+def test_paged_attention_rows_of_one_owner_equal_rows_of_their_own(features, backend):
+    case, owner = prompt_pieces()
+    expected = attend(case, "reference", **FEATURES[features])
+    np.testing.assert_allclose(attend(case, backend, owner=owner, **FEATURES[features]), expected, **F32)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -191,12 +209,15 @@ def test_paged_attention_bad_argument_raises(change, message):
         paged_attention(*map(jnp.asarray, arrays.values()), scale=SCALE, **change)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_choose_backend_auto_is_xla(platform):
-    assert choose_backend("auto", platform) == "xla"
-    assert choose_backend("reference", platform) == "reference"
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [("cpu", None, "xla"), ("gpu", None, "pallas"), ("gpu", "8.0", "pallas"), ("gpu", "7.5", "xla")],
+)
+def test_choose_backend_auto_is_pallas_where_triton_compiles(platform, capability, expected):
+    assert choose_backend("auto", platform, capability) == expected
+    assert choose_backend("reference", platform, capability) == "reference"
 
 
 def test_choose_backend_unknown_name_lists_choices():
-    with pytest.raises(ValueError, match="auto, reference, xla"):
+    with pytest.raises(ValueError, match="auto, reference, xla, pallas"):
         choose_backend("flash", "cpu")

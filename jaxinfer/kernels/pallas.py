@@ -1,0 +1,366 @@
+"""Paged attention for GPUs: three Pallas kernels, compiled through Triton.
+
+Owns: how the work of an attention is cut into thread blocks, and what one block does. On a CPU the same kernels run in
+Pallas' interpreter, for tests.
+Does not know: who chose it.
+
+Rows of few queries (decoding, verification of drafts) go to the decode kernel, one block for each row, kv head and
+split: the keys of one row are split among several blocks, so that a single long row fills the whole GPU, and a small
+kernel combines what they found. Longer rows (prefill) go to the prefill kernel, one block for each query head and tile
+of up to _QUERY_TILE queries. A tile may hold several rows; neighbouring rows with the same owner are pieces of one
+prompt and read its pages together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+_LEAST = -1e30  # of a score that does not count; finite, as -inf - -inf is NaN
+_LEAST_TOP = -1e29  # exp2(_LEAST - _LEAST_TOP) is 0: a query that has seen nothing yet keeps a total of 0
+_LOG2_E = math.log2(math.e)  # scores are kept in units of log 2, since the hardware's exponential is exp2
+_SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton has
+
+_DECODE_TILE, _PREFILL_TILE = 64, 64
+"""Positions that a block of each kernel loads at once."""
+_DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
+_PREFILL_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=2)
+_COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
+_QUERY_TILE = 128
+"""Queries of a block of the prefill kernel."""
+_MIN_PREFILL_QUERIES = 16
+"""Rows of fewer queries go to the decode kernel."""
+_MIN_BLOCKS = 264
+"""Blocks that fill an H100, two for each of its 132 multiprocessors."""
+_MAX_SPLIT = 8192
+"""Positions of a split at most, so that a long row among short ones does not keep them all waiting."""
+
+
+class _Inputs(NamedTuple):
+    """The operands of a kernel: arrays outside of it, references inside."""
+
+    q: Any
+    k_pages: Any
+    v_pages: Any
+    page_table: Any
+    kv_len: Any
+    q_len: Any
+    owner: Any
+    window: Any
+    sinks: Any
+
+
+class _Softmax(NamedTuple):
+    """A softmax under way, for M queries: the largest score so far, the sum of weights and that of weighted values."""
+
+    top: Float[Array, " M"]
+    total: Float[Array, " M"]
+    out: Float[Array, "M H"]
+
+
+def paged_attention_pallas(
+    q: Float[Array, "R Q N H"],
+    k_pages: Float[Array, "P K C H"],
+    v_pages: Float[Array, "P K C H"],
+    page_table: Int[Array, "R W"],
+    kv_len: Int[Array, " R"],
+    q_len: Int[Array, " R"],
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    owner: Int[Array, " R"] | None = None,
+) -> Float[Array, "R Q N H"]:
+    """Attends with the kernel that fits the rows' length.
+
+    Args: as in `jaxinfer.kernels.paged_attention.paged_attention`.
+
+    Returns:
+        Float[R, Q, N, H] in q's dtype.
+
+    Source: split keys as in Flash-Decoding (Dao et al. 2023), tiles of queries as in FlashAttention-2 (Dao 2023).
+    """
+    inputs = _Inputs(
+        q=q,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        page_table=page_table,
+        kv_len=kv_len,
+        q_len=q_len,
+        owner=jnp.arange(q.shape[0], dtype=jnp.int32) if owner is None else owner,
+        window=None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,)),
+        sinks=sinks,
+    )
+    attend = _prefill if q.shape[1] >= _MIN_PREFILL_QUERIES else _decode
+    attend = functools.partial(attend, scale=scale, softcap=softcap)
+    return lax.platform_dependent(
+        inputs, cpu=functools.partial(attend, interpret=True), default=functools.partial(attend, interpret=False)
+    )
+
+
+def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
+    num_rows, num_queries, num_heads, head_dim = inputs.q.shape
+    num_kv_heads, page_size = inputs.k_pages.shape[1:3]
+    num_splits = _num_splits(num_rows * num_kv_heads, inputs.page_table.shape[1] * page_size)
+    kernel = functools.partial(_decode_kernel, num_splits=num_splits, scale=scale, softcap=softcap)
+    is_split = num_splits > 1
+    partial_dims = (num_splits, num_rows, num_queries, num_heads)
+    outs = [jax.ShapeDtypeStruct((*partial_dims, head_dim), jnp.float32 if is_split else inputs.q.dtype)]
+    outs += [jax.ShapeDtypeStruct(partial_dims, jnp.float32)] * (2 * is_split)
+    found = pl.pallas_call(
+        kernel,
+        grid=(num_rows, num_kv_heads, num_splits),
+        out_shape=outs,
+        compiler_params=_DECODE_PARAMS,
+        interpret=interpret,
+        name="paged_attention_decode",
+    )(inputs)
+    if not is_split:
+        return found[0][0]
+    return pl.pallas_call(
+        _combine_kernel,
+        grid=(num_rows * num_queries, num_heads),
+        out_shape=jax.ShapeDtypeStruct((num_rows * num_queries, num_heads, head_dim), inputs.q.dtype),
+        compiler_params=_COMBINE_PARAMS,
+        interpret=interpret,
+        name="paged_attention_combine",
+    )(*(part.reshape(num_splits, num_rows * num_queries, *part.shape[3:]) for part in found)).reshape(inputs.q.shape)
+
+
+def _num_splits(num_blocks: int, max_len: int) -> int:
+    """Splits of each row, a power of two: enough blocks to fill the GPU, and no split too long."""
+    wanted = max(_MIN_BLOCKS / num_blocks, max_len / _MAX_SPLIT, 1)
+    return min(1 << math.ceil(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
+
+
+def _decode_kernel(
+    inputs: _Inputs, out_ref: Any, *stats: Any, num_splits: int, scale: float, softcap: float | None
+) -> None:
+    """One row, one kv head, one split of the row's keys. Queries lie query by query, then head by head of the group."""
+    _, num_queries, num_heads, head_dim = inputs.q.shape
+    group = num_heads // inputs.k_pages.shape[1]
+    row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    kv_len, q_len = inputs.kv_len[row], inputs.q_len[row]
+
+    member = jnp.arange(max(_SMALLEST_DOT, pl.next_power_of_2(num_queries * group)))  # [M]
+    query, head = lax.div(member, group), kv_head * group + lax.rem(member, group)
+    is_query = member < num_queries * group
+    query_position = jnp.where(is_query & (query < q_len), kv_len - q_len + query, -1)
+    dims, inside = _head_dims(head_dim)
+    mask = is_query[:, None] & inside
+    q = plgpu.load(inputs.q.at[row, query[:, None], head[:, None], dims], mask=mask, other=0.0)
+
+    first, end = 0, pl.cdiv(kv_len, _DECODE_TILE)
+    if inputs.window is not None:
+        first = lax.div(jnp.maximum(kv_len - q_len - inputs.window[0] + 1, 0), _DECODE_TILE)
+    share = pl.cdiv(end - first, num_splits)
+    first += split * share
+    found = _start(member, q.shape[1])
+    if inputs.sinks is not None:  # they belong to the first split, as if they were its first key
+        sink = plgpu.load(inputs.sinks.at[head], mask=is_query, other=0.0).astype(jnp.float32) * _LOG2_E
+        found = found._replace(
+            top=jnp.where(split == 0, sink, found.top), total=jnp.where(split == 0, 1.0, found.total)
+        )
+    found = _attend(
+        inputs,
+        found,
+        q,
+        query_position,
+        row=row,
+        kv_head=kv_head,
+        kv_len=kv_len,
+        tile_len=_DECODE_TILE,
+        tiles=(first, jnp.minimum(first + share, end)),
+        scale=scale,
+        softcap=softcap,
+    )
+    out = found.out if stats else _normalised(found)
+    where = (split, row, query[:, None], head[:, None], dims)
+    plgpu.store(out_ref.at[where], out.astype(out_ref.dtype), mask=mask)
+    for ref, value in zip(stats, found[:2], strict=False):
+        plgpu.store(ref.at[split, row, query, head], value, mask=is_query)
+
+
+def _combine_kernel(part_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -> None:
+    """One query of one head: adds up what the splits found."""
+    num_splits, *_, head_dim = part_ref.shape
+    token, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(num_splits)
+    dims, inside = _head_dims(head_dim)
+    top = plgpu.load(top_ref.at[split, token, head])  # [S]
+    share = jnp.exp2(top - jnp.max(top))
+    total = jnp.sum(plgpu.load(total_ref.at[split, token, head]) * share)
+    mask = inside & (split >= 0)[:, None]
+    part = plgpu.load(part_ref.at[split[:, None], token, head, dims], mask=mask, other=0.0)  # [S, H]
+    out = jnp.sum(part * share[:, None], axis=0) * jnp.where(total > 0, 1.0 / total, 0.0)
+    plgpu.store(out_ref.at[token, head, dims[0]], out.astype(out_ref.dtype), mask=inside[0])
+
+
+def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
+    num_rows, num_queries, num_heads, head_dim = inputs.q.shape
+    row_len = pl.next_power_of_2(num_queries)
+    rows_per_tile = max(1, min(_QUERY_TILE // row_len, pl.next_power_of_2(num_rows)))
+    missing = -num_rows % rows_per_tile
+    if missing or row_len != num_queries:
+
+        def padded(x: Array) -> Array:
+            return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+
+        inputs = inputs._replace(
+            q=jnp.pad(inputs.q, ((0, missing), (0, row_len - num_queries), (0, 0), (0, 0))),
+            page_table=padded(inputs.page_table),
+            kv_len=padded(inputs.kv_len),
+            q_len=padded(inputs.q_len),
+            owner=padded(inputs.owner),
+        )
+    dims = inputs.q.shape
+    found = pl.pallas_call(
+        functools.partial(_prefill_kernel, row_len=row_len, rows_per_tile=rows_per_tile, scale=scale, softcap=softcap),
+        grid=(dims[0] // rows_per_tile, num_heads),
+        out_shape=jax.ShapeDtypeStruct((dims[0] * row_len, num_heads, head_dim), inputs.q.dtype),
+        compiler_params=_PREFILL_PARAMS,
+        interpret=interpret,
+        name="paged_attention_prefill",
+    )(inputs._replace(q=inputs.q.reshape(dims[0] * row_len, num_heads, head_dim)))
+    return found.reshape(dims)[:num_rows, :num_queries]
+
+
+def _prefill_kernel(
+    inputs: _Inputs, out_ref: Any, *, row_len: int, rows_per_tile: int, scale: float, softcap: float | None
+) -> None:
+    """One query head of a tile of rows: the rows of each owner attend to its pages together."""
+    num_heads, head_dim = inputs.q.shape[1:]
+    # Later tiles of a prompt have more keys in front of them: they begin first.
+    tile, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
+    kv_head = lax.div(head, num_heads // inputs.k_pages.shape[1])
+    member = jnp.arange(rows_per_tile * row_len)  # [M]
+    local_row = lax.div(member, row_len)
+    row = tile * rows_per_tile + local_row
+    kv_len, q_len, owner = (plgpu.load(ref.at[row]) for ref in (inputs.kv_len, inputs.q_len, inputs.owner))
+    query = lax.rem(member, row_len)
+    query_position = jnp.where(query < q_len, kv_len - q_len + query, -1)
+    dims, inside = _head_dims(head_dim)
+    token = (tile * rows_per_tile * row_len + member)[:, None]
+    mask = inside & (member >= 0)[:, None]
+    q = plgpu.load(inputs.q.at[token, head, dims], mask=mask, other=0.0)
+    found = _start(member, q.shape[1])
+    if inputs.sinks is not None:
+        sink = inputs.sinks[head].astype(jnp.float32) * _LOG2_E
+        found = found._replace(top=jnp.full_like(found.top, sink), total=jnp.ones_like(found.total))
+
+    def attend_owner(number: Array, found: _Softmax) -> _Softmax:
+        """Attends with all rows of the owner of a row, if that is the owner's first row in the tile."""
+        mine = (owner == inputs.owner[tile * rows_per_tile + number]) & (q_len > 0)
+        is_first = jnp.min(jnp.where(mine, local_row, rows_per_tile)) == number
+        own_len = jnp.max(jnp.where(mine, kv_len, 0))
+        own_position = jnp.where(mine, query_position, -1)
+        first, end = 0, jnp.where(is_first, pl.cdiv(own_len, _PREFILL_TILE), 0)
+        if inputs.window is not None:
+            earliest = jnp.min(jnp.where(own_position >= 0, own_position, own_len))
+            first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), _PREFILL_TILE)
+        return _attend(
+            inputs,
+            found,
+            q,
+            own_position,
+            row=tile * rows_per_tile + number,
+            kv_head=kv_head,
+            kv_len=own_len,
+            tile_len=_PREFILL_TILE,
+            tiles=(first, end),
+            scale=scale,
+            softcap=softcap,
+        )
+
+    found = lax.fori_loop(0, rows_per_tile, attend_owner, found)
+    plgpu.store(out_ref.at[token, head, dims], _normalised(found).astype(out_ref.dtype), mask=mask)
+
+
+def _attend(
+    inputs: _Inputs,
+    found: _Softmax,
+    q: Float[Array, "M H"],
+    query_position: Int[Array, " M"],
+    *,
+    row: Int[Array, ""],
+    kv_head: Int[Array, ""],
+    kv_len: Int[Array, ""],
+    tile_len: int,
+    tiles: tuple[Any, Any],
+    scale: float,
+    softcap: float | None,
+) -> _Softmax:
+    """Goes through a range of tiles of one row's keys.
+
+    Args:
+        inputs: references.
+        found: what the softmax has so far.
+        q: queries.
+        query_position: of each query; -1 for one that sees nothing.
+        row: whose page table names the pages.
+        kv_head: whose keys and values.
+        kv_len: positions of the row that hold keys.
+        tile_len: positions of a tile.
+        tiles: first tile and the one behind the last.
+        scale, softcap: as paged_attention's.
+    """
+    page_size, head_dim = inputs.k_pages.shape[2:]
+    dims, inside = _head_dims(head_dim)
+    dot = functools.partial(
+        lax.dot_general,
+        precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+    def attend_tile(tile: Array, found: _Softmax) -> _Softmax:
+        position = tile * tile_len + jnp.arange(tile_len)  # [B]
+        if page_size % tile_len:
+            page = plgpu.load(inputs.page_table.at[row, lax.div(jnp.minimum(position, kv_len - 1), page_size)])[:, None]
+        else:  # the tile lies within one page
+            page = inputs.page_table[row, lax.div(tile, page_size // tile_len)]
+        where = (page, kv_head, lax.rem(position, page_size)[:, None], dims)
+        mask = inside & (position < kv_len)[:, None]  # 0 * NaN is NaN: values need the mask too
+        k = plgpu.load(inputs.k_pages.at[where], mask=mask, other=0.0)
+        score = dot(q, k, (((1,), (1,)), ((), ())))  # [M, B]
+        score = score * (scale * _LOG2_E) if softcap is None else _capped(score * scale, softcap)
+        visible = position[None, :] <= query_position[:, None]
+        if inputs.window is not None:
+            visible &= position[None, :] > query_position[:, None] - inputs.window[0]
+        score = jnp.where(visible, score, _LEAST)
+        top = jnp.maximum(found.top, jnp.max(score, axis=1))
+        weight = jnp.exp2(score - top[:, None])
+        decay = jnp.exp2(found.top - top)
+        v = plgpu.load(inputs.v_pages.at[where], mask=mask, other=0.0)
+        gain = dot(weight.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+        return _Softmax(
+            top=top, total=found.total * decay + jnp.sum(weight, axis=1), out=found.out * decay[:, None] + gain
+        )
+
+    return lax.fori_loop(*tiles, attend_tile, found)
+
+
+def _capped(score: Float[Array, "M B"], softcap: float) -> Float[Array, "M B"]:
+    return jnp.tanh(score / softcap) * (softcap * _LOG2_E)
+
+
+def _start(member: Int[Array, " M"], head_dim: int) -> _Softmax:
+    top = jnp.full(member.shape, _LEAST_TOP, jnp.float32)
+    return _Softmax(top, jnp.zeros_like(top), jnp.zeros((*member.shape, head_dim), jnp.float32))
+
+
+def _normalised(found: _Softmax) -> Float[Array, "M H"]:
+    return found.out * jnp.where(found.total > 0, 1.0 / found.total, 0.0)[:, None]
+
+
+def _head_dims(head_dim: int) -> tuple[Int[Array, "1 H"], Array]:
+    """Indices along a head, as many as a power of two, and which of them exist."""
+    dims = jnp.arange(max(_SMALLEST_DOT, pl.next_power_of_2(head_dim)))[None, :]
+    return dims, dims < head_dim

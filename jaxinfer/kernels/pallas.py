@@ -137,9 +137,9 @@ def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: 
 
 
 def _num_splits(num_blocks: int, max_len: int) -> int:
-    """Splits of each row, a power of two: enough blocks to fill the GPU, and no split too long."""
+    """Splits of each row, the nearest power of two: enough blocks to fill the GPU, and no split too long."""
     wanted = max(_MIN_BLOCKS / num_blocks, max_len / _MAX_SPLIT, 1)
-    return min(1 << math.ceil(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
+    return min(1 << round(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
 
 
 def _decode_kernel(
@@ -173,8 +173,8 @@ def _decode_kernel(
     found = _attend(
         inputs,
         found,
-        q,
-        query_position,
+        q=q,
+        query_position=query_position,
         row=row,
         kv_head=kv_head,
         kv_len=kv_len,
@@ -263,22 +263,26 @@ def _prefill_kernel(
         own_len = jnp.max(jnp.where(mine, kv_len, 0))
         own_position = jnp.where(mine, query_position, -1)
         first, end = 0, jnp.where(is_first, pl.cdiv(own_len, _PREFILL_TILE), 0)
-        if inputs.window is not None:
-            earliest = jnp.min(jnp.where(own_position >= 0, own_position, own_len))
-            first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), _PREFILL_TILE)
-        return _attend(
+        earliest = jnp.min(jnp.where(own_position >= 0, own_position, own_len))
+        attend = functools.partial(
+            _attend,
             inputs,
-            found,
-            q,
-            own_position,
+            q=q,
+            query_position=own_position,
             row=tile * rows_per_tile + number,
             kv_head=kv_head,
             kv_len=own_len,
             tile_len=_PREFILL_TILE,
-            tiles=(first, end),
             scale=scale,
             softcap=softcap,
         )
+        if inputs.window is not None:
+            first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), _PREFILL_TILE)
+            return attend(found, tiles=(first, end))
+        # Tiles of keys that all queries see, which are most of a long prompt's, need no mask.
+        num_seen = jnp.where(is_first & (jnp.min(own_position) >= 0), lax.div(earliest + 1, _PREFILL_TILE), 0)
+        found = attend(found, tiles=(0, num_seen), masked=False)
+        return attend(found, tiles=(num_seen, end))
 
     found = lax.fori_loop(0, rows_per_tile, attend_owner, found)
     plgpu.store(out_ref.at[token, head, dims], _normalised(found).astype(out_ref.dtype), mask=mask)
@@ -287,9 +291,9 @@ def _prefill_kernel(
 def _attend(
     inputs: _Inputs,
     found: _Softmax,
+    *,
     q: Float[Array, "M H"],
     query_position: Int[Array, " M"],
-    *,
     row: Int[Array, ""],
     kv_head: Int[Array, ""],
     kv_len: Int[Array, ""],
@@ -297,6 +301,7 @@ def _attend(
     tiles: tuple[Any, Any],
     scale: float,
     softcap: float | None,
+    masked: bool = True,
 ) -> _Softmax:
     """Goes through a range of tiles of one row's keys.
 
@@ -311,6 +316,7 @@ def _attend(
         tile_len: positions of a tile.
         tiles: first tile and the one behind the last.
         scale, softcap: as paged_attention's.
+        masked: False where every query sees all keys of the tiles.
     """
     page_size, head_dim = inputs.k_pages.shape[2:]
     dims, inside = _head_dims(head_dim)
@@ -327,14 +333,16 @@ def _attend(
         else:  # the tile lies within one page
             page = inputs.page_table[row, lax.div(tile, page_size // tile_len)]
         where = (page, kv_head, lax.rem(position, page_size)[:, None], dims)
-        mask = inside & (position < kv_len)[:, None]  # 0 * NaN is NaN: values need the mask too
+        # 0 * NaN is NaN: values need the mask too.
+        mask = inside & (position < kv_len)[:, None] if masked else inside & (position >= 0)[:, None]
         k = plgpu.load(inputs.k_pages.at[where], mask=mask, other=0.0)
         score = dot(q, k, (((1,), (1,)), ((), ())))  # [M, B]
         score = score * (scale * _LOG2_E) if softcap is None else _capped(score * scale, softcap)
-        visible = position[None, :] <= query_position[:, None]
-        if inputs.window is not None:
-            visible &= position[None, :] > query_position[:, None] - inputs.window[0]
-        score = jnp.where(visible, score, _LEAST)
+        if masked:
+            visible = position[None, :] <= query_position[:, None]
+            if inputs.window is not None:
+                visible &= position[None, :] > query_position[:, None] - inputs.window[0]
+            score = jnp.where(visible, score, _LEAST)
         top = jnp.maximum(found.top, jnp.max(score, axis=1))
         weight = jnp.exp2(score - top[:, None])
         decay = jnp.exp2(found.top - top)

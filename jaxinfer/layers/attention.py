@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.paged_attention import paged_attention
+from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows
@@ -151,13 +152,7 @@ class Attention(nnx.Module):
         Returns:
           The block's output [T, D] (equal on all shards) and the written cache (aliases the donated one).
         """
-        heads = self.qkv(x).reshape(x.shape[0], -1, self.head_dim)
-        queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self._normalised(queries, self.query_norm), self._normalised(keys, self.key_norm)
-        if rotary is not None:
-            queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
-        cache = kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
+        queries, cache = self._prepared(self.qkv(x).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary)
         attended, start, window = [], 0, self._window()
         for segment in batch.segments:
             rows = queries[start : start + segment.num_tokens]
@@ -178,6 +173,26 @@ class Attention(nnx.Module):
                 ).reshape(rows.shape[0], -1)
             )
         return self.out(jnp.concatenate(attended)), cache
+
+    def _prepared(
+        self, heads: Float[Array, "T J H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None
+    ) -> tuple[Float[Array, "T N H"], LayerCache]:
+        """Queries ready to attend, and the cache with the tokens' keys and values; both normed and rotated."""
+        query_norm, key_norm = self.query_norm, self.key_norm
+        if self.backend == "pallas" and self.qk_norm != "projection":
+            norm = None
+            if query_norm is not None and key_norm is not None:
+                norm = HeadNorm(query_norm.weight[0], key_norm.weight[0], query_norm.eps, query_norm.offset)
+            queries, keys, values = rotate_and_write(
+                heads, cache.keys, cache.values, pages=batch.pages, offsets=batch.offsets, rotary=rotary, norm=norm
+            )
+            return queries, LayerCache(keys=keys, values=values)
+        queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        if query_norm is not None and key_norm is not None:
+            queries, keys = self._normalised(queries, query_norm), self._normalised(keys, key_norm)
+        if rotary is not None:
+            queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
+        return queries, kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
 
     def _window(self) -> int | Int[Array, ""] | None:
         if all(window is None for window in self.windows):

@@ -82,6 +82,11 @@ def num_stages() -> int:
     return lax.axis_size(PIPE)
 
 
+def num_shards() -> int:
+    """Tensor shards of a stage."""
+    return lax.axis_size(TENSOR)
+
+
 def stage_index() -> Int[Array, ""]:
     """Index of this device's pipeline stage."""
     return lax.axis_index(PIPE)

@@ -151,7 +151,9 @@ def _kernel(
         first, second = parts[:2]
         parts[0] = jnp.where(is_value, first, first * cos - second * sin)
         parts[1] = jnp.where(is_value, second, second * cos + first * sin)
-    page, place = (plgpu.load(ref.at[token], mask=token < num_tokens, other=0) for ref in (inputs.pages, inputs.offsets))
+    page, place = (
+        plgpu.load(ref.at[token], mask=token < num_tokens, other=0) for ref in (inputs.pages, inputs.offsets)
+    )
 
     def store(ref: Any, *where: Any) -> None:
         for piece, part in zip(pieces, parts, strict=True):

@@ -19,7 +19,7 @@ from jaxinfer.kernels.paged_attention import paged_attention
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows
+from jaxinfer.layers.linear import ColumnParallelLinear, Norm, RowParallelLinear, Rows
 from jaxinfer.layers.norm import RMSNorm
 
 
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
       num_stages, num_shards: pipeline stages and tensor shards.
       kv_copies: shards that hold the same kv head.
       windows: tokens each query sees, itself included, by stage; None for all.
-      backend: of paged_attention.
+      backend: of paged_attention and of the linear layers.
       dtype: of the parameters.
     """
 
@@ -112,9 +112,15 @@ class Attention(nnx.Module):
             num_stages=num_stages,
             dtype=dtype,
             bias=config.attention_bias,
+            backend=backend,
         )
         self.out = RowParallelLinear(
-            q_size, config.hidden_size, num_stages=num_stages, dtype=dtype, bias=config.attention_out_bias
+            q_size,
+            config.hidden_size,
+            num_stages=num_stages,
+            dtype=dtype,
+            bias=config.attention_out_bias,
+            backend=backend,
         )
 
         self.qk_norm = config.qk_norm
@@ -140,19 +146,26 @@ class Attention(nnx.Module):
         cache: LayerCache,
         batch: TokenBatch,
         rotary: rope.RotaryTables | None,
+        *,
+        norm: Norm | None = None,
+        post_norm: Norm | None = None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """Attends every token to its row's cache, which first receives the tokens' own keys and values.
 
         Args:
-          x: residual stream, normalised.
+          x: residual stream.
           cache: of this layer.
           batch: the tokens.
           rotary: cos and sin of every token; None rotates nothing.
+          norm: of what the block sees.
+          post_norm: of what it adds.
 
         Returns:
-          The block's output [T, D] (equal on all shards) and the written cache (aliases the donated one).
+          x + post_norm(attention(norm(x))), equal on all shards, and the written cache (aliases the donated one).
         """
-        queries, cache = self._prepared(self.qkv(x).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary)
+        queries, cache = self._prepared(
+            self.qkv(x, norm=norm).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary
+        )
         attended, start, window = [], 0, self._window()
         for segment in batch.segments:
             rows = queries[start : start + segment.num_tokens]
@@ -172,7 +185,7 @@ class Attention(nnx.Module):
                     backend=self.backend,
                 ).reshape(rows.shape[0], -1)
             )
-        return self.out(jnp.concatenate(attended)), cache
+        return self.out(jnp.concatenate(attended), residual=x, norm=post_norm), cache
 
     def _prepared(
         self, heads: Float[Array, "T J H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None

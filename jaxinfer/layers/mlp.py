@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows
+from jaxinfer.layers.linear import ColumnParallelLinear, Norm, RowParallelLinear, Rows, gated
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -26,8 +26,7 @@ _ACTIVATIONS = {
 
 def activate(gate_up: Float[Array, "*T G"], activation: str) -> Float[Array, "*T F"]:
     """act(gate) * up of the two halves of the last axis."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return _ACTIVATIONS[activation](gate) * up
+    return gated(gate_up, _ACTIVATIONS[activation])
 
 
 class GatedMLP(nnx.Module):
@@ -39,6 +38,7 @@ class GatedMLP(nnx.Module):
       bias: both linear layers carry one.
       dtype: of the parameters.
       activation: of the gate, a name in config.ACTIVATIONS.
+      backend: of the linear layers.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
@@ -52,16 +52,19 @@ class GatedMLP(nnx.Module):
         dtype: jnp.dtype,
         bias: bool = False,
         activation: str = "silu",
+        backend: str = "xla",
     ):
         self.activation = activation
-        self.gate_up = ColumnParallelLinear(
-            hidden_size, (Rows(ffn_size), Rows(ffn_size)), num_stages=num_stages, dtype=dtype, bias=bias
-        )
-        self.down = RowParallelLinear(ffn_size, hidden_size, num_stages=num_stages, dtype=dtype, bias=bias)
+        options = {"num_stages": num_stages, "dtype": dtype, "bias": bias, "backend": backend}
+        self.gate_up = ColumnParallelLinear(hidden_size, (Rows(ffn_size), Rows(ffn_size)), **options)
+        self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Maps [T, D] to [T, D]."""
-        return self.down(activate(self.gate_up(x), self.activation))
+    def __call__(
+        self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
+    ) -> Float[Array, "T D"]:
+        """x + post_norm(mlp(norm(x))), x the residual stream."""
+        hidden = self.gate_up(x, norm=norm, gate=_ACTIVATIONS[self.activation])
+        return self.down(hidden, residual=x, norm=post_norm)
 
 
 class MLP(nnx.Module):
@@ -71,12 +74,21 @@ class MLP(nnx.Module):
     """
 
     def __init__(
-        self, hidden_size: int, ffn_size: int, *, num_stages: int, dtype: jnp.dtype, bias: bool, activation: str
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        *,
+        num_stages: int,
+        dtype: jnp.dtype,
+        bias: bool,
+        activation: str,
+        backend: str = "xla",
     ):
         self.activation = activation
-        self.up = ColumnParallelLinear(hidden_size, (Rows(ffn_size),), num_stages=num_stages, dtype=dtype, bias=bias)
-        self.down = RowParallelLinear(ffn_size, hidden_size, num_stages=num_stages, dtype=dtype, bias=bias)
+        options = {"num_stages": num_stages, "dtype": dtype, "bias": bias, "backend": backend}
+        self.up = ColumnParallelLinear(hidden_size, (Rows(ffn_size),), **options)
+        self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Maps [T, D] to [T, D]."""
-        return self.down(_ACTIVATIONS[self.activation](self.up(x)))
+    def __call__(self, x: Float[Array, "T D"], *, norm: Norm) -> Float[Array, "T D"]:
+        """x + mlp(norm(x)), x the residual stream."""
+        return self.down(_ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x)

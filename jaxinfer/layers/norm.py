@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxinfer.communication.collectives import sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, REPLICATED
+from jaxinfer.kernels.pallas_linear import RowNorm
 from jaxinfer.layers.linear import Rows
 
 
@@ -53,16 +54,24 @@ class RMSNorm(nnx.Module):
         else:
             self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=PER_STAGE if self.per_stage else REPLICATED)
 
+    @property
+    def row_norm(self) -> RowNorm | None:
+        """The norm for a kernel; None where the features are split over shards."""
+        return None if self.sharded else RowNorm(self._weight, self.eps, self.offset)
+
+    @property
+    def _weight(self) -> Float[Array, " D"]:
+        return self.weight[0] if self.per_stage else self.weight[...]
+
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; keeps x's dtype."""
         wide = x.astype(jnp.float32)
         squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
         squares = sum_over_tensor(squares) if self.sharded else squares
         wide = wide * lax.rsqrt(squares / self.size + self.eps)
-        weight = self.weight[0] if self.per_stage else self.weight[...]
         if self.offset:
-            return (wide * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
-        return weight * wide.astype(x.dtype)
+            return (wide * (self._weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return self._weight * wide.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -84,6 +93,11 @@ class LayerNorm(nnx.Module):
         spec = PER_STAGE if self.per_stage else REPLICATED
         self.weight = nnx.Param(jnp.zeros(shape, dtype), spec=spec)
         self.bias = nnx.Param(jnp.zeros(shape, dtype), spec=spec)
+
+    @property
+    def row_norm(self) -> None:
+        """No kernel computes it."""
+        return None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; keeps x's dtype."""

@@ -108,16 +108,21 @@ class GPT2Layer(nnx.Module):
         )
         self.mlp_norm = LayerNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
         self.mlp = MLP(
-            size, config.ffn_size, num_stages=stages, dtype=dtype, bias=config.mlp_bias, activation=config.activation
+            size,
+            config.ffn_size,
+            num_stages=stages,
+            dtype=dtype,
+            bias=config.mlp_bias,
+            activation=config.activation,
+            backend=layout.attention_backend,
         )
 
     def __call__(
         self, x: Float[Array, "T D"], cache: LayerCache, batch: TokenBatch
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """One layer of one stage; returns the new residual stream and the written cache."""
-        attended, cache = self.attention(self.attention_norm(x), cache, batch, None)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x, cache = self.attention(x, cache, batch, None, norm=self.attention_norm)
+        return self.mlp(x, norm=self.mlp_norm), cache
 
 
 class GPT2(nnx.Module):

@@ -110,6 +110,7 @@ class LlamaLayer(nnx.Module):
                 dtype=dtype,
                 bias=config.mlp_bias,
                 activation=config.activation,
+                backend=layout.attention_backend,
             )
 
     def __call__(
@@ -120,11 +121,11 @@ class LlamaLayer(nnx.Module):
         rotary: RotaryTables | None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """One layer of one stage; returns the new residual stream and the written cache."""
-        attended, cache = self.attention(_normalised(x, self.attention_norm), cache, batch, rotary)
-        x = x + _normalised(attended, self.attention_post_norm)
-        fed = _normalised(x, self.mlp_norm)
-        fed = self.mlp(fed, batch.live) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(fed)
-        return x + _normalised(fed, self.mlp_post_norm), cache
+        x, cache = self.attention(x, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm)
+        if isinstance(self.mlp, MixtureOfExperts):
+            fed = self.mlp(_normalised(x, self.mlp_norm), batch.live)
+            return x + _normalised(fed, self.mlp_post_norm), cache
+        return self.mlp(x, norm=self.mlp_norm, post_norm=self.mlp_post_norm), cache
 
 
 def _normalised(x: Float[Array, "T D"], norm: RMSNorm | None) -> Float[Array, "T D"]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.bench.random_weights import RandomStore
+import jax
+
+from jaxinfer.bench.random_weights import DeviceRandomStore, RandomStore
 from jaxinfer.bench.workload import random_prompts
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.directory import DEMO
@@ -68,9 +70,9 @@ class Target:
         return directory.resolve(self.model)
 
     def store(self, config: ModelConfig) -> TensorStore:
-        """The tensors."""
+        """The tensors; random ones are drawn on the host for a CPU, where both take the same time, else on the device."""
         if self.random_weights is not None:
-            return RandomStore(config, self.seed)
+            return (RandomStore if jax.default_backend() == "cpu" else DeviceRandomStore)(config, self.seed)
         return SafetensorsStore(directory.weight_files(self.path()))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -28,6 +29,15 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _XLA_ALIGNMENT = 64
 
 
+@runtime_checkable
+class ParameterMaker(Protocol):
+    """A store that makes whole parameters on the mesh, where reading slices on the host would take too long."""
+
+    def make(self, parameter: NamedParameter, sharding: NamedSharding) -> jax.Array:
+        """The parameter's array, sharded so; layers that are padding must be zero."""
+        ...
+
+
 def load_parameters(
     model: nnx.Module,
     *,
@@ -45,7 +55,7 @@ def load_parameters(
       model: abstract model (nnx.eval_shape), each variable with its PartitionSpec in `spec`.
       family: the names of its tensors, and how they are stored.
       num_layers: layers of the model; further ones are padding and stay zero, which makes them the identity.
-      store: the tensors.
+      store: the tensors; one that is a ParameterMaker is asked for whole parameters instead of slices.
       mesh: where they go.
       progress: show a bar (on terminals only).
 
@@ -63,7 +73,10 @@ def load_parameters(
     loaded = {}
     bar = tqdm(parameters.items(), desc="loading", unit="tensor", disable=None if progress else True, leave=False)
     for path, parameter in bar:
-        array = _load(parameter, store, mesh)
+        if isinstance(store, ParameterMaker):
+            array = store.make(parameter, NamedSharding(mesh, parameter.variable.spec))
+        else:
+            array = _load(parameter, store, mesh)
         loaded[path] = parameter.variable.replace(array)
     return nnx.from_flat_state(loaded)
 

@@ -5,12 +5,17 @@ import json
 import numpy as np
 import pytest
 from conftest import CASES, load_golden
+from flax import nnx
 
 from jaxinfer.bench import random_weights
-from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
+from jaxinfer.bench.random_weights import DeviceRandomStore, RandomStore, write_checkpoint
 from jaxinfer.checkpoint.directory import read_json, weight_files
 from jaxinfer.checkpoint.store import SafetensorsStore
-from jaxinfer.models.registry import parse_model_config
+from jaxinfer.checkpoint.loader import load_parameters
+from jaxinfer.communication.mesh import make_mesh
+from jaxinfer.config import EngineConfig
+from jaxinfer.models.registry import find_family, parse_model_config
+from jaxinfer.wrappers.assembly import abstract_model, lay_out
 
 
 def config_of(case):
@@ -69,3 +74,39 @@ def test_write_checkpoint_reads_back(tmp_path):
     assert set(written.names()) == set(store.names())
     for name in store.names():
         np.testing.assert_array_equal(read(written, name), read(store, name))
+
+
+def drawn_parameters(config, **mesh):
+    """A model's parameters as DeviceRandomStore draws them, by dotted path."""
+    model = abstract_model(config, lay_out(config, EngineConfig(**mesh), "cpu"))
+    parameters = load_parameters(
+        model,
+        family=find_family(config.architecture),
+        num_layers=config.num_layers,
+        store=DeviceRandomStore(config, seed=3),
+        mesh=make_mesh(**{"pipeline_parallel_size": 1, "tensor_parallel_size": 1} | mesh),
+        progress=False,
+    )
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(parameters)}
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "gemma2", "qwen3_moe"])
+def test_device_random_store_has_the_distribution_of_random_store(case):
+    config = config_of(case)
+    parameters = drawn_parameters(config)
+    for path, values in parameters.items():
+        if "norm.weight" in path:
+            np.testing.assert_array_equal(values, 1 - config.norm_offset)
+        elif "bias" in path:
+            np.testing.assert_array_equal(values, 0)
+        else:
+            # At least 16 x 48 values: the standard error of the variance of a uniform is 0.9 / sqrt(768) of it.
+            assert values.var() * values.shape[-1] == pytest.approx(1, abs=0.13), path
+    matrices = [values.ravel()[:4].tolist() for values in parameters.values() if values.ndim == 3]
+    assert len({tuple(values) for values in matrices}) == len(matrices)
+
+
+def test_device_random_store_padding_layers_are_zero():
+    parameters = drawn_parameters(config_of("tied"), pipeline_parallel_size=2)  # three layers on two stages of two
+    first, second = (parameters[path] for path in sorted(path for path in parameters if "down" in path))
+    assert first[0].any() and first[1].any() and second[0].any() and not second[1].any()

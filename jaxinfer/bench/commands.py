@@ -139,29 +139,41 @@ def roofline(
     random_weights: RandomWeights = None,
     batch_sizes: BatchSizes = "1,8,32",
     context: Annotated[int, typer.Option(min=1, help="KV positions a decode step reads per row")] = 256,
+    prefill_lens: Annotated[
+        str, typer.Option("--prefill-len", help="tokens of a prompt that is prefilled alone; several with commas")
+    ] = "256",
     num_steps: Annotated[int, typer.Option(min=1, help="decode steps timed at once")] = 16,
     repeats: Repeats = 3,
     read_mib: Annotated[int, typer.Option(min=0, help="MiB read for the bandwidth; 0: 512 on CPU, 4096 elsewhere")] = 0,
     matmul_size: Annotated[
         int, typer.Option(min=0, help="rows of the square product; 0: 2048 on CPU, 8192 elsewhere")
     ] = 0,
+    profile: Annotated[
+        bool | None, typer.Option(help="record some steps with the profiler; on all but CPU unless told otherwise")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for the profiler's files")] = None,
     json_file: JsonFile = "",
     plot: Plot = None,
     **fields: Any,
 ) -> None:
     """Decode step and prefill against the floor that the device's measured bandwidth and matmul rate set."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    lengths = _whole_numbers("prefill_len", prefill_lens)
     is_cpu = jax.default_backend() == "cpu"
-    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=context + num_steps) as session:
+    longest = max(context + num_steps * repeats + roofline_bench.PROFILED_STEPS, max(lengths) + 1)
+    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=longest) as session:
         result = roofline_bench.measure(
             session,
             sizes,
             context=context,
+            prefill_lens=lengths,
             num_steps=num_steps,
             repeats=repeats,
             read_bytes=(read_mib or (512 if is_cpu else 4096)) * 2**20,
             matmul_size=matmul_size or (2048 if is_cpu else 8192),
             seed=target.seed,
+            profiled=not is_cpu if profile is None else profile,
+            keep=keep,
         )
         _emit(roofline_bench, result, _settings(target, session.config), json_file, plot)
 
@@ -238,10 +250,14 @@ def gpu(
 
 
 def _sizes(text: str) -> list[int]:
+    return _whole_numbers("batch_size", text)
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
     try:
-        return [require_int("batch_size", int(part), 1) for part in text.split(",")]
+        return [require_int(name, int(part), 1) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"batch_size must be whole numbers >= 1 separated by commas, got {text!r}") from error
+        raise ValueError(f"{name} must be whole numbers >= 1 separated by commas, got {text!r}") from error
 
 
 def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> Target:

@@ -8,10 +8,12 @@ The floor of a step is the longer of bytes / read bandwidth and operations / mat
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from tqdm.auto import tqdm
 
-from jaxinfer.bench.latency import timed_runs
+from jaxinfer.bench.profile import Profile, record
+from jaxinfer.bench.profile import render as render_profile
 from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session
 from jaxinfer.config import ModelConfig
@@ -39,6 +42,7 @@ _DATASHEET_GB_PER_S = {
     "A10G": 600.0,
     "T4": 320.0,
 }
+PROFILED_STEPS = 8
 _CALLS = 4
 _TRIALS = 7
 
@@ -82,39 +86,55 @@ class DeviceRates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RooflineRow:
-    """A batch size against its floor; medians over the repeats.
+    """A decode step of a batch, or the prefill of one prompt, against its floor.
 
     Args:
-      batch_size: rows.
-      decode_context: KV positions a row reads, mean over the timed steps.
-      prompt_len: tokens of each prompt of the prefill.
-      decode, prefill: bytes and operations.
-      decode_ms, prefill_ms: measured.
-      decode_floor_ms, prefill_floor_ms: computed.
-      decode_bound, prefill_bound: "memory" or "compute".
+      kind: "decode" or "prefill".
+      batch_size: rows of the decode step; 1 for a prefill.
+      num_positions: KV positions a row reads, mean over the timed steps; for a prefill the prompt's tokens.
+      cost: bytes and operations.
+      ms: measured, median over the repeats.
+      floor_ms: computed from the cost.
+      bound: "memory" or "compute".
+      host_share: share of `ms` during which the device waits for the host; None where there is no profile of a device.
+      profile: of some further steps; None where none was asked for.
     """
 
+    kind: str
     batch_size: int
-    decode_context: float
-    prompt_len: int
-    decode: StepCost
-    prefill: StepCost
-    decode_ms: float
-    prefill_ms: float
-    decode_floor_ms: float
-    prefill_floor_ms: float
-    decode_bound: str
-    prefill_bound: str
+    num_positions: float
+    cost: StepCost
+    ms: float
+    floor_ms: float
+    bound: str
+    host_share: float | None
+    profile: Profile | None
+
+    @property
+    def title(self) -> str:
+        """What is measured, for tables and file names."""
+        if self.kind == "decode":
+            return f"decode batch {self.batch_size} context {self.num_positions:.0f}"
+        return f"prefill {self.num_positions:.0f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RooflineResult:
-    """Rates and rows; `dtype` is the model's, `repeats` the runs that medians are over."""
+    """Rates and rows.
+
+    Args:
+      rates: the device's.
+      rows: the decode steps in the order of the batch sizes, then the prefills.
+      dtype: the model's.
+      repeats: runs that medians are over.
+      compile_s: seconds until all programs were ready.
+    """
 
     rates: DeviceRates
     rows: tuple[RooflineRow, ...]
     dtype: str
     repeats: int
+    compile_s: float
 
 
 def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsize: int) -> StepCost:
@@ -222,22 +242,28 @@ def measure(
     batch_sizes: Sequence[int],
     *,
     context: int,
+    prefill_lens: Sequence[int],
     num_steps: int,
     repeats: int,
     read_bytes: int,
     matmul_size: int,
     seed: int = 0,
+    profiled: bool = False,
+    keep: Path | None = None,
 ) -> RooflineResult:
-    """Measures the device's rates, then every batch size against them.
+    """Measures the device's rates, then every batch size and every prompt against them.
 
     Args:
-      session: with slots and context for the largest batch.
+      session: with slots and context for the largest batch and the longest prompt.
       batch_sizes: rows of a decode step.
-      context: KV positions in the middle of the timed steps; the prompts are half of num_steps shorter.
+      context: KV positions in the middle of the timed steps; the prompts are half of these steps shorter.
+      prefill_lens: tokens of a prompt that is prefilled alone.
       num_steps: decode steps timed at once.
       repeats: timed runs, after one that is not.
       read_bytes, matmul_size: of measure_rates.
       seed: of the prompts.
+      profiled: also record some steps of every row with the profiler.
+      keep: folder for the profiler's files; None keeps none.
 
     Raises:
       ValueError: the context is too short for the steps, the settings hold no such batch, or the mesh is larger than
@@ -248,38 +274,107 @@ def measure(
             raise ValueError(
                 f"roofline compares with one device: {name} must be 1, got {getattr(session.config, name)}"
             )
-    prompt_len = context - num_steps // 2
+    all_steps = num_steps * (repeats + 1)
+    prompt_len = context - all_steps // 2
     if prompt_len < 1:
-        raise ValueError(f"context must be above half of the {num_steps} timed steps, got {context}")
+        raise ValueError(f"context must be above half of the {all_steps} steps of all runs, got {context}")
     dtype = choose_dtype(session.config.dtype, jax.default_backend())
     rates = measure_rates(dtype, read_bytes=read_bytes, matmul_size=matmul_size)
-    rows = []
-    for batch_size in tqdm(batch_sizes, desc="roofline", unit="batch", disable=None, leave=False):
-        times = timed_runs(session, batch_size, prompt_len, num_steps, repeats, seed)
-        decode_context = statistics.mean(entry.mean_context for entry in times)
-        shape = {"batch_size": batch_size, "itemsize": dtype.itemsize}
-        decode = decode_cost(session.model_config, context=decode_context, **shape)
-        prefill = prefill_cost(session.model_config, prompt_len=prompt_len, **shape)
-        rows.append(
-            RooflineRow(
-                batch_size=batch_size,
-                decode_context=decode_context,
-                prompt_len=prompt_len,
-                decode=decode,
-                prefill=prefill,
-                decode_ms=1e3 * statistics.median(entry.decode_s for entry in times),
-                prefill_ms=1e3 * statistics.median(entry.prefill_s for entry in times),
-                decode_floor_ms=1e3 * decode.floor_s(rates),
-                prefill_floor_ms=1e3 * prefill.floor_s(rates),
-                decode_bound=decode.bound(rates),
-                prefill_bound=prefill.bound(rates),
-            )
-        )
-    return RooflineResult(rates=rates, rows=tuple(rows), dtype=dtype.name, repeats=repeats)
+    bench = _Bench(
+        batch_sizes=batch_sizes,
+        prompt_len=prompt_len,
+        prefill_lens=prefill_lens,
+        num_steps=num_steps,
+        repeats=repeats,
+        seed=seed,
+        profiled=profiled,
+        keep=keep,
+        rates=rates,
+        itemsize=dtype.itemsize,
+    )
+
+    started = time.perf_counter()
+    rehearsal = dataclasses.replace(bench, profiled=False)
+    session.compile_for(lambda session: _run_all(rehearsal, session))
+    compile_s = time.perf_counter() - started
+    rows = _run_all(bench, session)
+    return RooflineResult(rates=rates, rows=rows, dtype=dtype.name, repeats=repeats, compile_s=compile_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bench:
+    """What measure was asked for, and the rates found."""
+
+    batch_sizes: Sequence[int]
+    prompt_len: int
+    prefill_lens: Sequence[int]
+    num_steps: int
+    repeats: int
+    seed: int
+    profiled: bool
+    keep: Path | None
+    rates: DeviceRates
+    itemsize: int
+
+
+def _run_all(bench: _Bench, session: Session) -> tuple[RooflineRow, ...]:
+    work = [(_decode, size) for size in bench.batch_sizes] + [(_prefill, length) for length in bench.prefill_lens]
+    bar = tqdm(work, desc="roofline", unit="row", disable=None, leave=False)
+    return tuple(run(bench, session, number) for run, number in bar)
+
+
+def _decode(bench: _Bench, session: Session, batch_size: int) -> RooflineRow:
+    with session.decoding(session.prompts(batch_size, bench.prompt_len, bench.seed, batch_size)) as decoding:
+        decoding.run(bench.num_steps)
+        first = decoding.mean_len
+        seconds = statistics.median(decoding.run(bench.num_steps) for _ in range(bench.repeats))
+        context = (first + decoding.mean_len - 1) / 2  # the first timed step reads `first` positions
+        cost = decode_cost(session.model_config, batch_size=batch_size, context=context, itemsize=bench.itemsize)
+        num_steps = min(bench.num_steps, PROFILED_STEPS)
+        return _row(bench, "decode", batch_size, context, cost, seconds, lambda: decoding.run(num_steps), num_steps)
+
+
+def _prefill(bench: _Bench, session: Session, length: int) -> RooflineRow:
+    def run(number: int) -> float:
+        prompts = session.prompts(1, length, bench.seed, length, number)  # new ones: the prefix cache knows the others
+        started = time.perf_counter()
+        session.generate(prompts, 1)
+        return time.perf_counter() - started
+
+    seconds = statistics.median([run(number) for number in range(bench.repeats + 1)][1:])
+    cost = prefill_cost(session.model_config, batch_size=1, prompt_len=length, itemsize=bench.itemsize)
+    return _row(bench, "prefill", 1, length, cost, seconds, lambda: run(bench.repeats + 1), 1)
+
+
+def _row(
+    bench: _Bench,
+    kind: str,
+    batch_size: int,
+    num_positions: float,
+    cost: StepCost,
+    seconds: float,
+    again: Callable[[], object],
+    num_steps: int,
+) -> RooflineRow:
+    profile = None
+    if bench.profiled:
+        keep = bench.keep and bench.keep / f"{kind}-{batch_size}-{num_positions:.0f}.xplane.pb"
+        profile = record(again, num_steps=num_steps, keep=keep)
+    return RooflineRow(
+        kind=kind,
+        batch_size=batch_size,
+        num_positions=num_positions,
+        cost=cost,
+        ms=1e3 * seconds,
+        floor_ms=1e3 * cost.floor_s(bench.rates),
+        bound=cost.bound(bench.rates),
+        host_share=profile.idle_share(1e3 * seconds) if profile is not None and profile.is_device else None,
+        profile=profile,
+    )
 
 
 def render(result: RooflineResult) -> str:
-    """The rates, then decode and prefill, one row a batch size."""
+    """The rates, decode steps and prefills one a row, then the profiles."""
     rates = result.rates
     sheet = rates.datasheet_bytes_per_s
     lines = [
@@ -288,24 +383,32 @@ def render(result: RooflineResult) -> str:
         f"matmul {rates.ops_per_s / 1e12:.3g} TFLOP/s measured, {result.dtype}",
         "",
     ]
-    for kind, length, tokens in (("decode", "context", "decode_context"), ("prefill", "prompt", "prompt_len")):
-        header = ["batch", length, "MB", "GFLOP", "bound", "floor ms", f"{kind} ms", "of floor", "tok/s"]
-        lines += [format_table(header, [_cells(row, kind, getattr(row, tokens)) for row in result.rows]), ""]
-    return "\n".join([*lines, f"medians of {result.repeats} runs after a warm-up"])
+    for kind, length in (("decode", "context"), ("prefill", "prompt")):
+        header = ["batch", length, "MB", "GFLOP", "bound", "floor ms", f"{kind} ms", "of floor", "tok/s", "host"]
+        if cells := [_cells(row) for row in result.rows if row.kind == kind]:
+            lines += [format_table(header, cells), ""]
+    lines.append(f"medians of {result.repeats} runs after a warm-up; programs ready after {result.compile_s:.1f} s")
+    lines.append("host: share of the step during which the device waits; needs the profiler of a GPU")
+    for row in result.rows:
+        if row.profile is not None:
+            lines += ["", render_profile(row.title, row.profile)]
+    return "\n".join(lines)
 
 
-def _cells(row: RooflineRow, kind: str, length: float) -> list[Any]:
-    cost, bound, floor_ms, ms = (getattr(row, kind + end) for end in ("", "_bound", "_floor_ms", "_ms"))
-    num_tokens = row.batch_size * (row.prompt_len if kind == "prefill" else 1)
-    shares = [f"{100 * floor_ms / ms:.0f}%", 1e3 * num_tokens / ms]
-    return [row.batch_size, round(length), cost.num_bytes / 1e6, cost.num_ops / 1e9, bound, floor_ms, ms, *shares]
+def _cells(row: RooflineRow) -> list[Any]:
+    num_tokens = row.num_positions if row.kind == "prefill" else row.batch_size
+    host = "-" if row.host_share is None else f"{100 * row.host_share:.0f}%"
+    costs = [row.cost.num_bytes / 1e6, row.cost.num_ops / 1e9, row.bound, row.floor_ms, row.ms]
+    share = f"{100 * row.floor_ms / row.ms:.0f}%"
+    return [row.batch_size, round(row.num_positions), *costs, share, 1e3 * num_tokens / row.ms, host]
 
 
 def draw(result: RooflineResult, axes: Any) -> None:
     """The measured decode step and its floor against the batch size."""
+    rows = [row for row in result.rows if row.kind == "decode"]
     series = {
-        "decode step, measured": [row.decode_ms for row in result.rows],
-        "the device's floor": [row.decode_floor_ms for row in result.rows],
+        "decode step, measured": [row.ms for row in rows],
+        "the device's floor": [row.floor_ms for row in rows],
     }
     title = f"Decode step, {result.dtype}, {result.rates.bytes_per_s / 1e9:.0f} GB/s"
-    draw_by_batch(axes, [row.batch_size for row in result.rows], series, value="ms per step", title=title)
+    draw_by_batch(axes, [row.batch_size for row in rows], series, value="ms per step", title=title)

@@ -6,9 +6,13 @@ Does not know: what is made of the times.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,13 @@ from typing import Any
 import jax
 
 from jaxinfer.bench.random_weights import DeviceRandomStore, RandomStore
+from jaxinfer.bench.rehearsal import RecordingWrapper
 from jaxinfer.bench.workload import random_prompts
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.loaded_engine import LoadedEngine
 from jaxinfer.request import Request
 from jaxinfer.wrappers.step_batch import pages_for
@@ -70,7 +76,7 @@ class Target:
         return directory.resolve(self.model)
 
     def store(self, config: ModelConfig) -> TensorStore:
-        """The tensors; random ones are drawn on the host for a CPU, where both take the same time, else on the device."""
+        """The tensors; random ones are drawn on the host for a CPU and on the device elsewhere."""
         if self.random_weights is not None:
             return (RandomStore if jax.default_backend() == "cpu" else DeviceRandomStore)(config, self.seed)
         return SafetensorsStore(directory.weight_files(self.path()))
@@ -109,6 +115,26 @@ class StepTimes:
     mean_context: float
 
 
+@dataclass(slots=True)
+class Decoding:
+    """Requests that have begun and only decode.
+
+    Args:
+      run_steps: steps until every row has that many more tokens.
+      mean_len: tokens known of a row, mean over the rows.
+    """
+
+    run_steps: Callable[[int], None]
+    mean_len: float
+
+    def run(self, num_steps: int) -> float:
+        """Seconds of one step, over so many of them."""
+        started = time.perf_counter()
+        self.run_steps(num_steps)
+        self.mean_len += num_steps
+        return (time.perf_counter() - started) / num_steps
+
+
 class Session:
     """An engine with a model, ready to be timed; a context manager that frees the device.
 
@@ -134,6 +160,20 @@ class Session:
     def warmup(self) -> None:
         """Compiles every program that the engine can need."""
         self._loaded.warmup()
+
+    def compile_for(self, work: Callable[[Session], object]) -> None:
+        """Compiles what some work will need, several programs at a time, and nothing else.
+
+        Args:
+          work: called with a session whose engine has no model: every token is 0 and all times are meaningless.
+        """
+        wrapper = self._loaded.wrapper
+        recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
+        rehearsed = copy.copy(self)
+        rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self._loaded.max_model_len)
+        work(rehearsed)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda program: wrapper.compiled(*program), recorder.programs))
 
     def prompts(self, count: int, length: int, *seed: int) -> list[tuple[int, ...]]:
         """Random prompts of one length."""
@@ -163,23 +203,32 @@ class Session:
           ValueError: rows end, wait or are preempted inside the window, or steps bring several tokens; the message
             names the knobs.
         """
+        started = time.perf_counter()
+        self.generate(prompts, 1)
+        prefill_s = time.perf_counter() - started
+        with self.decoding(prompts) as decoding:
+            mean_context = decoding.mean_len + (num_steps - 1) / 2
+            decode_s = decoding.run(num_steps)
+        return StepTimes(prefill_s=prefill_s, decode_s=decode_s, mean_context=mean_context)
+
+    @contextlib.contextmanager
+    def decoding(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[Decoding]:
+        """Begins all prompts; inside, every row decodes and nothing else happens. Afterwards they are aborted.
+
+        Raises:
+          ValueError: rows end, wait or are preempted inside, or steps bring several tokens; the message names the
+            knobs.
+        """
         if self.config.draft_model is not None:
             raise ValueError(
                 "steps are timed one token at a time; leave draft_model out, or measure with bench throughput"
             )
-        started = time.perf_counter()
-        self.generate(prompts, 1)
-        prefill_s = time.perf_counter() - started
         lengths = dict(zip(self._add(prompts, self._room(prompts)), map(len, prompts), strict=True))
         try:
             self._begin(lengths)
-            mean_context = sum(lengths.values()) / len(lengths) + (num_steps - 1) / 2
-            started = time.perf_counter()
-            self._decode(lengths, num_steps)
-            decode_s = (time.perf_counter() - started) / num_steps
+            yield Decoding(lambda num_steps: self._decode(lengths, num_steps), sum(lengths.values()) / len(lengths))
         finally:
             self._abort(lengths)
-        return StepTimes(prefill_s=prefill_s, decode_s=decode_s, mean_context=mean_context)
 
     def _begin(self, lengths: dict[str, int]) -> None:
         """Steps until every request has a token; counts the tokens into lengths."""

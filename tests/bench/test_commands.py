@@ -100,8 +100,11 @@ def test_throughput_arrivals_warm_up_everything_and_prefixes_hit(run, session, m
 def test_roofline_shows_rates_and_shares(run, session, tmp_path):
     plot = tmp_path / "plot.png"
     arguments = ("--model", GQA, *SMALL, *RATES, "--context", 14, "--num-steps", 4, "--plot", plot)
-    shown = run("roofline", *arguments).stdout
+    compiled = session.engine.stats().num_compilations
+    shown = run("roofline", *arguments, "--prefill-len", "9,40", "--profile", "--keep", tmp_path).stdout
     assert "GB/s measured" in shown and "of floor" in shown and "prefill ms" in shown
+    assert shown.count("a step under the profiler") == len(list(tmp_path.glob("*.xplane.pb"))) == 3
+    assert session.engine.stats().num_compilations > compiled
     assert is_png(plot)
 
 
@@ -152,7 +155,7 @@ def test_golden_agrees_and_failing_case_sets_the_status(run, tmp_path, monkeypat
         (("latency", "--random-weights", "none.json"), "none.json does not exist"),
         (
             ("roofline", "--model", GQA, "--context", 3, *RATES),
-            "context must be above half of the 16 timed steps, got 3",
+            "context must be above half of the 64 steps of all runs, got 3",
         ),
         (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, got 'other'"),
         (("golden", "nowhere"), "nowhere has no \\*/expected.npz"),
@@ -182,6 +185,14 @@ def test_time_steps_context_and_tokens_are_what_they_say(session):
     assert not session.engine.has_unfinished() and session.engine.stats().num_requests_running == 0
     before = session.generate([(1, 2, 3)], 8)
     assert before == session.generate([(1, 2, 3)], 8) and len(before[0]) == 8
+
+
+def test_compile_for_finds_what_the_work_then_needs(kept):
+    work = lambda session: session.time_steps(session.prompts(2, 33, 8), 3)  # noqa: E731
+    kept.compile_for(work)
+    before = kept.engine.stats().num_compilations
+    work(kept)
+    assert kept.engine.stats().num_compilations == before
 
 
 def test_time_steps_batch_that_ends_or_waits_names_the_knobs(session):

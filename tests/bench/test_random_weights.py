@@ -10,8 +10,8 @@ from flax import nnx
 from jaxinfer.bench import random_weights
 from jaxinfer.bench.random_weights import DeviceRandomStore, RandomStore, write_checkpoint
 from jaxinfer.checkpoint.directory import read_json, weight_files
-from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.checkpoint.loader import load_parameters
+from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import find_family, parse_model_config

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ import jax
 import typer
 
 from jaxinfer.bench import compare as compare_bench
+from jaxinfer.bench import compare_apart as apart_bench
 from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
+from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import latency as latency_bench
 from jaxinfer.bench import peers, report, workload
 from jaxinfer.bench import roofline as roofline_bench
@@ -188,12 +191,40 @@ def compare(
     prompt_len: PromptLen = 64,
     output_len: OutputLen = 64,
     repeats: Repeats = 3,
+    apart: Annotated[
+        bool, typer.Option(help="the peer first, in a process of its own, each side with random weights of its own")
+    ] = False,
+    trace: Annotated[
+        int, typer.Option(min=0, help="with --apart, instead of batches: requests served by continuous batching")
+    ] = 0,
     json_file: JsonFile = "",
     plot: Plot = None,
     **fields: Any,
 ) -> None:
     """The same prompts and weights through another engine and through this one, in turns, greedy."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    if apart:
+        # This process must leave the device's memory to the peer's.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        works = [
+            apart_bench.Work(num_requests=count, is_trace=bool(trace), prompt_len=prompt_len, output_len=output_len)
+            for count in ([trace] if trace else sizes)
+        ]
+        max_num_seqs = fields.get("max_num_seqs") or max(work.num_requests for work in works)
+        order = apart_bench.PeerOrder(
+            peer=peer,
+            fields=target.fields(),
+            dtype=choose_dtype(EngineConfig.from_keywords(fields).dtype, jax.default_backend()).name,
+            platform=jax.default_backend(),
+            works=tuple(works),
+            max_num_seqs=max_num_seqs,
+            repeats=repeats,
+            seed=target.seed,
+        )
+        size = {"num_seqs": max_num_seqs, "num_tokens": prompt_len + output_len}
+        result = apart_bench.measure(order, lambda: _session(target, fields, plot, **size))
+        _emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
+        return
     dtype = choose_dtype(EngineConfig.from_keywords(fields).dtype, jax.default_backend()).name
     with tempfile.TemporaryDirectory(prefix="jaxinfer-compare-") as folder:
         shared = target
@@ -215,6 +246,31 @@ def compare(
                 seed=target.seed,
             )
             _emit(compare_bench, result, _settings(target, session.config), json_file, plot)
+
+
+@app.command()
+def kernels(
+    *,
+    backend: Annotated[str, typer.Option(help="of paged attention; several with commas, none for all")] = "",
+    decode_rows: Annotated[int, typer.Option(min=0, help="of the timed decode step; 0: 4 on CPU, 128 elsewhere")] = 0,
+    context: Annotated[int, typer.Option(min=0, help="KV positions of each; 0: 128 on CPU, 1024 elsewhere")] = 0,
+    num_cases: Annotated[int, typer.Option(min=0, help="of the small ones, evenly spread; 0: all")] = 0,
+    prompt_len: Annotated[int, typer.Option(min=0, help="of the timed prefill; 0: 256 on CPU, 8192 elsewhere")] = 0,
+    json_file: JsonFile = "",
+) -> None:
+    """Paged attention's backends on this device: equal to the oracle, and how fast; exit status 1 if one is wrong."""
+    is_cpu = jax.default_backend() == "cpu"
+    large = {
+        "num_rows": decode_rows or (4 if is_cpu else 128),
+        "context": context or (128 if is_cpu else 1024),
+        "prompt_len": prompt_len or (256 if is_cpu else 8192),
+    }
+    backends = backend.split(",") if backend else []
+    report.warn_if_busy()
+    result = kernels_bench.measure(kernels_bench.small_cases(), kernels_bench.large_cases(**large), backends=backends)
+    _emit(kernels_bench, result, {"backends": backends, **large}, json_file)
+    if not result.is_ok:
+        raise typer.Exit(1)
 
 
 @app.command()

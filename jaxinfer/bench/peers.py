@@ -6,8 +6,9 @@ Does not know: what it is compared with.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,12 +34,16 @@ class Peer(Protocol):
         """Greedy tokens of all prompts (of one length) together, exactly output_len each, end token ignored."""
         ...
 
+    def serve(self, prompts: Sequence[tuple[int, ...]], output_len: int, *, max_num_seqs: int) -> list[list[int]]:
+        """The same by continuous batching, at most max_num_seqs at once."""
+        ...
+
 
 class TransformersPeer:
-    """Hugging Face transformers' generate.
+    """Hugging Face transformers' generate; on a GPU with its static cache and compiled forward.
 
     Args:
-      checkpoint: a directory.
+      checkpoint: a directory; or the fields of a config.json, for random weights of that shape.
       dtype: "float32", "bfloat16" or "float16".
       device: torch's name of it.
 
@@ -46,28 +51,46 @@ class TransformersPeer:
       ValueError: torch or transformers is not installed.
     """
 
-    def __init__(self, checkpoint: Path, *, dtype: str, device: str):
+    def __init__(self, checkpoint: Path | Mapping[str, Any], *, dtype: str, device: str):
         try:
             import torch  # pyright: ignore[reportMissingImports]
             import transformers  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError("peer 'transformers' needs both packages: pip install torch transformers") from error
-        self._torch = torch
-        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-        self._model = self._model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        self._torch, self._transformers = torch, transformers
+        if isinstance(checkpoint, Path):
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+            self._model = self._model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        else:
+            self._model = self._random_model(checkpoint, dtype, device)
         # The checkpoint's own would bring its end token, and whatever it says about sampling.
         self._model.generation_config = transformers.GenerationConfig(pad_token_id=0)
         self.name = f"transformers {transformers.__version__}"
+        # On a CPU transformers does not compile, and its static cache would only be longer than what is in it.
+        self._cache: dict[str, Any] = {} if device == "cpu" else {"cache_implementation": "static"}
         self._max_threads = torch.get_num_threads()
+
+    def _random_model(self, fields: Mapping[str, Any], dtype: str, device: str) -> Any:
+        """Made on the device: a checkpoint of an 8B shape would take minutes to write and to read."""
+        shape = {name: value for name, value in fields.items() if name not in ("model_type", "dtype", "torch_dtype")}
+        config = self._transformers.AutoConfig.for_model(fields["model_type"], **shape)
+        with self._torch.device(device):
+            model = self._transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(self._torch, dtype))
+        with self._torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, weight.shape[-1] ** -0.5)
+        return model.eval()
 
     def tune(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Chooses the fastest number of threads for batches like this one, and returns it.
 
         A peer is compared at its best: OpenMP's threads wait spinning, and where another process holds a core, all of
-        them are 10 to 20 times slower than one (measured, 135M shape on two busy cores).
+        them are 10 to 20 times slower than one (measured, 135M shape on two busy cores). On a GPU all are kept.
         """
         choices = sorted({1, max(1, self._max_threads // 2), self._max_threads})
-        seconds = {threads: self._seconds(prompts, threads) for threads in choices if len(choices) > 1}
+        many = len(choices) > 1 and self._model.device.type == "cpu"
+        seconds = {threads: self._seconds(prompts, threads) for threads in choices if many}
         self._torch.set_num_threads(min(seconds, key=seconds.__getitem__, default=self._max_threads))
         return self._torch.get_num_threads()
 
@@ -83,17 +106,50 @@ class TransformersPeer:
         ids = self._torch.tensor(np.asarray(prompts), device=self._model.device)
         with self._torch.inference_mode():
             tokens = self._model.generate(
-                ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=output_len, do_sample=False
+                ids,
+                attention_mask=self._torch.ones_like(ids),
+                max_new_tokens=output_len,
+                do_sample=False,
+                **self._cache,
             )
         return tokens[:, ids.shape[1] :].tolist()
 
+    def serve(self, prompts: Sequence[tuple[int, ...]], output_len: int, *, max_num_seqs: int) -> list[list[int]]:
+        """Greedy tokens of all prompts by continuous batching (transformers' generate_batch), end token ignored.
 
-def load_peer(name: str, checkpoint: Path, *, dtype: str, platform: str) -> Peer:
-    """A peer by name, with the same weights on the same kind of device.
+        The first call sizes the cache and captures CUDA graphs; later ones of the same lengths find them.
+
+        Raises:
+          RuntimeError: some requests have not all their tokens.
+        """
+        settings = {
+            "max_requests_per_batch": max_num_seqs,
+            "allow_block_sharing": False,  # no two prompts begin alike
+            "auto_switch_to_flash": False,  # would look for a kernel on the hub
+        }
+        known = {field.name for field in dataclasses.fields(self._transformers.ContinuousBatchingConfig)}
+        outputs = self._model.generate_batch(
+            [list(prompt) for prompt in prompts],
+            generation_config=self._transformers.GenerationConfig(
+                max_new_tokens=output_len, do_sample=False, pad_token_id=0, eos_token_id=-1
+            ),
+            continuous_batching_config=self._transformers.ContinuousBatchingConfig(
+                **{name: value for name, value in settings.items() if name in known}
+            ),
+            persistent_manager=True,
+        )
+        tokens = [list(output.generated_tokens) for output in outputs.values()]
+        if len(tokens) < len(prompts) or any(len(entry) != output_len for entry in tokens):
+            raise RuntimeError(f"{len(tokens)} of {len(prompts)} requests came back, or not with {output_len} tokens")
+        return tokens
+
+
+def load_peer(name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str) -> Peer:
+    """A peer by name, on the same kind of device.
 
     Args:
       name: one of PEERS.
-      checkpoint: a directory.
+      checkpoint: a directory, whose weights are loaded; or the fields of a config.json, for random weights.
       dtype: of weights and activations.
       platform: JAX's name of it.
 

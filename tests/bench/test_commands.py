@@ -11,6 +11,7 @@ from conftest import GOLDEN, load_golden
 from typer.testing import CliRunner
 
 from jaxinfer.bench import commands, report
+from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench.golden import GoldenCase, GoldenResult
 from jaxinfer.bench.latency import timed_runs
 from jaxinfer.bench.report import Summary
@@ -226,3 +227,28 @@ def test_gpu_rehearsal_sections_and_budget(run, tmp_path, monkeypatch):
     (outcome,) = json.loads(file.read_text())
     assert outcome["status"] == "ok" and outcome["record"]["result"]["cases"][0]["name"] == "gqa"
     assert "skipped" in run("gpu", "--golden", tmp_path, "--tiny", "--budget-seconds", 1, "--json", file).stdout
+
+
+def test_kernels_right_and_wrong_backends(run, monkeypatch):
+    small = ("--num-cases", 2, "--decode-rows", 2, "--context", 64, "--prompt-len", 32)
+    result = json.loads(run("kernels", *small, "--backend", "xla", "--json", "-").stdout)["result"]
+    assert [row["max_error"] < 1e-4 for row in result["rows"] if row["ms"] is None] == [True, True]
+    assert len([row for row in result["rows"] if row["ms"] is not None]) == 2
+
+    def broken(*arguments, **keywords):
+        raise NotImplementedError("no head of 128")
+
+    monkeypatch.setitem(kernels_bench.BACKENDS, "zeros", lambda q, *arguments, **keywords: 0 * q)
+    monkeypatch.setitem(kernels_bench.BACKENDS, "broken", broken)
+    shown = run("kernels", *small, "--backend", "zeros,broken", code=1).stdout
+    assert "WRONG: broken float32 decode head 64: NotImplementedError: no head of 128" in shown
+    assert "WRONG: zeros float32 decode head 64: off by" in shown
+
+
+def test_kernel_cost_counts_a_shared_text_once():
+    decode, prefill = kernels_bench.large_cases(num_rows=2, context=100, prompt_len=32)
+    num_bytes, num_ops = kernels_bench.cost(decode, kernels_bench.make_inputs(decode))
+    assert num_bytes == 2 * (2 * 200 * 8 * 128 + 2 * 2 * 32 * 128) and num_ops == 4 * 200 * 32 * 128
+    num_bytes, num_ops = kernels_bench.cost(prefill, kernels_bench.make_inputs(prefill))
+    assert num_bytes == 2 * (2 * 32 * 8 * 128 + 2 * 32 * 32 * 128)
+    assert num_ops == 4 * (32 * 33 // 2) * 32 * 128  # causal: 1 + 2 + .. + 32 scores

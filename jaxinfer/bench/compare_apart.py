@@ -1,0 +1,230 @@
+"""`bench compare --apart`: a peer in a process of its own, then jaxinfer, with random weights of one distribution.
+
+Owns: the peer's process (it ends before jaxinfer takes the device's memory) and the ratio of the times.
+Does not know: peers. Tokens are not compared: each side draws its own weights, so that no checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.bench import peers
+from jaxinfer.bench.report import format_table
+from jaxinfer.bench.session import Session
+from jaxinfer.bench.workload import random_prompts
+
+_PROGRAM = "from jaxinfer.bench.compare_apart import run_peer; run_peer()"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Requests of one length, all there at the start.
+
+    Args:
+      num_requests: how many.
+      is_trace: served by continuous batching; else one batch through `generate`.
+      prompt_len, output_len: tokens of each.
+    """
+
+    num_requests: int
+    is_trace: bool
+    prompt_len: int
+    output_len: int
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        return f"trace of {self.num_requests}" if self.is_trace else f"batch of {self.num_requests}"
+
+    def prompts(self, vocab_size: int, seed: int, number: int) -> list[tuple[int, ...]]:
+        """Random prompts, other ones for each number."""
+        return random_prompts([self.prompt_len] * self.num_requests, vocab_size=vocab_size, seed=(seed, number))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideTimes:
+    """One side's times of one work.
+
+    Args:
+      first_s: of the first turn, compilation included; for jaxinfer also what was compiled before it.
+      seconds: median of the later turns.
+    """
+
+    first_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApartRow:
+    """One work through both.
+
+    Args:
+      work: what.
+      peer: None if the peer failed.
+      ours: jaxinfer's.
+      failure: of the peer; empty if there is none.
+    """
+
+    work: Work
+    peer: SideTimes | None
+    ours: SideTimes
+    failure: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The peer's seconds over ours: above 1 where jaxinfer is faster; None without the peer's."""
+        return self.peer and self.peer.seconds / self.ours.seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApartResult:
+    """One row a work against `peer`, in `dtype`; medians of `repeats` turns each, after one that is not counted."""
+
+    peer: str
+    dtype: str
+    repeats: int
+    peer_load_s: float
+    rows: tuple[ApartRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerOrder:
+    """What the peer's process is told.
+
+    Args:
+      peer: one of peers.PEERS.
+      fields: of config.json.
+      dtype, platform: of the model, and JAX's name of the device.
+      works: one after another.
+      max_num_seqs: requests of a trace at once.
+      repeats, seed: turns that count, and of the prompts.
+    """
+
+    peer: str
+    fields: dict[str, Any]
+    dtype: str
+    platform: str
+    works: tuple[Work, ...]
+    max_num_seqs: int
+    repeats: int
+    seed: int
+
+
+def measure(order: PeerOrder, open_session: Callable[[], Any]) -> ApartResult:
+    """The peer in its process, then jaxinfer in this one.
+
+    Args:
+      order: what both are asked.
+      open_session: called when the peer is gone; a context manager that gives a Session.
+
+    Raises:
+      ValueError: the peer's process failed before its first work.
+    """
+    found = _peer_times(order)
+    with open_session() as session:
+        ours = [_our_times(session, order, work) for work in order.works]
+    rows = [
+        ApartRow(work=work, peer=None, ours=mine, failure=theirs)
+        if isinstance(theirs, str)
+        else ApartRow(work=work, peer=SideTimes(**theirs), ours=mine)
+        for work, theirs, mine in zip(order.works, found["works"], ours, strict=True)
+    ]
+    return ApartResult(
+        peer=found["name"], dtype=order.dtype, repeats=order.repeats, peer_load_s=found["load_s"], rows=tuple(rows)
+    )
+
+
+def _peer_times(order: PeerOrder) -> dict[str, Any]:
+    text = json.dumps(dataclasses.asdict(order))
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"the peer's process ended with {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_peer() -> None:
+    """The peer's process: reads a PeerOrder from standard input and prints what it measured as one line of JSON."""
+    spec = json.load(sys.stdin)
+    order = PeerOrder(**spec | {"works": tuple(Work(**work) for work in spec["works"])})
+    started = time.perf_counter()
+    peer = peers.load_peer(order.peer, order.fields, dtype=order.dtype, platform=order.platform)
+    load_s = time.perf_counter() - started
+    works: list[dict[str, float] | str] = []
+    for work in order.works:
+        try:
+            works.append(dataclasses.asdict(_times(_runner(peer, order, work), order, work)))
+        except Exception as error:  # the peer's failure is a result; the other works go on
+            works.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    print(json.dumps({"name": peer.name, "load_s": load_s, "works": works}), flush=True)
+
+
+def _runner(peer: peers.Peer, order: PeerOrder, work: Work) -> Callable[[Sequence[tuple[int, ...]]], object]:
+    if work.is_trace:
+        return lambda prompts: peer.serve(prompts, work.output_len, max_num_seqs=order.max_num_seqs)
+    peer.tune(work.prompts(order.fields["vocab_size"], order.seed, -1))
+    return lambda prompts: peer.generate(prompts, work.output_len)
+
+
+def _our_times(session: Session, order: PeerOrder, work: Work) -> SideTimes:
+    def run(prompts: Sequence[tuple[int, ...]], session: Session = session) -> object:
+        return session.generate(prompts, work.output_len)
+
+    started = time.perf_counter()
+    session.compile_for(lambda dry: run(work.prompts(order.fields["vocab_size"], order.seed, 0), dry))
+    compile_s = time.perf_counter() - started
+    times = _times(run, order, work)
+    return dataclasses.replace(times, first_s=times.first_s + compile_s)
+
+
+def _times(run: Callable[[Sequence[tuple[int, ...]]], object], order: PeerOrder, work: Work) -> SideTimes:
+    """The first turn, and the median of `repeats` more, with new prompts each time."""
+    seconds = []
+    for number in range(order.repeats + 1):
+        prompts = work.prompts(order.fields["vocab_size"], order.seed, number)
+        started = time.perf_counter()
+        run(prompts)
+        seconds.append(time.perf_counter() - started)
+    return SideTimes(first_s=seconds[0], seconds=statistics.median(seconds[1:]))
+
+
+def render(result: ApartResult) -> str:
+    """A table, one row a work."""
+    header = [
+        "",
+        "prompt",
+        "output",
+        "peer s",
+        "ours s",
+        "peer tok/s",
+        "ours tok/s",
+        "ratio",
+        "peer first",
+        "ours first",
+    ]
+    rows, failures = [], []
+    for row in result.rows:
+        num_tokens = row.work.num_requests * row.work.output_len
+        peer: list[Any] = [row.peer.seconds, num_tokens / row.peer.seconds, row.peer.first_s] if row.peer else ["-"] * 3
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        ours = [row.ours.seconds, num_tokens / row.ours.seconds, row.ours.first_s]
+        between = [value for pair in zip(peer[:2], ours[:2], strict=True) for value in pair]
+        rows.append([row.work.title, row.work.prompt_len, row.work.output_len, *between, ratio, peer[2], ours[2]])
+        failures += [f"the peer failed in the {row.work.title}: {row.failure}"] if row.failure else []
+    return "\n".join(
+        [
+            f"peer: {result.peer}, {result.dtype}, in a process of its own; greedy, end token ignored, prefill included",
+            format_table(header, rows),
+            *failures,
+            f"medians of {result.repeats} turns each; ratio above 1: jaxinfer is faster; first: seconds of the first "
+            f"turn, compilation included",
+        ]
+    )

@@ -277,10 +277,15 @@ def kernels(
 def golden(
     directory: Annotated[Path, typer.Argument(help="folder of golden checkpoints")] = Path("tests/golden"),
     budget_seconds: Annotated[float, typer.Option(help="no further case is begun after that")] = 540,
+    dtype: Annotated[str, typer.Option(help="ours: float32, bfloat16 or both with a comma")] = "float32",
+    cases: Annotated[str, typer.Option(help="folders in it, with commas; none for all")] = "",
     json_file: JsonFile = "",
 ) -> None:
-    """This device's tokens and log-probabilities against transformers', float32; exit status 1 if a case fails."""
-    result = golden_bench.measure(directory, budget_seconds)
+    """This device's tokens and log-probabilities against transformers' in float32; exit status 1 if a case fails.
+
+    In bfloat16 tokens may differ where two are nearly as likely."""
+    names = cases.split(",") if cases else []
+    result = golden_bench.measure(directory, budget_seconds, dtypes=dtype.split(","), names=names)
     _emit(golden_bench, result, {"directory": directory}, json_file)
     if not result.is_ok:
         raise typer.Exit(1)

@@ -170,7 +170,7 @@ def run_peer() -> None:
 def _runner(peer: peers.Peer, order: PeerOrder, work: Work) -> Callable[[Sequence[tuple[int, ...]]], object]:
     if work.is_trace:
         return lambda prompts: peer.serve(prompts, work.output_len, max_num_seqs=order.max_num_seqs)
-    peer.tune(work.prompts(order.fields["vocab_size"], order.seed, -1))
+    peer.tune(work.prompts(order.fields["vocab_size"], order.seed, order.repeats + 1))
     return lambda prompts: peer.generate(prompts, work.output_len)
 
 
@@ -221,7 +221,7 @@ def render(result: ApartResult) -> str:
         failures += [f"the peer failed in the {row.work.title}: {row.failure}"] if row.failure else []
     return "\n".join(
         [
-            f"peer: {result.peer}, {result.dtype}, in a process of its own; greedy, end token ignored, prefill included",
+            f"peer: {result.peer}, {result.dtype}, in a process of its own; greedy, end token ignored, with prefill",
             format_table(header, rows),
             *failures,
             f"medians of {result.repeats} turns each; ratio above 1: jaxinfer is faster; first: seconds of the first "

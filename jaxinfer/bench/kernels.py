@@ -100,7 +100,10 @@ class KernelResult:
 
 def small_cases() -> list[KernelCase]:
     """The grid: decode and prefill, head sizes, group sizes, every feature; each in one dtype at least."""
-    kinds = {"decode": {"num_rows": 7, "num_queries": 1}, "prefill": {"num_rows": 7, "num_queries": 16}}
+    kinds: dict[str, dict[str, Any]] = {
+        "decode": {"num_rows": 7, "num_queries": 1},
+        "prefill": {"num_rows": 7, "num_queries": 16},
+    }
     everything = {"window": 70, "softcap": 3.0, "sinks": True}
     varied: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         *((f"head {size}", ("float32", "bfloat16"), {"head_dim": size}) for size in (64, 80, 128)),

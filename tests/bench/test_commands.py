@@ -139,11 +139,31 @@ def test_startup_parts_sum_to_total(run):
 
 def test_golden_agrees_and_failing_case_sets_the_status(run, tmp_path, monkeypatch):
     (tmp_path / "gqa").symlink_to(GQA)
-    assert run("golden", tmp_path).stdout.count("OK") == 1
+    assert run("golden", tmp_path, "--dtype", "float32,bfloat16").stdout.count("OK") == 2
     assert "skipped" in run("golden", tmp_path, "--budget-seconds", -1).stdout
-    case = GoldenCase(name="a", tokens_equal=True, max_logprob_error=0.1, seconds=0.0)
-    monkeypatch.setattr(commands.golden_bench, "measure", lambda *_: GoldenResult(cases=(case,), skipped=()))
+    monkeypatch.setattr(
+        commands.golden_bench, "measure", lambda *_, **__: GoldenResult(cases=(golden_case(),), skipped=())
+    )
     assert "FAIL" in run("golden", tmp_path, code=1).stdout
+
+
+def golden_case(**changes):
+    about = {"name": "a", "dtype": "float32", "num_tokens": 72, "num_diverged": 0, "num_texts": 3, "max_margin": 0.0}
+    return GoldenCase(**about | {"max_logprob_error": 0.1, "mean_logprob_error": 0.0, "seconds": 0.0} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_ok"),
+    [
+        ({"max_logprob_error": 1e-5}, True),
+        ({"max_logprob_error": 1e-5, "num_diverged": 1, "max_margin": 1e-6}, False),  # float32 has no near-ties
+        ({"dtype": "bfloat16", "num_diverged": 1, "max_margin": 0.05}, True),
+        ({"dtype": "bfloat16", "num_diverged": 1, "max_margin": 1.0}, False),
+        ({"dtype": "bfloat16", "max_logprob_error": 1.0}, False),
+    ],
+)
+def test_golden_case_may_part_at_near_ties_in_bfloat16(changes, is_ok):
+    assert golden_case(**changes).is_ok == is_ok
 
 
 @pytest.mark.parametrize(
@@ -159,6 +179,7 @@ def test_golden_agrees_and_failing_case_sets_the_status(run, tmp_path, monkeypat
             "context must be above half of the 64 steps of all runs, got 3",
         ),
         (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, got 'other'"),
+        (("golden", str(GOLDEN), "--cases", "gqa,none"), "has no case none; cases must name its folders"),
         (("golden", "nowhere"), "nowhere has no \\*/expected.npz"),
     ],
 )

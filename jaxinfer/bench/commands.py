@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import latency as latency_bench
-from jaxinfer.bench import peers, report, workload
+from jaxinfer.bench import marks, peers, report, workload
 from jaxinfer.bench import roofline as roofline_bench
 from jaxinfer.bench import startup as startup_bench
 from jaxinfer.bench import throughput as throughput_bench
@@ -297,17 +296,34 @@ def gpu(
         "tests/golden"
     ),
     configs: Annotated[Path, typer.Option(help="folder with the bench-*.json shapes")] = Path("configs"),
-    budget_seconds: Annotated[float, typer.Option(help="what no longer fits is skipped, and said so")] = 540,
+    budget_seconds: Annotated[float, typer.Option(help="what no longer fits is skipped, and said so")] = 330,
+    sections: Annotated[str, typer.Option(help="their names with commas, in the order to run; none for all")] = "",
     tiny: Annotated[
         bool, typer.Option(help="a rehearsal with the smallest sizes, for a machine without a GPU")
     ] = False,
-    json_file: Annotated[str, typer.Option("--json", help="all results in one file")] = "bench-gpu.json",
+    keep: Annotated[
+        Path | None, typer.Option(help="folder for tables, the profiler's files and XLA's description of the GPU")
+    ] = None,
+    json_file: Annotated[
+        str, typer.Option("--json", help="all results, written again after each section")
+    ] = "bench-gpu.json",
 ) -> None:
-    """Correctness, roofline, latency, throughput and startup on a GPU within a time budget, short table last."""
+    """Correctness, roofline, transformers beside us and startup on a GPU within a time budget, short tables last."""
     plan = gpu_bench.tiny_plan(golden_directory) if tiny else gpu_bench.full_plan(golden_directory, configs)
-    outcomes = gpu_bench.run(plan, budget_seconds, typer.echo)
-    report.write_json(json.dumps([dataclasses.asdict(entry) for entry in outcomes], indent=1), json_file)
-    typer.echo("\n" + gpu_bench.render(outcomes))
+    chosen = gpu_bench.choose(plan, sections.split(",") if sections else [])
+    outcomes = gpu_bench.run(
+        chosen,
+        budget_seconds,
+        typer.echo,
+        save=lambda outcomes: report.write_json(gpu_bench.to_json(outcomes), json_file),
+        keep=keep,
+    )
+    records = {outcome.name: outcome.record for outcome in outcomes if outcome.record is not None}
+    tables = f"{gpu_bench.render(outcomes)}\n\n{marks.render(records)}"
+    typer.echo("\n" + tables)
+    if keep is not None:
+        (keep / "summary.txt").write_text(tables + "\n", encoding="utf-8")
+        typer.echo(gpu_bench.keep_target_config(keep))
 
 
 def _sizes(text: str) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -56,11 +56,14 @@ class GoldenCase:
     mean_logprob_error: float
     seconds: float
 
-    @property
-    def is_ok(self) -> bool:
-        """In float32 all tokens are equal; in bfloat16 they may differ where two are nearly as likely."""
+    is_right: bool = field(init=False)
+    """In float32 all tokens are equal; in bfloat16 they may differ where two are nearly as likely. Log-probabilities
+    are within the dtype's tolerance."""
+
+    def __post_init__(self) -> None:
         may_differ = self.dtype != "float32" and self.max_margin <= TOLERANCES[self.dtype]
-        return (may_differ or not self.num_diverged) and self.max_logprob_error <= TOLERANCES[self.dtype]
+        is_near = self.max_logprob_error <= TOLERANCES[self.dtype]
+        object.__setattr__(self, "is_right", (may_differ or not self.num_diverged) and is_near)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ class GoldenResult:
     @property
     def is_ok(self) -> bool:
         """No case failed."""
-        return all(case.is_ok for case in self.cases)
+        return all(case.is_right for case in self.cases)
 
 
 def measure(
@@ -181,7 +184,7 @@ def render(result: GoldenResult) -> str:
         (
             case.name,
             case.dtype,
-            "OK" if case.is_ok else "FAIL",
+            "OK" if case.is_right else "FAIL",
             case.num_tokens,
             f"{case.num_diverged}/{case.num_texts}",
             f"{case.max_margin:.1e}" if case.num_diverged else "-",

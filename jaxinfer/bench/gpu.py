@@ -1,13 +1,18 @@
 """`bench gpu`: everything worth knowing about a GPU machine, inside a time budget.
 
 Owns: the plan, one process a section (memory is free again after each, a crash or a hang costs one section only), the
-budget and the summary.
-Does not know: how a section measures.
+budget, and the file of all results, rewritten after each section.
+Does not know: how a section measures, what its figures should be.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.bench.marks import headline
+from jaxinfer.config import require_choice
+
 _LEAST_SECONDS = 5.0
+_SHOWN_ERROR = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,16 +34,18 @@ class Section:
     """One measurement.
 
     Args:
-      title: for the summary.
-      arguments: of `python -m jaxinfer.bench`.
+      name: for --sections and the summary.
+      arguments: of `jaxinfer bench`.
       memory_bytes: of the device that it needs.
-      budget_share: of the whole budget it may take at most.
+      expected_s: seconds that it takes on an H100, roughly; it is skipped where less than half of it is left.
+      limit_s: seconds after which it is stopped.
     """
 
-    title: str
+    name: str
     arguments: tuple[str, ...]
     memory_bytes: float = 0.0
-    budget_share: float = 1.0
+    expected_s: float = 0.0
+    limit_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +53,14 @@ class Outcome:
     """What became of a section.
 
     Args:
-      title: the section's.
+      name: the section's.
       status: "ok", "FAILED", "timed out" or "skipped".
       seconds: it took.
       note: why it did not end well, or its headline.
       record: its JSON; None where it wrote none.
     """
 
-    title: str
+    name: str
     status: str
     seconds: float
     note: str
@@ -59,62 +70,99 @@ class Outcome:
 def full_plan(golden: Path, configs: Path) -> list[Section]:
     """The sections for a GPU of the A100 class or larger, most wanted first.
 
+    All sections of one shape have equal engine settings, so that later ones find the programs of earlier ones in the
+    compilation cache.
+
     Args:
       golden: folder of golden checkpoints.
-      configs: folder with bench-8b.json, bench-0.6b.json and bench-135m.json.
+      configs: folder with bench-8b.json and bench-0.6b.json.
     """
-    shapes = {name: ("--random-weights", str(configs / f"bench-{name}.json")) for name in ("8b", "0.6b", "135m")}
-    eight = 24e9
-    wide = ("--max-num-batched-tokens", "8192")
-    trace = ("--num-requests", "256", "--prompt-len", "512", "--output-len", "128", "--max-num-seqs", "128")
+    eight = ("--random-weights", str(configs / "bench-8b.json"))
+    small = ("--random-weights", str(configs / "bench-0.6b.json"))
+    # 128 rows of 1,152 tokens or one prompt of 8,192 fit: 20 GB of KV in the 8B shape.
+    engine = ("--max-num-seqs", "128", "--max-model-len", "8320", "--max-num-batched-tokens", "8192")
+    engine += ("--num-kv-pages", "2432")
+    steps = ("--batch-size", "1,32,128", "--context", "1024", "--prefill-len", "8192", "--repeats", "2")
+    trace = ("compare", "--apart", "--trace", "256", "--prompt-len", "512", "--output-len", "128", "--repeats", "1")
+    single = ("compare", "--apart", "--batch-size", "1", "--prompt-len", "512", "--output-len", "128")
+    few = ("--cases", "gqa,gemma2,gemma3,qwen2,gpt2,phi3_long,mixtral,rope_llama3", "--dtype", "float32,bfloat16")
+    memory = 30e9  # of the 8B shape: 16 GB of weights, and a smaller pool would do
     return [
-        _golden(golden),
+        Section(name="kernels", arguments=("kernels",), expected_s=35, limit_s=70),
         Section(
-            title="roofline 8b",
-            arguments=("roofline", *shapes["8b"], "--batch-size", "1,32,128", "--context", "1024", *wide),
-            memory_bytes=eight,
-            budget_share=0.35,
+            name="8b", arguments=("roofline", *eight, *engine, *steps), memory_bytes=memory, expected_s=70, limit_s=150
         ),
+        Section(name="0.6b", arguments=("roofline", *small, *engine, *steps), expected_s=45, limit_s=90),
+        Section(name="peer-0.6b", arguments=(*single, *small, *engine, "--repeats", "2"), expected_s=70, limit_s=120),
+        Section(name="trace-0.6b", arguments=(*trace, *small, *engine), expected_s=70, limit_s=120),
         Section(
-            title="roofline 0.6b",
-            arguments=("roofline", *shapes["0.6b"], "--batch-size", "1,32,128", "--context", "1024", *wide),
+            name="startup-8b",
+            arguments=("startup", *eight, "--max-num-batched-tokens", "8192"),
+            memory_bytes=memory,
+            expected_s=50,
+            limit_s=90,
         ),
+        Section(name="golden", arguments=("golden", str(golden), *few), expected_s=60, limit_s=90),
+        Section(name="trace-8b", arguments=(*trace, *eight, *engine), memory_bytes=memory, expected_s=90, limit_s=150),
         Section(
-            title="latency 135m",
-            arguments=("latency", *shapes["135m"], "--batch-size", "1,8,32", "--output-len", "128"),
+            name="peer-8b",
+            arguments=(*single, *eight, *engine, "--repeats", "2"),
+            memory_bytes=memory,
+            expected_s=80,
+            limit_s=120,
         ),
-        Section(title="throughput 0.6b", arguments=("throughput", *shapes["0.6b"], *trace, *wide)),
-        Section(title="startup 0.6b", arguments=("startup", *shapes["0.6b"])),
-        Section(title="throughput 8b", arguments=("throughput", *shapes["8b"], *trace, *wide), memory_bytes=eight),
     ]
 
 
 def tiny_plan(golden: Path) -> list[Section]:
-    """The same sections with the first golden checkpoint as the model, for a rehearsal on CPU."""
-    model = ("--model", str(next(iter(sorted(path.parent for path in golden.glob("*/expected.npz"))), golden)))
-    lengths = ("--prompt-len", "12", "--output-len", "6")
-    small = ("--read-mib", "16", "--matmul-size", "128", "--repeats", "1", "--num-steps", "4")
+    """The same kinds of sections with the first golden checkpoint's shape, for a rehearsal on CPU."""
+    folder = next(iter(sorted(path.parent for path in golden.glob("*/expected.npz"))), golden)
+    shape = ("--random-weights", str(folder))
+    lengths = ("--prompt-len", "12", "--output-len", "6", "--repeats", "1")
+    rates = ("--read-mib", "16", "--matmul-size", "128")
+    steps = ("--batch-size", "1,2", "--context", "32", "--prefill-len", "48", "--num-steps", "4", "--repeats", "1")
+    small = ("--num-cases", "4", "--decode-rows", "2", "--context", "64", "--prompt-len", "32")
     return [
-        _golden(golden),
-        Section(title="too large", arguments=("latency",), memory_bytes=1e12),
-        Section(title="roofline", arguments=("roofline", *model, "--batch-size", "1,2", "--context", "32", *small)),
-        Section(title="latency", arguments=("latency", *model, "--batch-size", "1,2", *lengths, "--repeats", "1")),
-        Section(title="throughput", arguments=("throughput", *model, "--num-requests", "6", *lengths)),
-        Section(title="startup", arguments=("startup", *model, "--prompt-len", "12")),
+        Section(name="kernels", arguments=("kernels", *small)),
+        Section(name="too-large", arguments=("latency",), memory_bytes=1e12),
+        Section(name="8b", arguments=("roofline", *shape, *steps, *rates, "--profile")),
+        Section(name="peer-0.6b", arguments=("compare", "--apart", "--batch-size", "1", *shape, *lengths)),
+        Section(name="trace-0.6b", arguments=("compare", "--apart", "--trace", "6", *shape, *lengths)),
+        Section(name="startup-8b", arguments=("startup", *shape, "--prompt-len", "12")),
+        Section(
+            name="golden", arguments=("golden", str(golden), "--cases", folder.name, "--dtype", "float32,bfloat16")
+        ),
     ]
 
 
-def _golden(directory: Path) -> Section:
-    return Section(title="golden", arguments=("golden", str(directory)), budget_share=0.35)
+def choose(plan: Sequence[Section], names: Sequence[str]) -> list[Section]:
+    """The named sections in the order of the names; all of them without a name.
+
+    Raises:
+      ValueError: there is no such section.
+    """
+    by_name = {section.name: section for section in plan}
+    for name in names:
+        require_choice("sections", name, tuple(by_name))
+    return [by_name[name] for name in names] if names else list(plan)
 
 
-def run(plan: Sequence[Section], budget_seconds: float, show: Callable[[str], None]) -> list[Outcome]:
+def run(
+    plan: Sequence[Section],
+    budget_seconds: float,
+    show: Callable[[str], None],
+    *,
+    save: Callable[[Sequence[Outcome]], None] = lambda _: None,
+    keep: Path | None = None,
+) -> list[Outcome]:
     """Runs the sections one after another.
 
     Args:
       plan: in the order of importance.
       budget_seconds: for all of them.
       show: is given each section's title and table as it ends.
+      save: is given all outcomes so far after each section, so that nothing is lost when the caller's time runs out.
+      keep: folder for each section's table and the profiler's files; None keeps none.
     """
     started = time.monotonic()
     outcomes: list[Outcome] = []
@@ -122,81 +170,96 @@ def run(plan: Sequence[Section], budget_seconds: float, show: Callable[[str], No
         left = budget_seconds - (time.monotonic() - started)
         reason = _reason_to_skip(section, left, outcomes)
         if reason:
-            outcome = Outcome(title=section.title, status="skipped", seconds=0.0, note=reason)
+            outcome = Outcome(name=section.name, status="skipped", seconds=0.0, note=reason)
         else:
-            show(f"\n== {section.title}: {' '.join(section.arguments)}")
-            outcome = _run_section(section, min(left, section.budget_share * budget_seconds), show)
+            show(f"\n== {section.name}: {' '.join(section.arguments)}")
+            outcome = _run_section(section, min(left, section.limit_s), show, keep)
         outcomes.append(outcome)
+        save(outcomes)
     return outcomes
 
 
 def _reason_to_skip(section: Section, seconds_left: float, outcomes: Sequence[Outcome]) -> str:
-    if seconds_left < _LEAST_SECONDS:
+    if seconds_left < max(_LEAST_SECONDS, section.expected_s / 2):
         return f"{max(seconds_left, 0):.0f} s of the budget left; raise budget_seconds"
     memory = next((outcome.record["device"]["memory_bytes"] for outcome in outcomes if outcome.record), None)
-    if section.memory_bytes > (memory or 0):
+    if section.memory_bytes and outcomes and section.memory_bytes > (memory or 0):
         return f"needs {section.memory_bytes / 1e9:.0f} GB of device memory, found {(memory or 0) / 1e9:.0f}"
     return ""
 
 
-def _run_section(section: Section, limit_s: float, show: Callable[[str], None]) -> Outcome:
+def _run_section(section: Section, limit_s: float, show: Callable[[str], None], keep: Path | None) -> Outcome:
     arguments = section.arguments
     if arguments[0] == "golden":
-        arguments = (*arguments, "--budget-seconds", f"{0.8 * limit_s:.0f}")
+        arguments = (*arguments, "--budget-seconds", f"{0.7 * limit_s:.0f}")
+    if arguments[0] == "roofline" and keep is not None:
+        arguments = (*arguments, "--keep", str(keep / section.name))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxinfer-bench-") as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "jaxinfer", "bench", *arguments, "--json", str(file)]
+        # In a process group of its own: when its time is over, the processes it has started must end as well.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+            out, err = process.communicate(timeout=limit_s)
+            status = "FAILED" if process.returncode else "ok"
         except subprocess.TimeoutExpired:
-            note = f"stopped after {limit_s:.0f} s; raise budget_seconds"
-            return Outcome(title=section.title, status="timed out", seconds=limit_s, note=note)
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            status = "timed out"
         record = json.loads(file.read_text()) if file.exists() else None
-    show(done.stdout.rstrip())
-    if done.returncode:
-        show(done.stderr.rstrip())
-    failure = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    show(out.rstrip())
+    if status != "ok":
+        show(err.rstrip()[-_SHOWN_ERROR:])
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{section.name}.txt").write_text(out + ("\n" + err if status != "ok" else ""), encoding="utf-8")
+    failure = (err.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    if status == "timed out":
+        failure = f"stopped after {limit_s:.0f} s; raise budget_seconds, or name it in --sections"
     return Outcome(
-        title=section.title,
-        status="FAILED" if done.returncode else "ok",
+        name=section.name,
+        status=status,
         seconds=time.monotonic() - started,
-        note=_headline(record) if record else failure,
+        note=headline(record) if record else failure,
         record=record,
     )
 
 
-def _headline(record: dict[str, Any]) -> str:
-    """The few figures of a section that the summary shows."""
-    result, command = record["result"], record["command"]
-    if command == "golden":
-        worst = max((case["max_logprob_error"] for case in result["cases"]), default=0.0)
-        equal = sum(case["tokens_equal"] for case in result["cases"])
-        return (
-            f"{equal} of {len(result['cases'])} cases with equal tokens, log-probs within {worst:.1e}, "
-            f"{len(result['skipped'])} skipped"
-        )
-    if command == "roofline":
-        return f"{result['rates']['bytes_per_s'] / 1e9:.0f} GB/s; decode " + ", ".join(
-            f"B={row['batch_size']} {row['decode_ms']:.2f} ms ({100 * row['decode_floor_ms'] / row['decode_ms']:.0f}%)"
-            for row in result["rows"]
-        )
-    if command == "latency":
-        return "decode " + ", ".join(
-            f"B={row['batch_size']} {row['decode_ms']:.2f} ms ({row['decode_tokens_per_s']:.0f} tok/s)"
-            for row in result["rows"]
-        )
-    if command == "throughput":
-        return (
-            f"{result['output_tokens_per_s']:.0f} output tok/s, {result['requests_per_s']:.1f} requests/s, "
-            f"first token p50 {result['ttft_ms']['p50']:.0f} ms"
-        )
-    return f"first token after {result['cold']['total_s']:.1f} s, {result['warm']['total_s']:.1f} s with a full cache"
+def keep_target_config(keep: Path) -> str:
+    """Has XLA write the description of this GPU that it can compile for elsewhere, and copies it.
+
+    XLA dumps it beside the program it compiles, in a process of its own, since it reads the flag at its start.
+
+    Args:
+      keep: folder for *.gpu_target_config.pbtxt.
+
+    Returns:
+      The file's path, or why there is none.
+    """
+    program = "import jax; jax.jit(lambda x: x + 1)(1.0).block_until_ready()"
+    with tempfile.TemporaryDirectory(prefix="jaxinfer-dump-") as folder:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
+        environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120, check=False)
+        found = sorted(Path(folder).glob("*.gpu_target_config.pbtxt"))
+        if not found:
+            return "XLA wrote no gpu_target_config"
+        keep.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"^module_\d+\.", "", found[0].name)
+        return str(shutil.copy(found[0], keep / name))
+
+
+def to_json(outcomes: Sequence[Outcome]) -> str:
+    """All outcomes so far."""
+    return json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1)
 
 
 def render(outcomes: Sequence[Outcome]) -> str:
     """One line a section."""
-    width = max(len(entry.title) for entry in outcomes)
+    width = max(len(entry.name) for entry in outcomes)
     return "\n".join(
-        f"{entry.title:<{width}}  {entry.status:<9}  {entry.seconds:4.0f} s  {entry.note}" for entry in outcomes
+        f"{entry.name:<{width}}  {entry.status:<9}  {entry.seconds:4.0f} s  {entry.note}" for entry in outcomes
     )

@@ -65,6 +65,7 @@ class KernelRow:
 
     Args:
       case, dtype, backend: which.
+      tolerance: of max_error.
       max_error: largest absolute difference from the oracle; NaN for a case that failed or was not compared.
       failure: the first line of the backend's error; empty if it ran.
       ms: of one call; None for a case that is not timed.
@@ -74,6 +75,7 @@ class KernelRow:
     case: str
     dtype: str
     backend: str
+    tolerance: float
     max_error: float
     failure: str = ""
     ms: float | None = None
@@ -83,7 +85,7 @@ class KernelRow:
     @property
     def is_ok(self) -> bool:
         """It ran, and is as near to the oracle as the dtype allows."""
-        return not self.failure and not self.max_error > TOLERANCES[self.dtype]
+        return not self.failure and not self.max_error > self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +283,12 @@ def _row(
 ) -> tuple[KernelRow, jax.Array | None]:
     """A case through a backend, and what it gave."""
     case, call = compiled.case, compiled.calls[backend]
-    about: dict[str, Any] = {"case": case.name, "dtype": case.dtype, "backend": backend}
+    about: dict[str, Any] = {
+        "case": case.name,
+        "dtype": case.dtype,
+        "backend": backend,
+        "tolerance": TOLERANCES[case.dtype],
+    }
     try:
         if isinstance(call, Exception):
             raise call

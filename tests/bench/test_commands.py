@@ -163,7 +163,7 @@ def golden_case(**changes):
     ],
 )
 def test_golden_case_may_part_at_near_ties_in_bfloat16(changes, is_ok):
-    assert golden_case(**changes).is_ok == is_ok
+    assert golden_case(**changes).is_right == is_ok
 
 
 @pytest.mark.parametrize(
@@ -237,17 +237,18 @@ def test_summary_percentiles_interpolate():
     assert np.isclose(Summary.of([0.0, 1.0]).p90, 0.9)
 
 
-def test_gpu_rehearsal_sections_and_budget(run, tmp_path, monkeypatch):
+def test_gpu_rehearsal_sections_budget_and_files(run, tmp_path):
     (tmp_path / "gqa").symlink_to(GQA)
-    monkeypatch.setattr(
-        commands.gpu_bench, "tiny_plan", lambda golden: commands.gpu_bench.full_plan(golden, GOLDEN)[:1]
-    )
-    file = tmp_path / "all.json"
-    shown = run("gpu", "--golden", tmp_path, "--tiny", "--json", file).stdout
-    assert "1 of 1 cases with equal tokens" in shown
+    file, keep = tmp_path / "all.json", tmp_path / "kept"
+    arguments = ("gpu", "--golden", tmp_path, "--tiny", "--json", file)
+    shown = run(*arguments, "--sections", "golden", "--keep", keep).stdout
+    assert "2 of 2 cases right" in shown and "golden right, of all" in shown
     (outcome,) = json.loads(file.read_text())
     assert outcome["status"] == "ok" and outcome["record"]["result"]["cases"][0]["name"] == "gqa"
-    assert "skipped" in run("gpu", "--golden", tmp_path, "--tiny", "--budget-seconds", 1, "--json", file).stdout
+    assert "OK" in (keep / "golden.txt").read_text()
+    assert "skipped" in run(*arguments, "--budget-seconds", 1).stdout
+    with pytest.raises(ValueError, match="sections must be one of kernels, .*got 'none'"):
+        run(*arguments, "--sections", "golden,none")
 
 
 def test_kernels_right_and_wrong_backends(run, monkeypatch):

@@ -193,6 +193,7 @@ def compare(
     apart: Annotated[
         bool, typer.Option(help="the peer first, in a process of its own, each side with random weights of its own")
     ] = False,
+    peer_limit: Annotated[float, typer.Option(help="with --apart: seconds after which the peer is stopped")] = 600,
     trace: Annotated[
         int, typer.Option(min=0, help="with --apart, instead of batches: requests served by continuous batching")
     ] = 0,
@@ -219,6 +220,7 @@ def compare(
             max_num_seqs=max_num_seqs,
             repeats=repeats,
             seed=target.seed,
+            limit_s=peer_limit,
         )
         size = {"num_seqs": max_num_seqs, "num_tokens": prompt_len + output_len}
         result = apart_bench.measure(order, lambda: _session(target, fields, plot, **size))
@@ -266,7 +268,9 @@ def kernels(
     }
     backends = backend.split(",") if backend else []
     report.warn_if_busy()
-    result = kernels_bench.measure(kernels_bench.small_cases(), kernels_bench.large_cases(**large), backends=backends)
+    cases = kernels_bench.small_cases()
+    cases = cases[:: -(-len(cases) // num_cases)] if num_cases else cases
+    result = kernels_bench.measure(cases, kernels_bench.large_cases(**large), backends=backends)
     _emit(kernels_bench, result, {"backends": backends, **large}, json_file)
     if not result.is_ok:
         raise typer.Exit(1)

@@ -106,6 +106,7 @@ class PeerOrder:
       works: one after another.
       max_num_seqs: requests of a trace at once.
       repeats, seed: turns that count, and of the prompts.
+      limit_s: seconds after which the peer is stopped.
     """
 
     peer: str
@@ -116,6 +117,7 @@ class PeerOrder:
     max_num_seqs: int
     repeats: int
     seed: int
+    limit_s: float
 
 
 def measure(order: PeerOrder, open_session: Callable[[], Any]) -> ApartResult:
@@ -144,7 +146,12 @@ def measure(order: PeerOrder, open_session: Callable[[], Any]) -> ApartResult:
 
 def _peer_times(order: PeerOrder) -> dict[str, Any]:
     text = json.dumps(dataclasses.asdict(order))
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], input=text, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _PROGRAM]
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=order.limit_s, check=False)
+    except subprocess.TimeoutExpired:  # our own times are worth having without it
+        failure = f"stopped after {order.limit_s:.0f} s; raise peer_limit"
+        return {"name": order.peer, "load_s": float("nan"), "works": [failure] * len(order.works)}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"the peer's process ended with {done.returncode}: {last}")

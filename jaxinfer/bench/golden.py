@@ -26,7 +26,7 @@ from jaxinfer.sampling_params import SamplingParams
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 """Of a log-probability. In float32 another order of sums costs about 1e-5 in these models. In bfloat16 weights and
 activations round to 8 bits, and the random models' logits are a few units wide (measured on CPU: up to 0.1)."""
-NUM_CASES_AT_ONCE = 4
+NUM_CASES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

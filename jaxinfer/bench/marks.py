@@ -50,7 +50,7 @@ def _row(result: Record, kind: str, batch_size: int) -> Record | None:
 def _of_floor(kind: str, batch_size: int) -> Callable[[Record], float | None]:
     def find(result: Record) -> float | None:
         row = _row(result, kind, batch_size)
-        return row and 100 * row["floor_ms"] / row["ms"]
+        return None if row is None else 100 * row["floor_ms"] / row["ms"]
 
     return find
 
@@ -65,7 +65,7 @@ def _host_share(batch_size: int) -> Callable[[Record], float | None]:
 
 def _peer_ratio(result: Record) -> float | None:
     (row,) = result["rows"]
-    return row["peer"] and row["peer"]["seconds"] / row["ours"]["seconds"]
+    return None if row["peer"] is None else row["peer"]["seconds"] / row["ours"]["seconds"]
 
 
 def _share_right(result: Record) -> float:
@@ -142,7 +142,7 @@ def _roofline(result: Record) -> str:
 
 
 def _compare(result: Record) -> str:
-    """Of rows with both sides' times; of those of one process the ratio is in the row already."""
+    """Both sides' times of every row."""
     parts = []
     for row in result["rows"]:
         if row["peer"] is None:

@@ -6,8 +6,8 @@ Does not know: what is run.
 
 from __future__ import annotations
 
+import gzip
 import re
-import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +88,7 @@ def record(run: Callable[[], object], *, num_steps: int, keep: Path | None = Non
     Args:
       run: what to record; compiled already.
       num_steps: that it launches.
-      keep: where the trace file is copied to, for Perfetto or XProf; None keeps none.
+      keep: file for the trace (XProf's xplane.pb, compressed by gzip); None keeps none.
 
     Returns:
       What happened on the first device; None if the profiler saw nothing of it.
@@ -101,7 +101,7 @@ def record(run: Callable[[], object], *, num_steps: int, keep: Path | None = Non
         (file,) = Path(folder).glob("plugins/profile/*/*.xplane.pb")
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, keep)
+            keep.write_bytes(gzip.compress(file.read_bytes(), compresslevel=3))
         return analyse(ProfileData.from_file(str(file)), num_steps=num_steps)
 
 

@@ -42,7 +42,7 @@ _DATASHEET_GB_PER_S = {
     "A10G": 600.0,
     "T4": 320.0,
 }
-PROFILED_STEPS = 8
+PROFILED_STEPS = 4
 _CALLS = 4
 _TRIALS = 7
 
@@ -358,7 +358,7 @@ def _row(
 ) -> RooflineRow:
     profile = None
     if bench.profiled:
-        keep = bench.keep and bench.keep / f"{kind}-{batch_size}-{num_positions:.0f}.xplane.pb"
+        keep = bench.keep and bench.keep / f"{kind}-{batch_size}-{num_positions:.0f}.xplane.pb.gz"
         profile = record(again, num_steps=num_steps, keep=keep)
     return RooflineRow(
         kind=kind,

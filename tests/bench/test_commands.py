@@ -104,7 +104,7 @@ def test_roofline_shows_rates_and_shares(run, session, tmp_path):
     compiled = session.engine.stats().num_compilations
     shown = run("roofline", *arguments, "--prefill-len", "9,40", "--profile", "--keep", tmp_path).stdout
     assert "GB/s measured" in shown and "of floor" in shown and "prefill ms" in shown
-    assert shown.count("a step under the profiler") == len(list(tmp_path.glob("*.xplane.pb"))) == 3
+    assert shown.count("a step under the profiler") == len(list(tmp_path.glob("*.xplane.pb.gz"))) == 3
     assert session.engine.stats().num_compilations > compiled
     assert is_png(plot)
 
@@ -247,7 +247,7 @@ def test_gpu_rehearsal_sections_budget_and_files(run, tmp_path):
     assert outcome["status"] == "ok" and outcome["record"]["result"]["cases"][0]["name"] == "gqa"
     assert "OK" in (keep / "golden.txt").read_text()
     assert "skipped" in run(*arguments, "--budget-seconds", 1).stdout
-    with pytest.raises(ValueError, match="sections must be one of kernels, .*got 'none'"):
+    with pytest.raises(ValueError, match=r"sections must be one of kernels, .*got 'none'"):
         run(*arguments, "--sections", "golden,none")
 
 

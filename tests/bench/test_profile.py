@@ -80,6 +80,6 @@ def test_render_shows_busy_time_and_kernels(traced):
 def test_record_on_cpu_finds_operations_and_keeps_the_file(tmp_path):
     function = jax.jit(lambda x: jnp.tanh(x @ x))
     x = jax.block_until_ready(function(jnp.ones((64, 64))))
-    found = record(lambda: function(x), num_steps=1, keep=tmp_path / "new" / "a.xplane.pb")
+    found = record(lambda: function(x), num_steps=1, keep=tmp_path / "new" / "a.xplane.pb.gz")
     assert not found.is_device and any("dot" in kernel.name or "fusion" in kernel.name for kernel in found.kernels)
-    assert (tmp_path / "new" / "a.xplane.pb").stat().st_size > 0
+    assert (tmp_path / "new" / "a.xplane.pb.gz").stat().st_size > 0

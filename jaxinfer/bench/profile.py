@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ _SHOWN_KINDS = 10
 _NAME_WIDTH = 72
 _GPU_PLANE, _GPU_LINE = "/device:GPU", "Stream"
 _CPU_PLANE, _CPU_LINE = "/host:CPU", "tf_XLA"
+_DERIVED_LINES = ("XLA", "Steps", "Framework", "Source")
+"""What the profiler adds to a device's streams: the same time again under other names."""
 _CPU_OUTER = "ThunkExecutor"
 _NUMBER = re.compile(r"[._]\d+")
 
@@ -98,7 +101,9 @@ def record(run: Callable[[], object], *, num_steps: int, keep: Path | None = Non
         with jax.profiler.trace(folder):
             run()
             _wait_for_device()
-        (file,) = Path(folder).glob("plugins/profile/*/*.xplane.pb")
+        file = next(Path(folder).glob("plugins/profile/*/*.xplane.pb"), None)
+        if file is None:
+            return None
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             keep.write_bytes(gzip.compress(file.read_bytes(), compresslevel=3))
@@ -127,12 +132,14 @@ def analyse(data: ProfileData, *, num_steps: int) -> Profile | None:
     return None
 
 
-def _events(plane: object, line_start: str) -> Iterator[_Event]:
-    for line in plane.lines:  # pyright: ignore[reportAttributeAccessIssue]
-        if line.name.startswith(line_start):
-            for event in line.events:
-                if event.duration_ns > 0 and not event.name.startswith(_CPU_OUTER):
-                    yield _Event(event.name, event.start_ns, event.start_ns + event.duration_ns)
+def _events(plane: Any, line_start: str) -> Iterator[_Event]:
+    lines = [line for line in plane.lines if line.name.startswith(line_start)]
+    if not lines and plane.name.startswith(_GPU_PLANE):  # streams have another name in this version
+        lines = [line for line in plane.lines if not line.name.startswith(_DERIVED_LINES)]
+    for line in lines:
+        for event in line.events:
+            if event.duration_ns > 0 and not event.name.startswith(_CPU_OUTER):
+                yield _Event(event.name, event.start_ns, event.start_ns + event.duration_ns)
 
 
 def _summed(events: Sequence[_Event], num_steps: int, *, is_device: bool) -> Profile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -359,7 +360,10 @@ def _row(
     profile = None
     if bench.profiled:
         keep = bench.keep and bench.keep / f"{kind}-{batch_size}-{num_positions:.0f}.xplane.pb.gz"
-        profile = record(again, num_steps=num_steps, keep=keep)
+        try:
+            profile = record(again, num_steps=num_steps, keep=keep)
+        except (RuntimeError, OSError) as error:  # the times are worth having without the profiler
+            print(f"warning: no profile of {kind} {batch_size}: {error}", file=sys.stderr)
     return RooflineRow(
         kind=kind,
         batch_size=batch_size,

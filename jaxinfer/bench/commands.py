@@ -326,6 +326,7 @@ def gpu(
     tables = f"{gpu_bench.render(outcomes)}\n\n{marks.render(records)}"
     typer.echo("\n" + tables)
     if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
         (keep / "summary.txt").write_text(tables + "\n", encoding="utf-8")
         typer.echo(gpu_bench.keep_target_config(keep))
 

@@ -274,3 +274,27 @@ def test_kernel_cost_counts_a_shared_text_once():
     num_bytes, num_ops = kernels_bench.cost(prefill, kernels_bench.make_inputs(prefill))
     assert num_bytes == 2 * (2 * 32 * 8 * 128 + 2 * 32 * 32 * 128)
     assert num_ops == 4 * (32 * 33 // 2) * 32 * 128  # causal: 1 + 2 + .. + 32 scores
+
+
+def test_compare_apart_peer_that_fails_leaves_our_times(run, session, monkeypatch):
+    found = {"name": "other 1.0", "load_s": 1.0, "works": [{"first_s": 9.0, "seconds": 4.0}, "OutOfMemoryError: big"]}
+    monkeypatch.setattr(commands.apart_bench, "_peer_times", lambda order: found)
+    arguments = ("compare", "--apart", "--random-weights", GQA, *LENGTHS, "--repeats", 1, "--batch-size", "1,2")
+    rows = json.loads(run(*arguments, "--json", "-").stdout)["result"]["rows"]
+    assert rows[0]["peer"]["seconds"] == 4.0 and rows[1]["peer"] is None and rows[1]["ours"]["seconds"] > 0
+    assert rows[1]["failure"] == "OutOfMemoryError: big"
+    shown = run(*arguments).stdout
+    assert "the peer failed in the batch of 2: OutOfMemoryError: big" in shown and "peer: other 1.0" in shown
+
+
+def test_compare_apart_trace_is_one_work_with_more_requests_than_slots(run, session, monkeypatch):
+    orders = []
+
+    def peer_times(order):
+        orders.append(order)
+        return {"name": "other", "load_s": 1.0, "works": [{"first_s": 9.0, "seconds": 4.0}]}
+
+    monkeypatch.setattr(commands.apart_bench, "_peer_times", peer_times)
+    arguments = ("--random-weights", GQA, *LENGTHS, "--repeats", 1, "--trace", 5, "--max-num-seqs", 2)
+    assert "trace of 5" in run("compare", "--apart", *arguments).stdout
+    assert orders[0].max_num_seqs == 2 and [work.num_requests for work in orders[0].works] == [5]

@@ -107,6 +107,8 @@ def paged_attention_pallas(
     )
 
 
+# Jitted on their own, so that the layers of a model share what is traced and lowered.
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
 def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
     num_rows, num_queries, num_heads, head_dim = inputs.q.shape
     num_kv_heads, page_size = inputs.k_pages.shape[1:3]
@@ -204,6 +206,7 @@ def _combine_kernel(part_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -
     plgpu.store(out_ref.at[token, head, dims[0]], out.astype(out_ref.dtype), mask=inside[0])
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
 def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
     num_rows, num_queries, num_heads, head_dim = inputs.q.shape
     row_len = pl.next_power_of_2(num_queries)

@@ -89,22 +89,27 @@ def few_rows_linear(
     """
     inputs = _Inputs(x, weight, None if norm is None else norm.weight, bias, residual)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
-    tile = _Tile.of(x.shape[0])
-    num_out = weight.shape[0] // (1 if gate is None else 2)
-
-    def run(inputs: _Inputs, *, interpret: bool) -> Array:
-        return pl.pallas_call(
-            functools.partial(_kernel, tile=tile, gate=gate, eps=eps, offset=offset),
-            grid=(pl.cdiv(num_out, tile.num_out),),
-            out_shape=jax.ShapeDtypeStruct((x.shape[0], num_out), x.dtype),
-            compiler_params=tile.params,
-            interpret=interpret,
-            name="few_rows_linear",
-        )(inputs)
-
+    run = functools.partial(_run, gate=gate, eps=eps, offset=offset)
     return lax.platform_dependent(
         inputs, cpu=functools.partial(run, interpret=True), default=functools.partial(run, interpret=False)
     )
+
+
+# Jitted on its own, so that the layers of a model share what is traced and lowered.
+@functools.partial(jax.jit, static_argnames=("gate", "eps", "offset", "interpret"))
+def _run(
+    inputs: _Inputs, *, gate: Callable[[Array], Array] | None, eps: float, offset: float, interpret: bool
+) -> Array:
+    num_rows, tile = inputs.x.shape[0], _Tile.of(inputs.x.shape[0])
+    num_out = inputs.weight.shape[0] // (1 if gate is None else 2)
+    return pl.pallas_call(
+        functools.partial(_kernel, tile=tile, gate=gate, eps=eps, offset=offset),
+        grid=(pl.cdiv(num_out, tile.num_out),),
+        out_shape=jax.ShapeDtypeStruct((num_rows, num_out), inputs.x.dtype),
+        compiler_params=tile.params,
+        interpret=interpret,
+        name="few_rows_linear",
+    )(inputs)
 
 
 def _kernel(

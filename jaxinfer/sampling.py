@@ -13,7 +13,8 @@ temperatures below MIN_TEMPERATURE are greedy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -114,9 +115,25 @@ def local_token_ids(local_size: int) -> Int[Array, " V"]:
 
 def argmax_over_vocabulary(values: Float[Array, "R J"], token_ids: Int[Array, "*R J"]) -> Int[Array, " R"]:
     """The id of the largest value over all slices, the lowest id on ties."""
-    best = max_over_vocabulary(jnp.max(values, axis=-1))
-    winners = jnp.where(values == best[:, None], token_ids, _NO_ID)
-    return min_over_vocabulary(jnp.min(winners, axis=-1))
+    token_ids = jnp.broadcast_to(token_ids, values.shape)
+    best, winners = lax.platform_dependent(values, token_ids, cpu=_argmax_in_two_passes, default=_argmax_in_one_pass)
+    return min_over_vocabulary(jnp.where(best == max_over_vocabulary(best), winners, _NO_ID))
+
+
+def _argmax_in_two_passes(values: Float[Array, "R J"], token_ids: Int[Array, "R J"]) -> tuple[Array, Array]:
+    """The largest value of this slice and its lowest id; XLA's CPU backend vectorises reductions of one array only."""
+    best = jnp.max(values, axis=-1)
+    return best, jnp.min(jnp.where(values == best[:, None], token_ids, _NO_ID), axis=-1)
+
+
+def _argmax_in_one_pass(values: Float[Array, "R J"], token_ids: Int[Array, "R J"]) -> tuple[Array, Array]:
+    """The same in half the kernels and reads; what computes the values is fused into it."""
+
+    def better(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        wins = (one[0] > other[0]) | ((one[0] == other[0]) & (one[1] < other[1]))
+        return jnp.where(wins, one[0], other[0]), jnp.where(wins, one[1], other[1])
+
+    return lax.reduce((values, token_ids), (jnp.float32(-jnp.inf), jnp.int32(_NO_ID)), better, (1,))
 
 
 def greedy(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
@@ -186,15 +203,22 @@ def _smallest_bound(
     def fix_digit(i: Array, bound: Array) -> Array:
         shift = (digit_bits * (num_digits - 1 - i)).astype(jnp.uint32)
         trials = [bound | (jnp.uint32(digit) << shift) for digit in range(1, 1 << digit_bits)]
-        below = [jnp.sum(jnp.where(keys < trial[:, None], weights, 0.0), axis=-1) for trial in trials]
-        too_small = sum_over_vocabulary(jnp.stack(below, axis=-1)) < target[:, None]
-        return bound | (jnp.sum(too_small, axis=-1).astype(jnp.uint32) << shift)
+        below = [jnp.where(keys < trial[:, None], weights, 0.0) for trial in trials]
+        # One reduction of many arrays is one kernel and reads its input once.
+        sums = lax.reduce(below, [jnp.float32(0)] * len(below), lambda one, other: [*map(add, one, other)], (1,))
+        # Additions written out are fused with the next digit's reduction; a sum over an axis would be one more kernel.
+        too_small = [total < target for total in sum_over_vocabulary(jnp.stack(sums))]
+        return bound | (reduce(add, (entry.astype(jnp.uint32) for entry in too_small)) << shift)
 
     return lax.fori_loop(0, num_digits, fix_digit, jnp.zeros(keys.shape[0], jnp.uint32), unroll=unroll)
 
 
 def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float[Array, " R"]:
-    """The threshold of all filters together; a filter that no row uses costs nothing."""
+    """The threshold of all filters together; a filter that no row uses costs nothing.
+
+    The barriers keep its search conditional: XLA turns a conditional into a select, so that both branches always run,
+    where their operations are elementwise and reductions only.
+    """
     off = jnp.full(z.shape[0], -jnp.inf)
     has_top_k, has_top_p = numbers.top_k > 0, numbers.top_p < 1
 
@@ -206,8 +230,8 @@ def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float
         target = numbers.top_p * sum_over_vocabulary(jnp.sum(mass, axis=-1))
         return jnp.where(has_top_p, _largest_threshold(z, mass, target), off)
 
-    top_k = lax.cond(jnp.any(has_top_k), by_count, lambda: off)
-    top_p = lax.cond(jnp.any(has_top_p), by_mass, lambda: off)
+    top_k = lax.cond(jnp.any(has_top_k), lambda: lax.optimization_barrier(by_count()), lambda: off)
+    top_p = lax.cond(jnp.any(has_top_p), lambda: lax.optimization_barrier(by_mass()), lambda: off)
     return jnp.maximum(jnp.maximum(top_k, top_p), jnp.log(numbers.min_p))
 
 

@@ -235,6 +235,16 @@ def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float
     return jnp.maximum(jnp.maximum(top_k, top_p), jnp.log(numbers.min_p))
 
 
+def sample_unfiltered(
+    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
+) -> Int[Array, " R"]:
+    """Samples rows without filters, which need no threshold; arguments and result as sample_full."""
+    z = _scaled(logits, numbers.temperature)
+    ids = local_token_ids(logits.shape[1])
+    nothing = jnp.full(z.shape[0], -jnp.inf)
+    return argmax_over_vocabulary(_scores(z, nothing, ids, numbers, position), ids)
+
+
 def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]) -> Int[Array, " R"]:
     """Samples with any filters over the whole vocabulary.
 

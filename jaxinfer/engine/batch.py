@@ -147,16 +147,16 @@ def _blocks(chunk: PrefillChunk) -> Iterator[tuple[PrefillChunk, int]]:
 def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
     """The cheapest sampler that can serve all these requests.
 
-    A random row without a filter allows the whole vocabulary, which only the full sampler sees.
+    A random row without a filter allows the whole vocabulary, which the candidates do not hold; beside rows with
+    filters it needs the full sampler.
     """
-    variant = SamplerVariant.GREEDY
-    for request in requests:
-        if request.temperature == 0:
-            continue
-        if request.top_k <= 0 and request.top_p == 1 and request.min_p == 0:
-            return SamplerVariant.FULL
-        variant = SamplerVariant.CANDIDATES
-    return variant
+    random = [request for request in requests if request.temperature > 0]
+    filtered = [request.top_k > 0 or request.top_p < 1 or request.min_p > 0 for request in random]
+    if not filtered:
+        return SamplerVariant.GREEDY
+    if not any(filtered):
+        return SamplerVariant.UNFILTERED
+    return SamplerVariant.CANDIDATES if all(filtered) else SamplerVariant.FULL
 
 
 def _edits(sequence: SequenceState) -> SlotEdits | None:

@@ -41,6 +41,11 @@ from jaxinfer.wrappers.step_batch import (
 
 SCORE_BLOCK = 256
 """Rows of logits that exist at a time while prompts are scored."""
+_SAMPLERS = {
+    SamplerVariant.UNFILTERED: sampling.sample_unfiltered,
+    SamplerVariant.CANDIDATES: sampling.sample_candidates,
+    SamplerVariant.FULL: sampling.sample_full,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -312,8 +317,7 @@ def sample_step(
         tokens = sampling.greedy(logits)
     else:
         numbers = SamplingNumbers.unpack(rows.sampling)
-        sampler = sampling.sample_full if variant is SamplerVariant.FULL else sampling.sample_candidates
-        tokens = sampler(logits, numbers, rows.position)
+        tokens = _SAMPLERS[variant](logits, numbers, rows.position)
     beyond = state.last_token.shape[0]  # out of bounds, hence dropped
     fed = jnp.where(rows.feeds == 1, rows.slot, beyond)
     last_token = state.last_token.at[fed].set(tokens, mode="drop")

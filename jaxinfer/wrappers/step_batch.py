@@ -34,6 +34,7 @@ class SamplerVariant(enum.Enum):
     """Which compiled sampler a batch needs; a later one can do all that an earlier one can."""
 
     GREEDY = "greedy"
+    UNFILTERED = "unfiltered"
     CANDIDATES = "candidates"
     FULL = "full"
 

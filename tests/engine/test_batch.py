@@ -53,6 +53,7 @@ def test_make_batch_lays_out_decodes_then_last_chunks():
     ("fields", "variant"),
     [
         ([{}, {"top_k": 5}], SamplerVariant.GREEDY),
+        ([{}, {"temperature": 1.0}, {"top_p": 0.5}], SamplerVariant.UNFILTERED),
         ([{}, {"temperature": 1.0, "top_k": 5}], SamplerVariant.CANDIDATES),
         ([{"temperature": 1.0, "top_p": 0.5}, {"temperature": 1.0}], SamplerVariant.FULL),
         ([{"temperature": 1.0, "min_p": 0.5}], SamplerVariant.CANDIDATES),

@@ -1,7 +1,7 @@
 """The jitted sampler: a threshold and a Gumbel argmax over a vocabulary that is sharded over the mesh.
 
-Owns: the noise, the filters, the three samplers (greedy, candidates, full) and log-probabilities. Nothing here sorts
-the vocabulary and no row of logits leaves its shard.
+Owns: the noise, the filters, the four samplers (greedy, unfiltered, candidates, full) and log-probabilities. Nothing
+here sorts the vocabulary and no row of logits leaves its shard.
 Does not know: requests, slots, models. All functions run inside a shard_map over ("pipe", "tensor").
 
 Every filter lowers the allowed set to {z >= threshold}, z = (logits - max) / temperature: top-k (ties kept), then top-p
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import pairwise
 from operator import add
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from jaxinfer.communication.collectives import (
     gather_candidates,
     max_over_vocabulary,
     min_over_vocabulary,
+    num_vocabulary_shards,
     sum_over_vocabulary,
     vocabulary_shard,
 )
@@ -34,6 +36,9 @@ MIN_TEMPERATURE = 1e-5
 NUM_CANDIDATES = 65
 """Of every slice; the last only bounds what lies outside, so that top_k up to 64 is exact."""
 _GROUP = 128
+_GROUPS = (_GROUP, 16, 1)
+"""Sizes of the groups by which _top_by_counting narrows a slice down. With 128 thousand values and 65 candidates each
+step has about a thousand, few enough to compare each with each."""
 _NO_ID = jnp.iinfo(jnp.int32).max
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _BITS_OF_INFINITY = 0x7F800000
@@ -117,6 +122,8 @@ def argmax_over_vocabulary(values: Float[Array, "R J"], token_ids: Int[Array, "*
     """The id of the largest value over all slices, the lowest id on ties."""
     token_ids = jnp.broadcast_to(token_ids, values.shape)
     best, winners = lax.platform_dependent(values, token_ids, cpu=_argmax_in_two_passes, default=_argmax_in_one_pass)
+    if num_vocabulary_shards() == 1:  # XLA would keep a kernel for the comparison below
+        return winners
     return min_over_vocabulary(jnp.where(best == max_over_vocabulary(best), winners, _NO_ID))
 
 
@@ -145,14 +152,18 @@ def greedy(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
     return argmax_over_vocabulary(logits, local_token_ids(logits.shape[1]))
 
 
-def _scaled(logits: Float[Array, "R V"], temperature: Float[Array, " R"]) -> Float[Array, "R V"]:
-    """z = (logits - max) / temperature: at most 0, -inf where the logit is; greedy rows are only shifted."""
-    # An infinite logit, or a row of nothing but -inf, must not become inf - inf.
-    logits = jnp.minimum(logits, _LARGEST)
-    best = jnp.maximum(max_over_vocabulary(jnp.max(logits, axis=-1)), -_LARGEST)
+def _best_logit(logits: Float[Array, "R J"]) -> Float[Array, " R"]:
+    """The largest over all slices, finite, so that _scaled never meets inf - inf."""
+    return jnp.clip(max_over_vocabulary(jnp.max(logits, axis=-1)), -_LARGEST, _LARGEST)
+
+
+def _scaled(
+    logits: Float[Array, "R J"], best: Float[Array, " R"], temperature: Float[Array, " R"]
+) -> Float[Array, "R J"]:
+    """z = (logits - best) / temperature: at most 0, -inf where the logit is; greedy rows are only shifted."""
     divisor = jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)
-    # In this order every zero comes out as -0.0; a top-k tells 0.0 from -0.0, and they must tie.
-    return (best[:, None] - logits) / -divisor[:, None]
+    # In this order every zero comes out as -0.0, so that all have the same bits.
+    return (best[:, None] - jnp.minimum(logits, _LARGEST)) / -divisor[:, None]
 
 
 def _scores(
@@ -206,7 +217,7 @@ def _smallest_bound(
         below = [jnp.where(keys < trial[:, None], weights, 0.0) for trial in trials]
         # One reduction of many arrays is one kernel and reads its input once.
         sums = lax.reduce(below, [jnp.float32(0)] * len(below), lambda one, other: [*map(add, one, other)], (1,))
-        # Additions written out are fused with the next digit's reduction; a sum over an axis would be one more kernel.
+        # Additions written out share a kernel with the shift; a sum over an axis would be one of its own.
         too_small = [total < target for total in sum_over_vocabulary(jnp.stack(sums))]
         return bound | (reduce(add, (entry.astype(jnp.uint32) for entry in too_small)) << shift)
 
@@ -239,7 +250,7 @@ def sample_unfiltered(
     logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
 ) -> Int[Array, " R"]:
     """Samples rows without filters, which need no threshold; arguments and result as sample_full."""
-    z = _scaled(logits, numbers.temperature)
+    z = _scaled(logits, _best_logit(logits), numbers.temperature)
     ids = local_token_ids(logits.shape[1])
     nothing = jnp.full(z.shape[0], -jnp.inf)
     return argmax_over_vocabulary(_scores(z, nothing, ids, numbers, position), ids)
@@ -256,7 +267,7 @@ def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position:
     Returns:
       int32[R] token ids, equal on all devices.
     """
-    z = _scaled(logits, numbers.temperature)
+    z = _scaled(logits, _best_logit(logits), numbers.temperature)
     ids = local_token_ids(logits.shape[1])
     return argmax_over_vocabulary(_scores(z, _filter_threshold(z, numbers), ids, numbers, position), ids)
 
@@ -270,34 +281,43 @@ def sample_candidates(
     Arguments and result as sample_full.
     """
     tokens, sufficient = _among_candidates(logits, numbers, position)
-    redone = lax.cond(jnp.all(sufficient), lambda: tokens, lambda: sample_full(logits, numbers, position))
-    return jnp.where(sufficient, tokens, redone)
+
+    def redone() -> Array:
+        return jnp.where(sufficient, tokens, sample_full(logits, numbers, position))
+
+    return lax.cond(jnp.all(sufficient), lambda: tokens, lambda: lax.optimization_barrier(redone()))
 
 
 def _among_candidates(
     logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
 ) -> tuple[Int[Array, " R"], Bool[Array, " R"]]:
     """Tokens sampled among the candidates, and whether nothing outside them was allowed."""
-    z = _scaled(logits, numbers.temperature)
-    values, ids = _top_values(z, min(NUM_CANDIDATES, z.shape[1]))
-    is_whole = values.shape[1] == z.shape[1]
-    # Nothing outside the candidates is larger. A slice [:, -1] would undo XLA's rewriting of sort and slice as a top-k.
-    beyond = max_over_vocabulary(jnp.min(values, axis=-1))
+    # A top-k tells 0.0 from -0.0, and they must tie.
+    values, ids = _top_values(jnp.where(logits == 0, 0.0, logits), min(NUM_CANDIDATES, logits.shape[1]))
+    is_whole = values.shape[1] == logits.shape[1]
+    best, last = lax.platform_dependent(values, cpu=_first_and_last_reduced, default=_first_and_last)
+    beyond = max_over_vocabulary(last)  # nothing outside the candidates is larger
     values, ids = _gathered(values, ids)
-
-    last = jnp.clip(numbers.top_k - 1, 0, values.shape[1] - 1)
-    kth = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+    best = jnp.clip(max_over_vocabulary(best), -_LARGEST, _LARGEST)
+    beyond = _scaled(beyond[:, None], best, numbers.temperature)[:, 0]
+    values = _scaled(values, best, numbers.temperature)
     has_top_k, has_top_p = numbers.top_k > 0, numbers.top_p < 1
-    top_k = jnp.where(has_top_k & (numbers.top_k <= values.shape[1]), kth, -jnp.inf)
+
+    place = jnp.arange(values.shape[1])
+    top_k_is_inside = numbers.top_k <= len(place)
+    kth = jnp.max(jnp.where(place == numbers.top_k[:, None] - 1, values, -jnp.inf), axis=-1)
+    top_k = jnp.where(has_top_k & top_k_is_inside, kth, -jnp.inf)
     mass = jnp.where(values >= top_k[:, None], jnp.exp(values), 0.0)
-    total = jnp.where(has_top_k, jnp.sum(mass, axis=-1), sum_over_vocabulary(jnp.sum(jnp.exp(z), axis=-1)))
-    before = jnp.cumsum(mass, axis=-1) - mass
+    # What lies in front of each candidate; jnp.cumsum is a loop on GPUs since JAX 0.12.
+    before = jnp.sum(jnp.where(place < place[:, None], mass[:, None, :], 0.0), axis=-1)
+    everything = sum_over_vocabulary(jnp.sum(jnp.exp(_scaled(logits, best, numbers.temperature)), axis=-1))
+    total = jnp.where(has_top_k, before[:, -1] + mass[:, -1], everything)
     inside = before < (numbers.top_p * total)[:, None]
     crossing = jnp.min(jnp.where(inside, values, 0.0), axis=-1)
     top_p = jnp.where(has_top_p, crossing, -jnp.inf)
     threshold = jnp.maximum(jnp.maximum(top_k, top_p), jnp.log(numbers.min_p))
 
-    top_k_known = ~has_top_k | ((numbers.top_k <= values.shape[1]) & (kth > beyond))
+    top_k_known = ~has_top_k | (top_k_is_inside & (kth > beyond))
     greedy_row = numbers.temperature < MIN_TEMPERATURE
     sufficient = ((threshold > beyond) & top_k_known) | greedy_row | is_whole
     scores = _scores(values, threshold, ids, numbers, position)
@@ -305,30 +325,84 @@ def _among_candidates(
     return jnp.min(winners, axis=-1), sufficient
 
 
-def _top_values(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """The `count` largest values of this slice with their global ids, best first, without sorting the vocabulary.
+def _first_and_last(values: Float[Array, "R K"]) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
+    """Of values in descending order."""
+    return values[:, 0], values[:, -1]
 
-    They all lie in the `count` groups of 128 with the largest maxima; which of several equals at the cut is left open.
+
+def _first_and_last_reduced(values: Float[Array, "R K"]) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
+    """The same on CPUs, where a slice of a sorted array undoes XLA's rewriting of sort and slice as a top-k.
+
+    With slices one row of 128 thousand values takes 4 ms instead of 0.5.
     """
-    rows, size = x.shape
-    ids = local_token_ids(size)
-    if size <= count * _GROUP:
-        values, where = lax.top_k(x, count)
-        return values, ids[where]
-    padded = jnp.pad(x, ((0, 0), (0, -size % _GROUP)), constant_values=-jnp.inf)
-    grouped = padded.reshape(rows, -1, _GROUP)
+    return jnp.max(values, axis=-1), jnp.min(values, axis=-1)
+
+
+def _top_values(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The `count` largest values of this slice with their global ids, best first, the lowest id first on ties.
+
+    They all lie in the `count` groups of 128 with the largest maxima, so that nothing sorts the vocabulary. GPUs
+    compare each value with each, which is many comparisons but few kernels; CPUs pay for every comparison and sort.
+    """
+    by_counting = partial(_top_by_counting if count <= _GROUP else _top_by_sorting, count=count)
+    values, ids = lax.platform_dependent(x, cpu=partial(_top_by_sorting, count=count), default=by_counting)
+    return values, ids + vocabulary_shard() * x.shape[1]
+
+
+def _in_groups(x: Float[Array, "R V"], size: int) -> Float[Array, "R G C"]:
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=-jnp.inf)
+    return padded.reshape(x.shape[0], -1, size)
+
+
+def _top_by_sorting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The largest groups by one top-k, the largest of their members by another."""
+    if x.shape[1] <= count * _GROUP:
+        values, ids = lax.top_k(x, count)
+        return values, ids
+    grouped = _in_groups(x, _GROUP)
     _, groups = lax.top_k(jnp.max(grouped, axis=-1), count)
     groups = jnp.sort(groups, axis=-1)  # ascending ids, so that ties keep the lowest
-    members = jnp.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(rows, -1)
+    members = jnp.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(x.shape[0], -1)
     values, where = lax.top_k(members, count)
-    group = jnp.take_along_axis(groups, where // _GROUP, axis=1)
-    return values, ids[0] + group * _GROUP + where % _GROUP
+    return values, jnp.take_along_axis(groups, where // _GROUP, axis=1) * _GROUP + where % _GROUP
+
+
+def _top_by_counting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The largest groups, the largest of the smaller groups in them, and the largest members of those."""
+    sizes = [size for size in _GROUPS if size == 1 or size * count < x.shape[1]]
+    values = jnp.max(_in_groups(x, sizes[0]), axis=-1)
+    ids = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
+    for size, smaller in pairwise(sizes):
+        _, best = _best_first(values, ids, count)
+        members = jnp.take_along_axis(_in_groups(x, size), best[:, :, None], axis=1)
+        values = jnp.max(members.reshape(len(x), -1, smaller), axis=-1)
+        parts = jnp.arange(size // smaller, dtype=jnp.int32)
+        ids = (best[:, :, None] * len(parts) + parts).reshape(values.shape)
+    return _best_first(values, ids, count)
+
+
+def _best_first(
+    values: Float[Array, "R J"], ids: Int[Array, "R J"], count: int
+) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
+    """The `count` largest values with their ids, the lowest id first on ties, in two kernels.
+
+    A value's place is the number of better ones: J * J comparisons a row, so J should not exceed a few thousand.
+    """
+    ahead = (values[:, None, :] > values[:, :, None]) | (
+        (values[:, None, :] == values[:, :, None]) & (ids[:, None, :] < ids[:, :, None])
+    )
+    place = jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+    there = place[:, None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
+    best = jnp.max(jnp.where(there, values[:, None, :], -jnp.inf), axis=-1)
+    return best, jnp.max(jnp.where(there, ids[:, None, :], 0), axis=-1)
 
 
 def _gathered(
     values: Float[Array, "R K"], token_ids: Int[Array, "R K"]
 ) -> tuple[Float[Array, "R J"], Int[Array, "R J"]]:
     """The values and ids of all slices, best first, the lowest id first on ties."""
+    if num_vocabulary_shards() == 1:  # they are in this order
+        return values, token_ids
     rows, count = values.shape
     # Packed, as the cost of a small gather is its latency.
     packed = jnp.concatenate([lax.bitcast_convert_type(values, jnp.int32), token_ids], axis=1)
@@ -352,7 +426,9 @@ def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, 
     ids = local_token_ids(logits.shape[1])
     best = max_over_vocabulary(jnp.max(logits, axis=-1))
     log_total = best + jnp.log(sum_over_vocabulary(jnp.sum(jnp.exp(logits - best[:, None]), axis=-1)))
-    own = max_over_vocabulary(jnp.max(jnp.where(ids == token_ids[:, None], logits, -jnp.inf), axis=-1))
+    place = (token_ids - ids[0])[:, None]
+    found = jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), axis=1)
+    own = max_over_vocabulary(jnp.where((place >= 0) & (place < logits.shape[1]), found, -jnp.inf)[:, 0])
     rank = 1 + sum_over_vocabulary(jnp.sum(logits > own[:, None], axis=-1, dtype=jnp.int32))
     values, top_ids = _top_values(logits, min(num_top, logits.shape[1]))
     values, top_ids = _gathered(values, top_ids)

@@ -89,7 +89,7 @@ def among_candidates(logits, numbers):
 
 
 def _allowed(logits, numbers):
-    z = sampling._scaled(logits, numbers.temperature)
+    z = sampling._scaled(logits, sampling._best_logit(logits), numbers.temperature)
     return z >= sampling._filter_threshold(z, numbers)[:, None]
 
 
@@ -357,6 +357,29 @@ def test_smallest_bound_digits_of_gpu_and_cpu_equal_reference():
         np.testing.assert_array_equal(jax.jit(call)(keys, weights, target), expected)
 
 
+@pytest.mark.parametrize("vocab_size", [100, MEDIUM, 3000, GROUPED])
+@pytest.mark.parametrize("count", [20, NUM_CANDIDATES])
+def test_top_by_counting_on_gpu_and_sorting_on_cpu_equal_stable_order(vocab_size, count):
+    x = random_logits(np.random.default_rng(17), 6, vocab_size)
+    x[2, 40:], x[3] = -np.inf, 1.0
+    x += 0.0  # numpy's order does not tell -0.0 from 0.0
+    order = np.argsort(-x, axis=1, kind="stable")[:, :count]
+    for top in (sampling._top_by_counting, sampling._top_by_sorting):
+        values, ids = jax.jit(functools.partial(top, count=count))(jnp.asarray(x))
+        np.testing.assert_array_equal(ids, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=1))
+
+
+def test_argmax_in_one_pass_and_in_two_yield_lowest_id():
+    values = np.round(np.random.default_rng(18).normal(size=(64, MEDIUM)) * 2).astype(np.float32)
+    values[0] = -np.inf
+    ids = np.broadcast_to(np.arange(MEDIUM, dtype=np.int32), values.shape)
+    for argmax in (sampling._argmax_in_one_pass, sampling._argmax_in_two_passes):
+        best, winners = jax.jit(argmax)(jnp.asarray(values), jnp.asarray(ids))
+        np.testing.assert_array_equal(winners, values.argmax(axis=1))
+        np.testing.assert_array_equal(best, values.max(axis=1))
+
+
 # Rows apart from the ordinary.
 
 
@@ -471,6 +494,14 @@ def test_among_candidates_ties_across_their_border_do_not_suffice():
     logits[:, :3] = 5
     _, sufficient = among_candidates(logits, numbers_of(64, top_k=np.where(np.arange(64) < 32, 3, 4)))
     np.testing.assert_array_equal(sufficient, np.arange(64) < 32)
+
+
+def test_sample_unfiltered_equals_full():
+    rng = np.random.default_rng(19)
+    logits = random_logits(rng, 64, MEDIUM)
+    logits[:3] = -np.inf
+    numbers = numbers_of(64, temperature=rng.choice([0.0, 0.05, 1.0, 3.0], 64))
+    np.testing.assert_array_equal(sample("unfiltered", logits, numbers, 7), sample("full", logits, numbers, 7))
 
 
 # What the token may depend on.
@@ -599,15 +630,27 @@ def shapes(num_rows, vocab_size):
     )
 
 
-@pytest.mark.parametrize("name", ["sample_candidates", "sample_full"])
-def test_samplers_lowered_for_gpu_neither_loop_nor_sort_the_vocabulary(name):
-    exported = jax.export.export(_sampler_of_words(name), platforms=["cuda"])(*shapes(2, BIG))
-    text = exported.mlir_module()
-    assert "stablehlo.while" not in text
-    widths = re.findall(r'"stablehlo.sort".*?\}\) : \(tensor<2x(\d+)x', text, re.DOTALL)
-    widths += re.findall(r'"chlo.top_k".*? : \(tensor<2x(\d+)x', text)
-    assert bool(widths) == (name == "sample_candidates")
-    assert max(map(int, widths), default=0) <= BIG // 8
+def lowered_for_gpu(function, *arguments):
+    return jax.export.export(on_mesh(function), platforms=["cuda"])(*arguments).mlir_module()
+
+
+SORTS = r"stablehlo.while|stablehlo.sort|chlo.top_k|custom_call @\w*TopK"
+"""A loop breaks a command graph; a GPU sorts in dozens of kernels."""
+
+
+@pytest.mark.parametrize(
+    ("name", "num_conditionals"), [("sample_unfiltered", 0), ("sample_full", 2), ("sample_candidates", 3)]
+)
+def test_samplers_lowered_for_gpu_neither_loop_nor_sort(name, num_conditionals):
+    text = jax.export.export(_sampler_of_words(name), platforms=["cuda"])(*shapes(2, BIG)).mlir_module()
+    assert not re.findall(SORTS, text)
+    assert text.count("stablehlo.optimization_barrier") == num_conditionals  # without it XLA runs both branches
+
+
+def test_token_logprobs_lowered_for_gpu_neither_loops_nor_sorts():
+    logits, _, tokens = shapes(2, BIG)
+    assert not re.findall(SORTS, lowered_for_gpu(_twenty_logprobs, logits, tokens))
+    assert re.findall(SORTS, lowered_for_gpu(functools.partial(sampling.token_logprobs, num_top=500), logits, tokens))
 
 
 @pytest.mark.parametrize("name", ["sample_candidates", "sample_full"])

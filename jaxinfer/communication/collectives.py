@@ -45,6 +45,11 @@ def min_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return x if lax.axis_size(VOCABULARY) == 1 else lax.pmin(x, VOCABULARY)
 
 
+def num_vocabulary_shards() -> int:
+    """Devices over which a vocabulary is spread."""
+    return lax.axis_size(VOCABULARY)
+
+
 def vocabulary_shard() -> Int[Array, ""]:
     """Index of this device's vocabulary slice."""
     return lax.axis_index(VOCABULARY)

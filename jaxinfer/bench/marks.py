@@ -1,6 +1,6 @@
-"""The few figures of a `bench gpu` run that decide, beside the first run's and what is aimed at.
+"""The few figures of a `bench gpu` run that decide, beside what is wanted of them.
 
-Owns: which figures these are, where they stand in the sections' records, the first run's, the aims.
+Owns: which figures these are, where they stand in the sections' records, and two goals for each on one H100.
 Does not know: how anything is measured.
 """
 
@@ -23,17 +23,17 @@ class Mark:
       name: with the unit in which `find` gives it.
       section: whose record holds it.
       find: reads it from the record's result; None where it is not there.
+      first: the first goal, as text.
+      aim: the far goal, as text.
       form: of its text.
-      first: of the first run on a GPU, as text; empty until there was one.
-      aim: as text.
     """
 
     name: str
     section: str
     find: Callable[[Record], float | None]
+    first: str
+    aim: str
     form: str = "{:.0f}"
-    first: str = ""
-    aim: str = ""
 
     def seen(self, records: Mapping[str, Record]) -> str:
         """Its text in a run's records by section; a dash where the section or the figure is missing."""
@@ -78,44 +78,66 @@ def is_right(row: Record) -> bool:
     return not row["failure"] and not row["max_error"] > row["tolerance"]
 
 
-def _decode_marks(section: str, aims: Mapping[int, str]) -> list[Mark]:
+def _decode_marks(section: str, goals: Mapping[int, tuple[str, str]]) -> list[Mark]:
     return [
-        Mark(name=f"{section} decode B={size}, % of floor", section=section, find=_of_floor("decode", size), aim=aim)
-        for size, aim in aims.items()
+        Mark(
+            name=f"{section} decode B={size}, % of floor",
+            section=section,
+            find=_of_floor("decode", size),
+            first=first,
+            aim=aim,
+        )
+        for size, (first, aim) in goals.items()
     ]
 
 
+def _ratio_mark(name: str, section: str, first: str, aim: str) -> Mark:
+    return Mark(name=name, section=section, find=_peer_ratio, form="{:.1f}", first=first, aim=aim)
+
+
 MARKS: tuple[Mark, ...] = (
-    Mark(name="kernels right, %", section="kernels", find=_share_right, aim="100"),
-    *_decode_marks("8b", {1: "85", 32: "75", 128: "70"}),
-    Mark(name="8b prefill 8k, % of floor", section="8b", find=_of_floor("prefill", 1), aim="50"),
-    Mark(name="8b decode B=32, host %", section="8b", find=_host_share(32), aim="5"),
-    *_decode_marks("0.6b", {1: "60", 32: "60", 128: "60"}),
-    Mark(name="0.6b decode B=1, host %", section="0.6b", find=_host_share(1), aim="5"),
-    Mark(name="0.6b B=1, times the static cache", section="peer-0.6b", find=_peer_ratio, form="{:.2f}", aim="1.2"),
-    Mark(name="8b B=1, times the static cache", section="peer-8b", find=_peer_ratio, form="{:.2f}", aim="1.1"),
-    Mark(name="0.6b trace, times the peer", section="trace-0.6b", find=_peer_ratio, form="{:.2f}", aim="2"),
-    Mark(name="8b trace, times the peer", section="trace-8b", find=_peer_ratio, form="{:.2f}", aim="1.5"),
-    Mark(name="8b first token cold, s", section="startup-8b", find=lambda result: result["cold"]["total_s"], aim="40"),
-    Mark(name="8b first token warm, s", section="startup-8b", find=lambda result: result["warm"]["total_s"], aim="15"),
+    Mark(name="kernels right, %", section="kernels", find=_share_right, first="100", aim="100"),
+    *_decode_marks("8b", {1: ("75", "90"), 32: ("70", "88"), 128: ("65", "85")}),
+    Mark(name="8b prefill of 8192, % of floor", section="8b", find=_of_floor("prefill", 1), first="60", aim="75"),
+    *_decode_marks("0.6b", {1: ("45", "65")}),
+    _ratio_mark("0.6b trace, times transformers' continuous batching", "trace-0.6b", "4", "8"),
+    _ratio_mark("8b trace, times transformers' continuous batching", "trace-8b", "4", "8"),
+    _ratio_mark("0.6b B=1, times transformers' static cache", "peer-0.6b", "1.3", "2"),
+    _ratio_mark("8b B=1, times transformers' static cache", "peer-8b", "1.3", "2"),
+    Mark(name="8b decode B=32, host time exposed, %", section="8b", find=_host_share(32), first="5", aim="1"),
+    Mark(name="0.6b decode B=1, host time exposed, %", section="0.6b", find=_host_share(1), first="5", aim="1"),
     Mark(
-        name="golden right, of all",
+        name="8b first token, programs cached, s",
+        section="startup-8b",
+        find=lambda result: result["warm"]["total_s"],
+        first="60",
+        aim="20",
+    ),
+    Mark(
+        name="8b first token, cold, s",
+        section="startup-8b",
+        find=lambda result: result["cold"]["total_s"],
+        first="240",
+        aim="120",
+    ),
+    Mark(
+        name="golden right, % of cases",
         section="golden",
-        find=lambda result: sum(case["is_right"] for case in result["cases"]) / max(1, len(result["cases"])),
-        form="{:.2f}",
-        aim="1.00",
+        find=lambda result: 100 * sum(case["is_right"] for case in result["cases"]) / max(1, len(result["cases"])),
+        first="100",
+        aim="100",
     ),
 )
 
 
 def render(records: Mapping[str, Record], marks: Sequence[Mark] = MARKS) -> str:
-    """The marks, one a line: seen in this run, in the first one, and aimed at.
+    """The marks, one a line: seen in this run, and both goals.
 
     Args:
       records: of the sections that left one, by name.
       marks: which.
     """
-    rows = [[mark.name, mark.seen(records), mark.first or "-", mark.aim or "-"] for mark in marks]
+    rows = [[mark.name, mark.seen(records), mark.first, mark.aim] for mark in marks]
     return format_table(["mark", "seen", "first", "aim"], rows)
 
 

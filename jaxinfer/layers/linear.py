@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -54,6 +54,7 @@ def project(
     return product(x, weight)
 
 
+@runtime_checkable
 class Norm(Protocol):
     """What a block normalises its input or its output with."""
 

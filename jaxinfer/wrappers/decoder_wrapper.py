@@ -40,6 +40,7 @@ from jaxinfer.wrappers.step_batch import (
     StepShapes,
 )
 from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.xla_options import compiler_options
 
 _LAUNCHING = threading.Lock()
 """Held while programs are enqueued: those of two models on one mesh must come in one order on all its devices, or their
@@ -101,7 +102,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
                 "sample_edited": self._step_programs.sample_edited,
                 "edit": self._step_programs.edit,
                 "allow": self._step_programs.allow,
-            }
+            },
+            {"forward": lambda shape: compiler_options(mesh.devices.flat[0].platform, shape.num_tokens)},
         )
 
     @property

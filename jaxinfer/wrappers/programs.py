@@ -19,10 +19,16 @@ class ProgramCache:
 
     Args:
       traces: name -> function that traces the program of its arguments.
+      options: name -> function that gives XLA's options for the program of its arguments; none for other names.
     """
 
-    def __init__(self, traces: Mapping[str, Callable[..., jax.stages.Traced]]) -> None:
+    def __init__(
+        self,
+        traces: Mapping[str, Callable[..., jax.stages.Traced]],
+        options: Mapping[str, Callable[..., dict[str, bool]]],
+    ) -> None:
         self._traces = traces
+        self._options = options
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
@@ -36,7 +42,8 @@ class ProgramCache:
         key = (name, *arguments)
         program = self._programs.get(key)
         if program is None:
-            program = self._traces[name](*arguments).lower().compile()
+            options = self._options[name](*arguments) if name in self._options else {}
+            program = self._traces[name](*arguments).lower().compile(compiler_options=options or None)
             with self._lock:
                 program = self._programs.setdefault(key, program)
         return program

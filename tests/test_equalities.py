@@ -72,6 +72,7 @@ VARIATIONS = {
     "no run-ahead": {"run_ahead": False},
     "no run-ahead, tight pool": {"run_ahead": False, "num_kv_pages": 10},
     "reference attention": {"attention_backend": "reference"},
+    "GPU kernels": {"attention_backend": "pallas"},
 }
 
 
@@ -85,6 +86,7 @@ MATRIX_ONLY = {
     "tight pool without prefix cache",
     "no run-ahead",
     "no prefix cache",
+    "GPU kernels",
 }
 
 
@@ -179,6 +181,30 @@ def test_generate_greedy_golden_checkpoints_equal_transformers(golden):
         assert list(result.token_ids) == golden.greedy[number]
         logprobs = [entry[token].logprob for entry, token in zip(result.logprobs, result.token_ids, strict=True)]
         np.testing.assert_allclose(logprobs, golden.expected[f"logprobs_{number}"], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [pytest.param(case, marks=() if case == "qwen3" else pytest.mark.matrix) for case in CASES],
+    indirect=True,
+)
+def test_generate_greedy_with_gpu_kernels_equals_transformers(golden):
+    """Short texts in Pallas' interpreter; 8 tokens lie on two pages."""
+    with LLM(
+        golden.path,
+        attention_backend="pallas",
+        max_num_seqs=1,
+        page_size=8,
+        num_kv_pages=64,
+        max_num_batched_tokens=16,
+        max_model_len=64,
+    ) as llm:
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+        results = llm.generate(golden.prompts, params, use_tqdm=False)
+    for number, result in enumerate(results):
+        assert list(result.token_ids) == golden.greedy[number][:8]
+        logprobs = [entry[token].logprob for entry, token in zip(result.logprobs, result.token_ids, strict=True)]
+        np.testing.assert_allclose(logprobs, golden.expected[f"logprobs_{number}"][:8], atol=2e-4)
 
 
 def test_logprobs_chunks_and_preemption_agree_to_rounding():

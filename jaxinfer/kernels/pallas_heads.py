@@ -73,24 +73,25 @@ def rotate_and_write(
     eps, offset = (norm.eps, norm.offset) if norm is not None else (0.0, 0.0)
     weights = None if norm is None else (norm.query_weight, norm.key_weight)
     run = functools.partial(_run, eps=eps, offset=offset)
-    queries, k_pages, v_pages = lax.platform_dependent(
+    return lax.platform_dependent(
         _Inputs(heads, pages, offsets, rotary, weights),
         k_pages,
         v_pages,
         cpu=functools.partial(run, interpret=True),
         default=functools.partial(run, interpret=False),
     )
-    return queries, k_pages, v_pages
 
 
 # Jitted on its own, so that the layers of a model share what is traced and lowered.
 @functools.partial(jax.jit, static_argnames=("eps", "offset", "interpret"))
-def _run(inputs: _Inputs, k_pages: Array, v_pages: Array, *, eps: float, offset: float, interpret: bool) -> list[Array]:
+def _run(
+    inputs: _Inputs, k_pages: Array, v_pages: Array, *, eps: float, offset: float, interpret: bool
+) -> tuple[Array, Array, Array]:
     num_tokens, num_parts, head_dim = inputs.heads.shape
     num_heads = num_parts - 2 * k_pages.shape[1]
     token_tile = min(pl.next_power_of_2(num_tokens), _TOKEN_TILE)
     num_inputs = len(jax.tree.leaves(inputs))
-    return pl.pallas_call(
+    queries, k_pages, v_pages = pl.pallas_call(
         functools.partial(_kernel, num_heads=num_heads, token_tile=token_tile, eps=eps, offset=offset),
         grid=(pl.cdiv(num_tokens, token_tile), num_parts),
         out_shape=[
@@ -103,6 +104,7 @@ def _run(inputs: _Inputs, k_pages: Array, v_pages: Array, *, eps: float, offset:
         interpret=interpret,
         name="rotate_and_write",
     )(inputs, k_pages, v_pages)
+    return queries, k_pages, v_pages
 
 
 def _kernel(

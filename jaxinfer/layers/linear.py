@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jaxinfer.communication.collectives import num_shards, sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARALLEL
-from jaxinfer.kernels.pallas_linear import MAX_ROWS, RowNorm, few_rows_linear
+from jaxinfer.kernels.pallas_gemv import RowNorm, one_row_linear
 
 
 def project(
@@ -104,7 +104,7 @@ class ColumnParallelLinear(nnx.Module):
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: add one.
       dtype: of the parameters.
-      backend: "pallas" computes few rows, with norm and gate, in one kernel.
+      backend: "pallas" computes one row, with norm and gate, in one kernel.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class ColumnParallelLinear(nnx.Module):
         row_norm = None if norm is None else norm.row_norm
         if norm is not None and row_norm is None:
             x = norm(x)
-        if self.backend == "pallas" and x.shape[0] <= MAX_ROWS:
-            return few_rows_linear(x, self.weight[0], norm=row_norm, bias=bias, gate=gate)
+        if self.backend == "pallas" and x.shape[0] == 1:
+            return one_row_linear(x, self.weight[0], norm=row_norm, bias=bias, gate=gate)
         y = project(x if norm is None or row_norm is None else norm(x), self.weight[0])
         y = y if bias is None else y + bias
         return y if gate is None else gated(y, gate)
@@ -148,7 +148,7 @@ class RowParallelLinear(nnx.Module):
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: add one.
       dtype: of the parameters.
-      backend: "pallas" computes few rows in one kernel, with the residual where nothing has to come in between.
+      backend: "pallas" computes one row in one kernel, with the residual where nothing has to come in between.
     """
 
     def __init__(
@@ -170,10 +170,10 @@ class RowParallelLinear(nnx.Module):
     ) -> Float[Array, "T O"]:
         """Maps this shard's [T, in / tp] to the full [T, out] on every shard."""
         bias = None if self.bias is None else self.bias[0]
-        if self.backend == "pallas" and x.shape[0] <= MAX_ROWS:
+        if self.backend == "pallas" and x.shape[0] == 1:
             if num_shards() == 1 and norm is None:
-                return few_rows_linear(x, self.weight[0], bias=bias, residual=residual)
-            y = few_rows_linear(x, self.weight[0])
+                return one_row_linear(x, self.weight[0], bias=bias, residual=residual)
+            y = one_row_linear(x, self.weight[0])
         else:
             y = project(x, self.weight[0])
         y = sum_over_tensor(y)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxinfer.communication.collectives import sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, REPLICATED
-from jaxinfer.kernels.pallas_linear import RowNorm
+from jaxinfer.kernels.pallas_gemv import RowNorm
 from jaxinfer.layers.linear import Rows
 
 

@@ -78,7 +78,12 @@ def test_marks_seen_first_and_aim():
     records = {"8b": {"result": {"rows": rows}}, "trace-8b": {"result": {"rows": sides}}}
     seen = {mark.name: mark.seen(records) for mark in marks.MARKS}
     assert seen["8b decode B=1, % of floor"] == "40" and seen["8b decode B=32, % of floor"] == "50"
-    assert seen["8b decode B=32, host time exposed, %"] == seen["8b decode B=128, % of floor"] == seen["kernels right, %"] == "-"
+    assert (
+        seen["8b decode B=32, host time exposed, %"]
+        == seen["8b decode B=128, % of floor"]
+        == seen["kernels right, %"]
+        == "-"
+    )
     assert seen["8b trace, times transformers' continuous batching"] == "1.5"
     assert marks.render(records).splitlines()[0].split() == ["mark", "seen", "first", "aim"]
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beartype import beartype
+from gpu_lowering import count_kernels, lowered_for_gpu
 from jaxtyping import jaxtyped
 
-from jaxinfer.kernels import xla
+from jaxinfer.kernels import pallas, xla
 from jaxinfer.kernels.paged_attention import BACKENDS, choose_backend, paged_attention
 
 PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, TABLE_WIDTH = 8, 2, 16, 5
@@ -207,6 +208,67 @@ def test_paged_attention_bad_argument_raises(change, message):
     arrays["q"] = arrays["q"][:, :, : change.pop("heads", None)]
     with pytest.raises(ValueError, match=message):
         paged_attention(*map(jnp.asarray, arrays.values()), scale=SCALE, **change)
+
+
+def long_prompt():
+    """150 tokens behind 40 that are cached, in rows of 16: the prefill kernel's first tiles of keys need no mask."""
+    rng = np.random.default_rng(3)
+    starts = 40 + 16 * np.arange(10)
+    lengths = np.minimum(190 - starts, 16)
+    shape = (NUM_KV_HEADS, 16, HEAD_DIM)  # pages of 16
+    arrays = {
+        "q": rng.normal(size=(10, 16, 2 * NUM_KV_HEADS, HEAD_DIM)),
+        "k_pages": rng.normal(size=(14, *shape)),
+        "v_pages": rng.normal(size=(14, *shape)),
+        "page_table": np.tile(rng.permutation(13)[:12] + 1, (10, 1)),
+        "kv_len": starts + lengths,
+        "q_len": lengths,
+    }
+    return SimpleNamespace(arrays=arrays, sinks=np.zeros(2 * NUM_KV_HEADS))
+
+
+@pytest.mark.parametrize("features", ["plain", "softcap", "window"])
+def test_paged_attention_pallas_long_prompt_equals_reference(features):
+    case, owner = long_prompt(), jnp.full(10, 3)
+    expected = attend(case, "reference", **FEATURES[features])
+    np.testing.assert_allclose(attend(case, "pallas", owner=owner, **FEATURES[features]), expected, **F32)
+
+
+def test_paged_attention_pallas_splits_of_one_row_equal_reference(monkeypatch):
+    monkeypatch.setattr(pallas, "_DECODE_TILE", 16)
+    case = make_case(1, kv_lens=(TABLE_WIDTH * PAGE_SIZE, 3))
+    call = functools.partial(paged_attention, scale=SCALE, window=33, sinks=jnp.asarray(case.sinks), backend="pallas")
+    arrays = [jnp.asarray(a, jnp.float32 if a.dtype == np.float32 else jnp.int32) for a in case.arrays.values()]
+    jax.clear_caches()  # the kernels are jitted, and know nothing of the new tile
+    found = jax.jit(call)(*arrays)
+    jax.clear_caches()
+    assert pallas._num_splits(4, TABLE_WIDTH * PAGE_SIZE) == 2
+    np.testing.assert_allclose(found, attend(case, "reference", window=33, sinks=True), **F32)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_len", "expected"),
+    [(8, 1152, 16), (8, 8320, 32), (256, 8320, 1), (1024, 131072, 16), (1, 64, 1), (1, 8, 1)],
+)
+def test_num_splits_fill_the_gpu_and_are_never_too_long(num_blocks, max_len, expected):
+    assert pallas._num_splits(num_blocks, max_len) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("num_rows", "num_queries", "group", "head_dim", "num_kernels"),
+    [(2, 1, 4, 128, 2), (256, 1, 8, 64, 1), (2, 5, 7, 80, 2), (9, 16, 1, 96, 1), (8, 16, 4, 256, 1)],
+)
+def test_paged_attention_pallas_lowers_for_gpu(num_rows, num_queries, group, head_dim, num_kernels, dtype):
+    def shape(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    pages = shape(30, 2, 16, head_dim, dtype=dtype)
+    row = shape(num_rows)
+    q = shape(num_rows, num_queries, 2 * group, head_dim, dtype=dtype)
+    call = functools.partial(paged_attention, scale=SCALE, window=50, softcap=2.0, backend="pallas")
+    text = lowered_for_gpu(call, q, pages, pages, shape(num_rows, 40), row, row)
+    assert count_kernels(text) == num_kernels and "stablehlo.while" not in text
 
 
 @pytest.mark.parametrize(

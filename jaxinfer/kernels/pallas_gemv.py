@@ -1,0 +1,145 @@
+"""A linear layer for one row on a GPU (a matrix-vector product, "gemv"), as one Pallas kernel with its neighbours.
+
+Owns: the kernel. layers/linear.py does the same step by step, for other numbers of rows and as the oracle of this one.
+Does not know: which layer calls.
+
+For one row a product is the reading of its weights, and every kernel beside it costs its launch: the norm in front,
+the gate, the addition to the residual stream. All of them fit into the kernel that reads the weights. The norm's scale
+is one number, so that it is multiplied in at the end, and one pass over the input is enough.
+
+Measured on an H100, a decode step of one row: 5.88 ms instead of 6.11 for the 8B shape, with 250 kernels instead of
+601. For eight rows the same idea with Triton's matrix products took 1.7 times as long as XLA's own: they stay XLA's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+_OUT_TILE, _IN_TILE = 2, 2048
+"""Output and input features that a block computes at a time; of ten choices the best for the 8B and the 0.6B shape."""
+_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=1)
+
+
+class RowNorm(NamedTuple):
+    """A norm of a row by its root mean square, as layers/norm.py's RMSNorm.
+
+    Args:
+        weight: float[I].
+        eps: added to the mean square.
+        offset: added to the weights.
+    """
+
+    weight: Float[Array, " I"]
+    eps: float
+    offset: float
+
+
+class _Inputs(NamedTuple):
+    """The operands of the kernel: arrays outside of it, references inside."""
+
+    x: Any
+    weight: Any
+    norm_weight: Any
+    bias: Any
+    residual: Any
+
+
+def one_row_linear(
+    x: Float[Array, "1 I"],
+    weight: Float[Array, "O I"],
+    *,
+    norm: RowNorm | None = None,
+    bias: Float[Array, " O"] | None = None,
+    gate: Callable[[Array], Array] | None = None,
+    residual: Float[Array, "1 F"] | None = None,
+) -> Float[Array, "1 F"]:
+    """residual + norm(x) @ weight.T + bias, or with a gate residual + gate(first half) * second half of the product.
+
+    Args:
+        x: float[1, I].
+        weight: float[O, I]; with a gate, the rows of both halves one after the other.
+        norm: of x; None for none.
+        bias: added to the product.
+        gate: activation of the first half of the product, which multiplies the second.
+        residual: added at the end.
+
+    Returns:
+        Float[1, F] in x's dtype, F = O, or O / 2 with a gate; sums are float32.
+    """
+    inputs = _Inputs(x, weight, None if norm is None else norm.weight, bias, residual)
+    eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
+    run = functools.partial(_run, gate=gate, eps=eps, offset=offset)
+    return lax.platform_dependent(
+        inputs, cpu=functools.partial(run, interpret=True), default=functools.partial(run, interpret=False)
+    )
+
+
+# Jitted on its own, so that the layers of a model share what is traced and lowered.
+@functools.partial(jax.jit, static_argnames=("gate", "eps", "offset", "interpret"))
+def _run(
+    inputs: _Inputs, *, gate: Callable[[Array], Array] | None, eps: float, offset: float, interpret: bool
+) -> Float[Array, "1 F"]:
+    num_out = inputs.weight.shape[0] // (1 if gate is None else 2)
+    return pl.pallas_call(
+        functools.partial(_kernel, gate=gate, eps=eps, offset=offset),
+        grid=(pl.cdiv(num_out, _OUT_TILE),),
+        out_shape=jax.ShapeDtypeStruct((1, num_out), inputs.x.dtype),
+        compiler_params=_PARAMS,
+        interpret=interpret,
+        name="one_row_linear",
+    )(inputs)
+
+
+def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | None, eps: float, offset: float) -> None:
+    """Some output features."""
+    num_in, num_out = inputs.x.shape[1], out_ref.shape[1]
+    feature = pl.program_id(0) * _OUT_TILE + jnp.arange(_OUT_TILE)  # [O]
+    exists = feature < num_out
+    starts = (0,) if gate is None else (0, num_out)
+
+    def add_inputs(step: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+        sums, squares = carry
+        # Every thread loads the inputs that its weights need, from the nearest cache, so that the threads of a block
+        # exchange nothing before the end.
+        place = step * _IN_TILE + jnp.arange(_IN_TILE)[None, :] + jnp.zeros_like(feature)[:, None]  # [O, I]
+        mask = place < num_in
+        x = plgpu.load(inputs.x.at[jnp.zeros_like(place), place], mask=mask, other=0.0).astype(jnp.float32)
+        if inputs.norm_weight is not None:
+            squares += x * x
+            x *= plgpu.load(inputs.norm_weight.at[place], mask=mask, other=0.0).astype(jnp.float32) + offset
+        added = []
+        for start, total in zip(starts, sums, strict=True):
+            weight = plgpu.load(
+                inputs.weight.at[start + feature[:, None], place],
+                mask=exists[:, None] & mask,
+                other=0.0,
+                eviction_policy="evict_first",  # read once a step, it must not push out what is read again
+            )
+            added.append(total + weight.astype(jnp.float32) * x)
+        return added, squares
+
+    zeros = jnp.zeros((_OUT_TILE, _IN_TILE), jnp.float32)
+    terms, squares = lax.fori_loop(0, pl.cdiv(num_in, _IN_TILE), add_inputs, ([zeros] * len(starts), zeros))
+    sums = [jnp.sum(term, axis=1) for term in terms]  # [O]
+    if inputs.norm_weight is not None:
+        scale = lax.rsqrt(jnp.sum(squares, axis=1) / num_in + eps)
+        sums = [total * scale for total in sums]
+
+    def loaded(ref: Any) -> Float[Array, " O"]:
+        return plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
+
+    if inputs.bias is not None:
+        sums = [total + loaded(inputs.bias.at[start + feature]) for start, total in zip(starts, sums, strict=True)]
+    out = sums[0] if gate is None else gate(sums[0]) * sums[1]
+    if inputs.residual is not None:
+        out += loaded(inputs.residual.at[0, feature])
+    plgpu.store(out_ref.at[0, feature], out.astype(inputs.x.dtype), mask=exists)

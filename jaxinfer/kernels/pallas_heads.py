@@ -125,7 +125,8 @@ def _kernel(
     num_kv_heads = key_ref.shape[1]
     head = pl.program_id(1)
     token = (pl.program_id(0) * token_tile + jnp.arange(token_tile))[:, None]  # [B, 1]
-    num_pairs = 0 if inputs.rotary is None else inputs.rotary[0].shape[1]
+    rotary = inputs.rotary or ()
+    num_pairs = rotary[0].shape[1] if rotary else 0
     # A head in up to three pieces: the first and the second of every pair, and what is not rotated.
     starts = [(0, num_pairs), (num_pairs, num_pairs), (2 * num_pairs, head_dim - 2 * num_pairs)]
     pieces = [_Piece.of(start, size, token < num_tokens) for start, size in starts if size]
@@ -149,9 +150,7 @@ def _kernel(
             parts[i] = jnp.where(is_value, parts[i], _rounded(normed, dtype))
     if num_pairs:
         pair = pieces[0]
-        cos, sin = (
-            _rounded(plgpu.load(ref.at[token, pair.dims], mask=pair.mask, other=0.0), dtype) for ref in inputs.rotary
-        )
+        cos, sin = (_rounded(plgpu.load(ref.at[token, pair.dims], mask=pair.mask, other=0.0), dtype) for ref in rotary)
         first, second = parts[:2]
         parts[0] = jnp.where(is_value, first, first * cos - second * sin)
         parts[1] = jnp.where(is_value, second, second * cos + first * sin)

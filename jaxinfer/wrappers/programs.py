@@ -25,7 +25,7 @@ class ProgramCache:
     def __init__(
         self,
         traces: Mapping[str, Callable[..., jax.stages.Traced]],
-        options: Mapping[str, Callable[..., dict[str, bool]]],
+        options: Mapping[str, Callable[..., dict[str, str | bool]]],
     ) -> None:
         self._traces = traces
         self._options = options

@@ -9,7 +9,7 @@ _MANY_TOKENS = 64
 """Tokens from which a step's products are left to cuBLAS."""
 
 
-def compiler_options(platform: str, num_tokens: int) -> dict[str, bool]:
+def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool]:
     """Options for a forward program of so many tokens, empty for XLA's defaults.
 
     Args:

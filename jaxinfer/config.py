@@ -123,7 +123,8 @@ class EngineConfig:
       enable_prefix_caching: reuse full pages of equal prefixes.
       enable_chunked_prefill: split prompts to fit the token budget.
       run_ahead: launch the next step before the last one's tokens are read.
-      attention_backend: "auto" picks by platform; "reference" is the slow oracle.
+      attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
+        CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle.
       draft_model: proposes tokens that the model verifies several at a time, for the same output in fewer steps: a
         checkpoint's directory or hub id with the same vocabulary, or "prompt-lookup", which looks for the last tokens
         earlier in the text; None decodes one token at a time.

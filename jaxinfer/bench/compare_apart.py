@@ -21,6 +21,7 @@ from jaxinfer.bench.report import format_table
 from jaxinfer.bench.session import Session
 from jaxinfer.bench.workload import random_prompts
 
+_LINE_START = "{"
 _PROGRAM = "from jaxinfer.bench.compare_apart import run_peer; run_peer()"
 
 
@@ -54,12 +55,15 @@ class SideTimes:
     """One side's times of one work.
 
     Args:
-      first_s: of the first turn, compilation included; for jaxinfer also what was compiled before it.
+      first_s: of the first turn, compilation included; for jaxinfer also what was compiled before it. Of a trace it is
+        a part only.
       seconds: median of the later turns.
+      is_whole: False for a side that was stopped in its second turn; its seconds are those until then.
     """
 
     first_s: float
     seconds: float
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +84,8 @@ class ApartRow:
 
     @property
     def ratio(self) -> float | None:
-        """The peer's seconds over ours: above 1 where jaxinfer is faster; None without the peer's."""
+        """The peer's seconds over ours: above 1 where jaxinfer is faster, at least so much where the peer was stopped;
+        None without the peer's."""
         return self.peer and self.peer.seconds / self.ours.seconds
 
 
@@ -145,33 +150,67 @@ def measure(order: PeerOrder, open_session: Callable[[], Any]) -> ApartResult:
 
 
 def _peer_times(order: PeerOrder) -> dict[str, Any]:
-    text = json.dumps(dataclasses.asdict(order))
-    command = [sys.executable, "-c", _PROGRAM]
+    """Runs the peer's process and reads the lines it writes; what it wrote before it was stopped counts."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stopped_at = None
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=order.limit_s, check=False)
-    except subprocess.TimeoutExpired:  # our own times are worth having without it
-        failure = f"stopped after {order.limit_s:.0f} s; raise peer_limit"
-        return {"name": order.peer, "load_s": float("nan"), "works": [failure] * len(order.works)}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"the peer's process ended with {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        out, err = process.communicate(json.dumps(dataclasses.asdict(order)), timeout=order.limit_s)
+    except subprocess.TimeoutExpired:
+        stopped_at = time.time()
+        process.kill()
+        out, err = process.communicate()
+    if stopped_at is None and process.returncode:
+        last = (err.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"the peer's process ended with {process.returncode}: {last}")
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith(_LINE_START)]
+    return _read_lines(lines, len(order.works), order.peer, stopped_at, order.limit_s)
+
+
+def _read_lines(
+    lines: Sequence[dict[str, Any]], num_works: int, peer: str, stopped_at: float | None, limit_s: float
+) -> dict[str, Any]:
+    """What a peer's process has written, as its name, the seconds it took to load, and each work's times or failure."""
+    found: dict[str, Any] = {"name": peer, "load_s": float("nan")}
+    works: list[dict[str, Any] | str] = [f"stopped after {limit_s:.0f} s; raise peer_limit"] * num_works
+    for line in lines:
+        if "number" not in line:
+            found |= line
+        elif "result" in line:
+            works[line["number"]] = line["result"]
+        elif stopped_at is not None:
+            seconds = stopped_at - line["began_at"]
+            works[line["number"]] = {"first_s": line["first_s"], "seconds": seconds, "is_whole": False}
+    return found | {"works": works}
 
 
 def run_peer() -> None:
-    """The peer's process: reads a PeerOrder from standard input and prints what it measured as one line of JSON."""
+    """The peer's process: reads a PeerOrder from standard input and prints lines of JSON as it goes on."""
     spec = json.load(sys.stdin)
     order = PeerOrder(**spec | {"works": tuple(Work(**work) for work in spec["works"])})
     started = time.perf_counter()
     peer = peers.load_peer(order.peer, order.fields, dtype=order.dtype, platform=order.platform)
-    load_s = time.perf_counter() - started
-    works: list[dict[str, float] | str] = []
-    for work in order.works:
+    _print_line({"name": peer.name, "load_s": time.perf_counter() - started})
+    for number, work in enumerate(order.works):
+
+        def begin(first_s: float, number: int = number) -> None:
+            _print_line({"number": number, "began_at": time.time(), "first_s": first_s})
+
+        result: dict[str, Any] | str
         try:
-            works.append(dataclasses.asdict(_times(_runner(peer, order, work), order, work)))
+            result = dataclasses.asdict(_times(_runner(peer, order, work), order, work, begin))
         except Exception as error:  # the peer's failure is a result; the other works go on
-            works.append(f"{type(error).__name__}: {error}".splitlines()[0])
-    print(json.dumps({"name": peer.name, "load_s": load_s, "works": works}), flush=True)
+            result = f"{type(error).__name__}: {error}".splitlines()[0]
+        _print_line({"number": number, "result": result})
+
+
+def _print_line(entry: dict[str, Any]) -> None:
+    print(json.dumps(entry), flush=True)
 
 
 def _runner(peer: peers.Peer, order: PeerOrder, work: Work) -> Callable[[Sequence[tuple[int, ...]]], object]:
@@ -192,11 +231,24 @@ def _our_times(session: Session, order: PeerOrder, work: Work) -> SideTimes:
     return dataclasses.replace(times, first_s=times.first_s + compile_s)
 
 
-def _times(run: Callable[[Sequence[tuple[int, ...]]], object], order: PeerOrder, work: Work) -> SideTimes:
-    """The first turn, and the median of `repeats` more, with new prompts each time."""
-    seconds = []
+def _times(
+    run: Callable[[Sequence[tuple[int, ...]]], object],
+    order: PeerOrder,
+    work: Work,
+    begin: Callable[[float], None] = lambda _: None,
+) -> SideTimes:
+    """The first turn, and the median of `repeats` more, with new prompts each time.
+
+    The first turn of a trace is a sixteenth of it: a peer may take a minute for all. `begin` is called before the
+    second turn with the first one's seconds.
+    """
+    seconds: list[float] = []
     for number in range(order.repeats + 1):
         prompts = work.prompts(order.fields["vocab_size"], order.seed, number)
+        if work.is_trace and number == 0:
+            prompts = prompts[: -(-len(prompts) // 16)]
+        if number == 1:
+            begin(seconds[0])
         started = time.perf_counter()
         run(prompts)
         seconds.append(time.perf_counter() - started)
@@ -221,7 +273,8 @@ def render(result: ApartResult) -> str:
     for row in result.rows:
         num_tokens = row.work.num_requests * row.work.output_len
         peer: list[Any] = [row.peer.seconds, num_tokens / row.peer.seconds, row.peer.first_s] if row.peer else ["-"] * 3
-        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        more = "> " if row.peer and not row.peer.is_whole else ""
+        ratio = "-" if row.ratio is None else f"{more}{row.ratio:.2f}"
         ours = [row.ours.seconds, num_tokens / row.ours.seconds, row.ours.first_s]
         between = [value for pair in zip(peer[:2], ours[:2], strict=True) for value in pair]
         rows.append([row.work.title, row.work.prompt_len, row.work.output_len, *between, ratio, peer[2], ours[2]])
@@ -231,7 +284,7 @@ def render(result: ApartResult) -> str:
             f"peer: {result.peer}, {result.dtype}, in a process of its own; greedy, end token ignored, with prefill",
             format_table(header, rows),
             *failures,
-            f"medians of {result.repeats} turns each; ratio above 1: jaxinfer is faster; first: seconds of the first "
-            f"turn, compilation included",
+            f"medians of {result.repeats} turns each; ratio above 1: jaxinfer is faster (> where the peer was "
+            f"stopped); first: seconds of the first turn, compilation included",
         ]
     )

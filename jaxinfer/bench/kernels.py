@@ -197,9 +197,10 @@ def _normal(shape: tuple[int, ...], case: KernelCase, rng: np.random.Generator) 
 
 
 def attention_of(case: KernelCase, backend: str) -> Any:
-    """A jitted call of one backend: arguments in order, and sinks. What the contract gains is added here."""
+    """A jitted call of one backend: arguments in order, and sinks."""
     features = {name: value for name, value in case.features.items() if name != "sinks"}
-    call = functools.partial(paged_attention, scale=case.head_dim**-0.5, backend=backend, **features)
+    owner = jnp.zeros(case.num_rows, jnp.int32) if case.same_text else None
+    call = functools.partial(paged_attention, scale=case.head_dim**-0.5, backend=backend, owner=owner, **features)
     return jax.jit(lambda sinks, *arguments: call(*arguments, sinks=sinks))
 
 

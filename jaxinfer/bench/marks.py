@@ -171,7 +171,8 @@ def _compare(result: Record) -> str:
             parts.append(f"ours {row['ours']['seconds']:.2f} s, the peer failed: {row['failure']}")
         else:
             peer, ours = row["peer"]["seconds"], row["ours"]["seconds"]
-            parts.append(f"peer {peer:.2f} s, ours {ours:.2f} s, ratio {peer / ours:.2f}")
+            more = "" if row["peer"].get("is_whole", True) else "over "
+            parts.append(f"peer {more}{peer:.2f} s, ours {ours:.2f} s, ratio {more}{peer / ours:.2f}")
     return "; ".join(parts)
 
 

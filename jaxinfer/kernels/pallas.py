@@ -30,12 +30,14 @@ _LOG2_E = math.log2(math.e)  # scores are kept in units of log 2, since the hard
 _SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton has
 
 _DECODE_TILE, _PREFILL_TILE = 64, 64
-"""Positions that a block of each kernel loads at once."""
+"""Positions that a block of each kernel loads at once, fewer where a head takes more than _HEAD_BYTES."""
 _DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _PREFILL_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=2)
 _COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
 _QUERY_TILE = 128
-"""Queries of a block of the prefill kernel."""
+"""Queries of a block of the prefill kernel, fewer where a head takes more than _HEAD_BYTES."""
+_HEAD_BYTES = 256
+"""Of 128 dimensions in 16 bits, for which the tiles were chosen; larger heads would not fit into shared memory."""
 _MIN_PREFILL_QUERIES = 16
 """Rows of fewer queries go to the decode kernel."""
 _MIN_BLOCKS = 264
@@ -161,9 +163,10 @@ def _decode_kernel(
     mask = is_query[:, None] & inside
     q = plgpu.load(inputs.q.at[row, query[:, None], head[:, None], dims], mask=mask, other=0.0)
 
-    first, end = 0, pl.cdiv(kv_len, _DECODE_TILE)
+    tile_len = _tile_len(_DECODE_TILE, inputs.k_pages)
+    first, end = 0, pl.cdiv(kv_len, tile_len)
     if inputs.window is not None:
-        first = lax.div(jnp.maximum(kv_len - q_len - inputs.window[0] + 1, 0), _DECODE_TILE)
+        first = lax.div(jnp.maximum(kv_len - q_len - inputs.window[0] + 1, 0), tile_len)
     share = pl.cdiv(end - first, num_splits)
     first += split * share
     found = _start(member, q.shape[1])
@@ -180,7 +183,7 @@ def _decode_kernel(
         row=row,
         kv_head=kv_head,
         kv_len=kv_len,
-        tile_len=_DECODE_TILE,
+        tile_len=tile_len,
         tiles=(first, jnp.minimum(first + share, end)),
         scale=scale,
         softcap=softcap,
@@ -210,7 +213,7 @@ def _combine_kernel(part_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -
 def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
     num_rows, num_queries, num_heads, head_dim = inputs.q.shape
     row_len = pl.next_power_of_2(num_queries)
-    rows_per_tile = max(1, min(_QUERY_TILE // row_len, pl.next_power_of_2(num_rows)))
+    rows_per_tile = max(1, min(_tile_len(_QUERY_TILE, inputs.k_pages) // row_len, pl.next_power_of_2(num_rows)))
     missing = -num_rows % rows_per_tile
     if missing or row_len != num_queries:
 
@@ -241,6 +244,7 @@ def _prefill_kernel(
 ) -> None:
     """One query head of a tile of rows: the rows of each owner attend to its pages together."""
     num_heads, head_dim = inputs.q.shape[1:]
+    tile_len = _tile_len(_PREFILL_TILE, inputs.k_pages)
     # Later tiles of a prompt have more keys in front of them: they begin first.
     tile, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
     kv_head = lax.div(head, num_heads // inputs.k_pages.shape[1])
@@ -265,7 +269,7 @@ def _prefill_kernel(
         is_first = jnp.min(jnp.where(mine, local_row, rows_per_tile)) == number
         own_len = jnp.max(jnp.where(mine, kv_len, 0))
         own_position = jnp.where(mine, query_position, -1)
-        first, end = 0, jnp.where(is_first, pl.cdiv(own_len, _PREFILL_TILE), 0)
+        first, end = 0, jnp.where(is_first, pl.cdiv(own_len, tile_len), 0)
         earliest = jnp.min(jnp.where(own_position >= 0, own_position, own_len))
         attend = functools.partial(
             _attend,
@@ -275,15 +279,15 @@ def _prefill_kernel(
             row=tile * rows_per_tile + number,
             kv_head=kv_head,
             kv_len=own_len,
-            tile_len=_PREFILL_TILE,
+            tile_len=tile_len,
             scale=scale,
             softcap=softcap,
         )
         if inputs.window is not None:
-            first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), _PREFILL_TILE)
+            first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), tile_len)
             return attend(found, tiles=(first, end))
         # Tiles of keys that all queries see, which are most of a long prompt's, need no mask.
-        num_seen = jnp.where(is_first & (jnp.min(own_position) >= 0), lax.div(earliest + 1, _PREFILL_TILE), 0)
+        num_seen = jnp.where(is_first & (jnp.min(own_position) >= 0), lax.div(earliest + 1, tile_len), 0)
         found = attend(found, tiles=(0, num_seen), masked=False)
         return attend(found, tiles=(num_seen, end))
 
@@ -369,6 +373,12 @@ def _start(member: Int[Array, " M"], head_dim: int) -> _Softmax:
 
 def _normalised(found: _Softmax) -> Float[Array, "M H"]:
     return found.out * jnp.where(found.total > 0, 1.0 / found.total, 0.0)[:, None]
+
+
+def _tile_len(largest: int, pages: Any) -> int:
+    """Positions or queries of a tile, for heads as these pages have."""
+    head_bytes = max(_SMALLEST_DOT, pl.next_power_of_2(pages.shape[3])) * pages.dtype.itemsize
+    return max(_SMALLEST_DOT, min(largest, largest * _HEAD_BYTES // head_bytes))
 
 
 def _head_dims(head_dim: int) -> tuple[Int[Array, "1 H"], Array]:

@@ -188,7 +188,7 @@ class Attention(nnx.Module):
         return self.out(jnp.concatenate(attended), residual=x, norm=post_norm), cache
 
     def _prepared(
-        self, heads: Float[Array, "T J H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None
+        self, heads: Float[Array, "T M H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None
     ) -> tuple[Float[Array, "T N H"], LayerCache]:
         """Queries ready to attend, and the cache with the tokens' keys and values; both normed and rotated."""
         query_norm, key_norm = self.query_norm, self.key_norm

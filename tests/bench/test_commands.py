@@ -287,6 +287,20 @@ def test_compare_apart_peer_that_fails_leaves_our_times(run, session, monkeypatc
     assert "the peer failed in the batch of 2: OutOfMemoryError: big" in shown and "peer: other 1.0" in shown
 
 
+def test_compare_apart_peer_that_is_stopped_leaves_what_it_has_written():
+    done = {"first_s": 1.0, "seconds": 2.0, "is_whole": True}
+    lines = [
+        {"name": "other 1.0", "load_s": 3.0},
+        {"number": 0, "began_at": 10.0, "first_s": 1.0},
+        {"number": 0, "result": done},
+        {"number": 1, "began_at": 20.0, "first_s": 5.0},
+    ]
+    found = commands.apart_bench._read_lines(lines, 3, "other", 62.0, 70.0)
+    assert found["name"] == "other 1.0" and found["works"][0] == done
+    assert found["works"][1] == {"first_s": 5.0, "seconds": 42.0, "is_whole": False}
+    assert found["works"][2] == "stopped after 70 s; raise peer_limit"
+
+
 def test_compare_apart_trace_is_one_work_with_more_requests_than_slots(run, session, monkeypatch):
     orders = []
 

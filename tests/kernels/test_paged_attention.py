@@ -278,7 +278,13 @@ def test_paged_attention_pallas_lowers_for_gpu(num_rows, num_queries, group, hea
 
 @pytest.mark.parametrize(
     ("platform", "capability", "expected"),
-    [("cpu", None, "xla"), ("gpu", None, "pallas"), ("gpu", "8.0", "pallas"), ("gpu", "7.5", "xla")],
+    [
+        ("cpu", None, "xla"),
+        ("gpu", None, "pallas"),
+        ("gpu", "8.0", "pallas"),
+        ("gpu", "7.5", "xla"),
+        ("gpu", "gfx942", "xla"),
+    ],
 )
 def test_choose_backend_auto_is_pallas_where_triton_compiles(platform, capability, expected):
     assert choose_backend("auto", platform, capability) == expected

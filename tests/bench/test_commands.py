@@ -242,7 +242,7 @@ def test_gpu_rehearsal_sections_budget_and_files(run, tmp_path):
     file, keep = tmp_path / "all.json", tmp_path / "kept"
     arguments = ("gpu", "--golden", tmp_path, "--tiny", "--json", file)
     shown = run(*arguments, "--sections", "golden", "--keep", keep).stdout
-    assert "2 of 2 cases right" in shown and "golden right, of all" in shown
+    assert "2 of 2 cases right" in shown and "golden right, % of cases" in shown
     (outcome,) = json.loads(file.read_text())
     assert outcome["status"] == "ok" and outcome["record"]["result"]["cases"][0]["name"] == "gqa"
     assert "OK" in (keep / "golden.txt").read_text()

@@ -28,7 +28,13 @@ FEATURES = {
 F32 = {"rtol": 2e-5, "atol": 2e-6}  # only the order of float32 additions differs
 BF16 = {"rtol": 2e-2, "atol": 2e-2}  # weights and the result round to 8 bits of mantissa
 FAST_BACKENDS = sorted(set(BACKENDS) - {"reference"})
-# Pallas' interpreter takes seconds to compile: CI runs the features together, `-m matrix` each alone.
+
+
+# Pallas' interpreter takes seconds to compile: CI runs the features together, `-m matrix` each alone and the rest.
+def in_matrix(backend):
+    return pytest.param(backend, marks=pytest.mark.matrix if backend == "pallas" else ())
+
+
 CASES = [
     pytest.param(backend, name, marks=pytest.mark.matrix if backend == "pallas" and name != "all" else ())
     for backend in FAST_BACKENDS
@@ -130,7 +136,7 @@ def test_paged_attention_rows_of_one_owner_equal_rows_of_their_own(features, bac
     np.testing.assert_allclose(attend(case, backend, owner=owner, **FEATURES[features]), expected, **F32)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", map(in_matrix, FAST_BACKENDS))
 @pytest.mark.parametrize("group", [1, 8])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_group_size_equals_reference(num_queries, group, backend):
@@ -160,7 +166,7 @@ def test_paged_attention_padding_queries_and_empty_rows_are_zeros(num_queries, b
     assert out[~padding].all(axis=(-1, -2)).any()
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", map(in_matrix, sorted(BACKENDS)))
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_page_numbers_and_row_order_change_no_bit(num_queries, backend):
     case = make_case(num_queries)
@@ -183,7 +189,7 @@ def test_paged_attention_xla_groups_of_rows_equal_one_group(num_queries, monkeyp
     np.testing.assert_allclose(jax.jit(call)(*arrays), expected, **F32)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", map(in_matrix, sorted(BACKENDS)))
 def test_paged_attention_large_scores_stay_finite(backend):
     case = make_case(1)
     out = attend(case, backend, q=case.arrays["q"] * 1e4)

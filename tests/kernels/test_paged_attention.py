@@ -136,7 +136,7 @@ def test_paged_attention_rows_of_one_owner_equal_rows_of_their_own(features, bac
     np.testing.assert_allclose(attend(case, backend, owner=owner, **FEATURES[features]), expected, **F32)
 
 
-@pytest.mark.parametrize("backend", map(in_matrix, FAST_BACKENDS))
+@pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
 @pytest.mark.parametrize("group", [1, 8])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_group_size_equals_reference(num_queries, group, backend):
@@ -166,7 +166,7 @@ def test_paged_attention_padding_queries_and_empty_rows_are_zeros(num_queries, b
     assert out[~padding].all(axis=(-1, -2)).any()
 
 
-@pytest.mark.parametrize("backend", map(in_matrix, sorted(BACKENDS)))
+@pytest.mark.parametrize("backend", [in_matrix(name) for name in sorted(BACKENDS)])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_page_numbers_and_row_order_change_no_bit(num_queries, backend):
     case = make_case(num_queries)
@@ -189,7 +189,7 @@ def test_paged_attention_xla_groups_of_rows_equal_one_group(num_queries, monkeyp
     np.testing.assert_allclose(jax.jit(call)(*arrays), expected, **F32)
 
 
-@pytest.mark.parametrize("backend", map(in_matrix, sorted(BACKENDS)))
+@pytest.mark.parametrize("backend", [in_matrix(name) for name in sorted(BACKENDS)])
 def test_paged_attention_large_scores_stay_finite(backend):
     case = make_case(1)
     out = attend(case, backend, q=case.arrays["q"] * 1e4)

@@ -31,12 +31,15 @@ FAST_BACKENDS = sorted(set(BACKENDS) - {"reference"})
 
 
 # Pallas' interpreter takes seconds to compile: CI runs the features together, `-m matrix` each alone and the rest.
+MATRIX = pytest.mark.matrix
+
+
 def in_matrix(backend):
-    return pytest.param(backend, marks=pytest.mark.matrix if backend == "pallas" else ())
+    return pytest.param(backend, marks=MATRIX if backend == "pallas" else ())
 
 
 CASES = [
-    pytest.param(backend, name, marks=pytest.mark.matrix if backend == "pallas" and name != "all" else ())
+    pytest.param(backend, name, marks=MATRIX if backend == "pallas" and name != "all" else ())
     for backend in FAST_BACKENDS
     for name in FEATURES
 ]
@@ -129,7 +132,7 @@ def prompt_pieces():
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("features", ["plain", "all"])
+@pytest.mark.parametrize("features", [pytest.param("plain", marks=MATRIX), "all"])
 def test_paged_attention_rows_of_one_owner_equal_rows_of_their_own(features, backend):
     case, owner = prompt_pieces()
     expected = attend(case, "reference", **FEATURES[features])
@@ -153,7 +156,7 @@ def test_paged_attention_bfloat16_equals_float32_reference(num_queries, backend)
     np.testing.assert_allclose(out, attend(case, "reference", **FEATURES["all"]), **BF16)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", [in_matrix(name) for name in sorted(BACKENDS)])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_padding_queries_and_empty_rows_are_zeros(num_queries, backend):
     case = make_case(num_queries)
@@ -238,7 +241,7 @@ def long_prompt():
     return SimpleNamespace(arrays=arrays, sinks=np.zeros(2 * NUM_KV_HEADS))
 
 
-@pytest.mark.parametrize("features", ["plain", "window", pytest.param("softcap", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("features", ["plain", *(pytest.param(name, marks=MATRIX) for name in ("window", "softcap"))])
 def test_paged_attention_pallas_long_prompt_equals_reference(features):
     case, owner = long_prompt(), jnp.full(10, 3)
     expected = attend(case, "reference", **FEATURES[features])
@@ -265,7 +268,7 @@ def test_num_splits_fill_the_gpu_and_are_never_too_long(num_blocks, max_len, exp
     assert pallas._num_splits(num_blocks, max_len) == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *(pytest.param(d, marks=MATRIX) for d in ("float32", "float16"))])
 @pytest.mark.parametrize(
     ("num_rows", "num_queries", "group", "head_dim", "num_kernels"),
     [(2, 1, 4, 128, 2), (256, 1, 8, 64, 1), (2, 5, 7, 80, 2), (9, 16, 1, 96, 1), (8, 16, 4, 256, 1)],

@@ -7,8 +7,8 @@ For one row a product is the reading of its weights, and every kernel beside it 
 the gate, the addition to the residual stream. All of them fit into the kernel that reads the weights. The norm's scale
 is one number, so that it is multiplied in at the end, and one pass over the input is enough.
 
-Measured on an H100, a decode step of one row: 5.88 ms instead of 6.11 for the 8B shape, with 250 kernels instead of
-601. For eight rows the same idea with Triton's matrix products took 1.7 times as long as XLA's own: they stay XLA's.
+Measured on an H100 with three layers of the 8B shape: a step of one row takes 0.929 ms, with XLA's own products 0.957.
+For eight rows the same idea with Triton's matrix products took 1.698 ms instead of 0.973: they stay XLA's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 _OUT_TILE, _IN_TILE = 2, 2048
-"""Output and input features that a block computes at a time; of ten choices the best for the 8B and the 0.6B shape."""
+"""Output and input features that a block computes at a time; in the measurement above, of eight choices with 0.929 to
+1.038 ms, as fast as the best."""
 _PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=1)
 
 

@@ -32,8 +32,8 @@ _SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Trito
 _DECODE_TILE, _PREFILL_TILE = 64, 64
 """Positions that a block of each kernel loads at once, fewer where a head takes more than _HEAD_BYTES."""
 # Measured on an H100 within steps of three layers of the 8B shape. A prompt of 8k tokens: 20.1 ms with these, 19.9 to
-# 20.4 with six other choices of tile, warps and stages, 22.8 with tiles of 32 keys. 128 decode rows at 1k: 1.734 ms with
-# these, 1.714 with 8 warps and 1.727 with tiles of 32 keys and 4 stages; that is not settled.
+# 20.4 with six other choices of tile, warps and stages, 22.8 with tiles of 32 keys. 128 decode rows at 1k: 1.734 ms
+# with these, 1.714 with 8 warps and 1.727 with tiles of 32 keys and 4 stages; that is not settled.
 _DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _PREFILL_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=2)
 _COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)

@@ -78,7 +78,7 @@ def alone() -> list[list[tuple[int, ...]]]:
     ("layout", "fields"),
     [
         ((1, 1), {}),
-        ((2, 2), {}),
+        pytest.param((2, 2), {}, marks=MATRIX),
         ((4, 2), {"enable_prefix_caching": False}),
         pytest.param((1, 1), {"num_kv_pages": 9, "enable_prefix_caching": False}, marks=MATRIX),
         pytest.param((2, 4), {"run_ahead": False}, marks=MATRIX),

@@ -14,6 +14,8 @@ from wrapper_tools import make_wrapper, prefill_step
 from jaxinfer import SamplingParams
 from jaxinfer.wrappers.step_batch import SamplerVariant
 
+pytestmark = pytest.mark.usefixtures("one_shape")
+
 MODEL = "llama"
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9] * 7, [4] * 12, [9, 1], [200, 5, 17], [33] * 3]
 GREEDY, RANDOM = {"temperature": 0.0}, {"temperature": 1.3, "seed": 11}

@@ -39,7 +39,7 @@ def test_batches_cover_an_epoch_and_overlap_by_one_token() -> None:
 
 def test_trainer_learns_resumes_exactly_and_exports(tmp_path) -> None:
     stream = counting_stream()
-    steps = [batch for epoch in range(24) for batch in train.batches(stream, epoch)]
+    steps = [batch for epoch in range(16) for batch in train.batches(stream, epoch)]
     trainer = train.Trainer(num_steps=len(steps))
     before = trainer.mean_loss(stream)
     assert before == pytest.approx(np.log(32), abs=0.5)  # an untrained model knows nothing

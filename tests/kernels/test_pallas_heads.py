@@ -44,11 +44,11 @@ def normed(x, weight, norm):
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "num_pairs", "offset", "dtype"),
     [
-        (1, 4, 2, 16, 8, None, "float32"),
+        pytest.param(1, 4, 2, 16, 8, None, "float32", marks=pytest.mark.matrix),
         (5, 4, 2, 20, 10, 0.0, "float32"),
         (40, 2, 1, 12, 4, 1.0, "float32"),  # a part of each head is rotated
         (3, 2, 2, 16, 0, None, "float32"),  # nothing is
-        (5, 4, 2, 16, 8, 0.0, "bfloat16"),
+        pytest.param(5, 4, 2, 16, 8, 0.0, "bfloat16", marks=pytest.mark.matrix),
         (17, 4, 2, 16, 8, 1.0, "bfloat16"),
     ],
 )

@@ -5,8 +5,8 @@ from importlib.metadata import version
 from jaxinfer.api import generate
 from jaxinfer.async_llm import AsyncLLM
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.driver import EngineClosedError
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.llm import LLM
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "ModelFamily",
     "Request",
+    "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
     "TokenEvent",

@@ -32,10 +32,10 @@ class _KeptLLM:
         self._llm: LLM | None = None
 
     def get(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> LLM:
-        """The LLM of these settings; other settings close the old one first."""
+        """The LLM of these settings; other settings close the old one, and one that no longer runs is replaced."""
         key = (str(model), tokenizer, config)
         with self._lock:
-            if self._key != key or self._llm is None:
+            if self._key != key or self._llm is None or not self._llm.is_running:
                 if self._llm is not None:
                     self._llm.close()
                 self._key, self._llm = None, None

@@ -7,15 +7,15 @@ Does not know: more of generation than LLM shows.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.arguments import score_params
 from jaxinfer.checkpoint.directory import DEMO
-from jaxinfer.driver import Delivery, EngineClosedError
+from jaxinfer.driver import Ticket
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import RequestOutput
@@ -104,14 +104,16 @@ class AsyncLLM:
         return self._llm.default_params
 
     def _stream(self, submission: Submission) -> AsyncOutputStream:
-        loop, outputs = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
 
-        def deliver(output: Delivery) -> None:
-            with contextlib.suppress(RuntimeError):  # a closed loop: nobody listens any more
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+        def on_news(ticket: Ticket) -> None:
+            try:
+                loop.call_soon_threadsafe(news.set)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._llm.cancel(ticket)
 
-        ticket = self._llm.start(submission, deliver=deliver)
-        return AsyncOutputStream(outputs, lambda: self._llm.cancel(ticket))
+        ticket = self._llm.start(submission, on_news=on_news)
+        return AsyncOutputStream(ticket, news, lambda: self._llm.cancel(ticket))
 
     async def _last(self, submission: Submission) -> RequestOutput:
         """The finished output of a request; cancelling the task aborts it."""
@@ -140,31 +142,37 @@ class AsyncLLM:
 class AsyncOutputStream(AsyncIterator[RequestOutput]):
     """Outputs of one request as they come; aclose(), dropping it or cancelling who waits for it aborts the request.
 
+    Every output is the state at the time it is asked for: who reads more slowly than tokens come gets several at once.
+
     Args:
-      outputs: where they come from.
+      ticket: where they come from.
+      news: set when the ticket may have something new.
       cancel: ends the request.
     """
 
-    def __init__(self, outputs: asyncio.Queue[Delivery], cancel: Callable[[], None]):
-        self._outputs = outputs
+    def __init__(self, ticket: Ticket, news: asyncio.Event, cancel: Callable[[], None]):
+        self._ticket = ticket
+        self._news = news
         self._cancel = weakref.finalize(self, cancel)
         self._is_done = False
 
     async def __anext__(self) -> RequestOutput:
-        if self._is_done:
-            raise StopAsyncIteration
         try:
-            output = await self._outputs.get()
+            while not self._is_done:
+                output = self._ticket.take()
+                if output is not None:
+                    self._is_done = output.finished
+                    return output
+                await self._news.wait()
+                self._news.clear()
+        except CancelledError:  # the request's, by aclose() maybe in another task
+            self._is_done = True
         except BaseException:
             await self.aclose()
             raise
-        if isinstance(output, EngineClosedError):
-            self._is_done = True
-            raise output
-        self._is_done = output.finished
-        return output
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Aborts the request if it still runs; iterating then ends."""
+        """Aborts the request if it still runs; iterating then ends, also in a task that waits for an output."""
         self._is_done = True
         self._cancel()

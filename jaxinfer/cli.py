@@ -22,7 +22,7 @@ from jaxinfer.api import split_settings
 from jaxinfer.bench.commands import app as bench
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config import EngineConfig
-from jaxinfer.driver import EngineClosedError
+from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.flags import SETTINGS, takes_settings
 from jaxinfer.llm import LLM
 from jaxinfer.output_stream import OutputStream
@@ -37,7 +37,7 @@ MAX_REPLY_TOKENS = 1024
 """Of generate and of chat, where neither flags nor a settings file say otherwise."""
 # typer carries a click of its own or uses the installed one; this is the base of usage errors in either.
 _UsageError: Any = typer.BadParameter.__mro__[1]
-_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError)
+_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError, RequestFailedError)
 
 app = typer.Typer(
     help="LLM text generation in JAX and Flax.",

@@ -7,6 +7,7 @@ Does not know: prompts, the engine, devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from jaxinfer.outputs import CompletionOutput, Logprob
 from jaxinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs
@@ -59,8 +60,62 @@ class StopMatcher:
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
+class GrowingText:
+    """The text of one completion, token by token.
+
+    Args:
+      tokenizer: decodes.
+      prompt_token_ids: what the text follows.
+      params: its stop strings, and which tokens it shows.
+      stop_token_ids: ids that end the text and are no part of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_token_ids: frozenset[int],
+    ):
+        self._min_tokens = params.min_tokens
+        self._stop_token_ids = stop_token_ids
+        self._matcher = StopMatcher(params.stop_strings, include=params.include_stop_str_in_output)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        self.pieces: list[str] = []
+        """What each token made certain; finish adds one more."""
+        self.num_tokens = 0
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._matcher.matched
+
+    def push(self, token_id: int) -> None:
+        """Takes the next token."""
+        self.num_tokens += 1
+        piece = ""
+        if token_id not in self._stop_token_ids:
+            too_early = self.num_tokens < self._min_tokens
+            piece = self._matcher.push(self._detokenizer.push([token_id]), suspended=too_early)
+        self.pieces.append(piece)
+
+    def finish(self) -> None:
+        """Ends the text; what was held back becomes the last piece. A second call changes nothing."""
+        if len(self.pieces) == self.num_tokens:
+            rest = "" if self.matched else self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+            self.pieces.append(rest)
+
+
 class GrowingCompletion:
-    """One text of one prompt.
+    """One text of one prompt. One thread lets it grow (push, complete, finish) while another one reads it (output).
+
+    Neither waits for the other. What grows is only appended to: of one token first its log-probabilities, then its
+    text, then its id; and finish_reason is set after all tokens are there. A reader looks in the opposite order, so
+    that what it sees belongs together. Each position is turned into text and Logprobs once: by the reader, or, if stop
+    strings have to be looked for, into text as soon as it comes.
 
     Args:
       index: which of the prompt's texts.
@@ -86,67 +141,92 @@ class GrowingCompletion:
         self._params = params
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self._matcher = StopMatcher(params.stop_strings, include=params.include_stop_str_in_output)
-        self._logprobs: list[TokenLogprobs] = []
-        self._text = ""
-        self._num_reported = 0
+        self._found: list[TokenLogprobs] = []
         self._stop_reason: str | int | None = None
         self._score: float | None = None
-        self._detokenizer: IncrementalDetokenizer | None = None
-        if tokenizer is not None:
-            self._detokenizer = IncrementalDetokenizer(
-                tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
-            )
+        # Of the reader: what its last snapshot held.
+        self._text = ""
+        self._num_pieces = 0
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._cumulative_logprob = 0.0
 
     def push(self, event: TokenEvent) -> None:
         """Takes its next token; it may end by that or by a stop string in its text."""
         if event.logprobs is not None:
-            self._logprobs.append(event.logprobs)
-        self._push(event.token_id)
-        if self._matcher.matched is not None:
-            self._stop_reason = self._matcher.matched
+            self._found.append(event.logprobs)
+        if self._params.stop_strings and self._growing_text is not None:
+            self._growing_text.push(event.token_id)
+            self._stop_reason = self._growing_text.matched
+        self.token_ids.append(event.token_id)
+        if self._stop_reason is not None:
             self.finish("stop")
         elif event.finish_reason is not None:
             self.finish(event.finish_reason)
 
     def complete(self, token_ids: Sequence[int], reason: FinishReason, score: float) -> None:
         """Takes all its tokens at once, with beam search's score."""
-        for token_id in token_ids:
-            self._push(token_id)
+        self.token_ids.extend(token_ids)
         self._score = score
         self.finish(reason)
 
     def finish(self, reason: FinishReason) -> None:
         """Ends it."""
-        if self._detokenizer is not None and self._matcher.matched is None:
-            self._text += self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+        last = self.token_ids[-1] if self.token_ids else None
+        if last in self.request.stop_token_ids and last not in self._eos_token_ids and self._stop_reason is None:
+            self._stop_reason = last
         self.finish_reason = reason
 
     def output(self) -> CompletionOutput:
         """A snapshot; its delta is the text since the last one."""
-        has_text, wants_logprobs = self._detokenizer is not None, self._params.logprobs is not None
-        delta, self._num_reported = self._text[self._num_reported :], len(self._text)
-        pairs = zip(self.token_ids, self._logprobs, strict=True) if wants_logprobs else ()
+        reason = self.finish_reason  # read first: once it is there, nothing grows any more
+        num_tokens = len(self.token_ids)
+        delta = self._read_text(num_tokens, has_ended=reason is not None)
+        wants_logprobs = self._params.logprobs is not None
+        if wants_logprobs:
+            self._read_logprobs(num_tokens)
         return CompletionOutput(
             index=self._index,
-            text=self._text if has_text else None,
-            token_ids=tuple(self.token_ids),
-            delta=delta if has_text else None,
-            logprobs=tuple(as_logprobs(*pair, self._tokenizer) for pair in pairs) if wants_logprobs else None,
-            cumulative_logprob=sum(entry.logprob for entry in self._logprobs) if wants_logprobs else None,
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
+            text=None if delta is None else self._text,
+            token_ids=tuple(self.token_ids[:num_tokens]),
+            delta=delta,
+            logprobs=tuple(self._logprobs) if wants_logprobs else None,
+            cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,
+            finish_reason=reason,
+            stop_reason=None if reason is None else self._stop_reason,
             seed=self.request.seed,
             score=self._score,
         )
 
-    def _push(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
-        if token_id in self.request.stop_token_ids:  # ends the text and is no part of it
-            self._stop_reason = None if token_id in self._eos_token_ids else token_id
-        elif self._detokenizer is not None:
-            too_early = len(self.token_ids) < self._params.min_tokens
-            self._text += self._matcher.push(self._detokenizer.push([token_id]), suspended=too_early)
+    @cached_property
+    def _growing_text(self) -> GrowingText | None:
+        """Made by whoever turns tokens into text."""
+        if self._tokenizer is None:
+            return None
+        request = self.request
+        return GrowingText(
+            self._tokenizer, request.prompt_token_ids, self._params, stop_token_ids=request.stop_token_ids
+        )
+
+    def _read_text(self, num_tokens: int, *, has_ended: bool) -> str | None:
+        """Takes the text of the leading tokens; returns what is new of it, or None without a tokenizer."""
+        text = self._growing_text
+        if text is None:
+            return None
+        for token_id in self.token_ids[text.num_tokens : num_tokens]:
+            text.push(token_id)
+        if has_ended:
+            text.finish()
+        end = len(text.pieces) if has_ended else num_tokens
+        delta = "".join(text.pieces[self._num_pieces : end])
+        self._text, self._num_pieces = self._text + delta, end
+        return delta
+
+    def _read_logprobs(self, num_tokens: int) -> None:
+        first = len(self._logprobs)
+        pairs = zip(self.token_ids[first:num_tokens], self._found[first:num_tokens], strict=True)
+        for token_id, found in pairs:
+            self._logprobs.append(as_logprobs(token_id, found, self._tokenizer))
+            self._cumulative_logprob += found.logprob
 
 
 def as_logprobs(token_id: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

@@ -1,49 +1,27 @@
 """Text in, text out, around an engine that only knows ids.
 
-Owns: which prompt each of the engine's events belongs to, and the answers while they grow.
+Owns: which answer each of the engine's events belongs to, and what ends an answer before the engine would.
 Does not know: devices, threads, schedules. Counterpart of Megatron's TextGenerationController.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-
-from jaxinfer.completion import GrowingCompletion, as_logprobs
+from jaxinfer.answer import GrowingAnswer
 from jaxinfer.config import GenerationDefaults
-from jaxinfer.engine.dynamic_engine import DynamicEngine, FinishedSearch
-from jaxinfer.outputs import Logprob, RequestMetrics, RequestOutput
+from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.errors import INTERRUPTS
 from jaxinfer.preparation import Preparation, Prompt, Submission
 from jaxinfer.record import Provenance
-from jaxinfer.request import TokenEvent, TokenLogprobs
+from jaxinfer.request import TokenEvent
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.tokenizer import Tokenizer
-
-PromptLogprobs = tuple[dict[int, Logprob] | None, ...]
-
-
-@dataclass(slots=True)
-class _Answer:
-    """The growing answer to one submission."""
-
-    submission: Submission
-    arrival_time: float
-    completions: list[GrowingCompletion]
-    prompt_logprobs: PromptLogprobs | None = None
-    num_cached_tokens: int = 0
-    first_token_time: float | None = None
-    finished_time: float | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all its texts have ended."""
-        return all(completion.finish_reason is not None for completion in self.completions)
 
 
 class TextGenerationController:
     """Turns prompts into engine requests and engine tokens into text.
 
-    Not thread-safe, save for prepare and prepare_beam_search: one thread submits, steps and reads.
+    Not thread-safe, save for prepare and prepare_beam_search: one thread submits and steps. Answers may be read by
+    another one.
 
     Args:
       engine: runs the requests.
@@ -73,8 +51,8 @@ class TextGenerationController:
         self._preparation = Preparation(
             tokenizer, defaults=defaults, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed
         )
-        self._answers: dict[str, _Answer] = {}
-        self._places: dict[str, tuple[_Answer, int]] = {}  # engine's request id -> the answer and which of its texts
+        # The engine's request id -> the answer, and which of its texts.
+        self._places: dict[str, tuple[GrowingAnswer, int]] = {}
 
     @property
     def default_params(self) -> SamplingParams:
@@ -116,139 +94,91 @@ class TextGenerationController:
         self._engine.check_request(submission.requests[0], beam_width=params.beam_width)
         return submission
 
-    def submit(self, submission: Submission) -> str:
+    def submit(self, submission: Submission) -> GrowingAnswer:
         """Starts a prepared submission.
 
         Returns:
-          Its request id, for output, abort and forget.
+          Its answer, which grows with every step until it is finished.
+
+        Raises:
+          Whatever the submission's constraint raises when it starts; then nothing was queued.
         """
+        answer = GrowingAnswer(
+            submission,
+            tokenizer=self._tokenizer,
+            eos_token_ids=self._preparation.eos_token_ids,
+            provenance=self._provenance,
+        )
         requests, params = submission.requests, submission.params
-        count = len(requests) if submission.beam_search is None else submission.beam_search.num_return_sequences
-        completions = [
-            GrowingCompletion(
-                index,
-                requests[min(index, len(requests) - 1)],
-                params,
-                tokenizer=self._tokenizer,
-                eos_token_ids=self._preparation.eos_token_ids,
-            )
-            for index in range(count)
-        ]
-        answer = _Answer(submission, time.monotonic(), completions)
-        request_id = requests[0].request_id
-        self._answers[request_id] = answer
-        if submission.beam_search is not None:
-            self._engine.add_beam_search(requests[0], submission.beam_search)
-        elif params.max_tokens == 0 and params.prompt_logprobs is None:
-            self._finish_all(answer)
-        elif params.max_tokens == 0:  # the first token comes with the prompt's log-probabilities and is dropped
-            self._engine.add_request(requests[0])
-            self._places[request_id] = (answer, 0)
-        else:
+        if params.max_tokens == 0 and params.prompt_logprobs is None:
+            answer.finish("length")
+            return answer
+        try:
             for index, request in enumerate(requests):
-                self._engine.add_request(request, leader=request_id if index else None)
                 self._places[request.request_id] = (answer, index)
-        return request_id
+                if submission.beam_search is not None:
+                    self._engine.add_beam_search(request, submission.beam_search)
+                else:
+                    self._engine.add_request(request, leader=answer.request_id if index else None)
+        except BaseException:
+            self.forget(answer)
+            raise
+        return answer
 
     def has_unfinished(self) -> bool:
         """Whether the engine still has work."""
         return self._engine.has_unfinished()
 
-    def step(self) -> list[str]:
+    def step(self) -> list[GrowingAnswer]:
         """Advances the engine by one step.
 
         Returns:
-          The request of every token that came, and of every beam search that ended.
+          The answers that changed: with new tokens, as the result of a beam search, or because they failed.
         """
-        events = self._engine.step()
-        changed = [self._consume(event) for event in events]
-        return changed + [self._end_search(search) for search in self._engine.finished_searches()]
+        changed: dict[GrowingAnswer, None] = {}  # in the order of their first change
+        for event in self._engine.step():
+            answer, index = self._places[event.request_id]
+            self._consume(answer, index, event)
+            changed[answer] = None
+        for search in self._engine.finished_searches():
+            answer, _ = self._places[search.request_id]
+            answer.end_search(search.hypotheses, num_cached_tokens=search.num_cached_tokens)
+            changed[answer] = None
+        for failure in self._engine.failed_requests():
+            answer, _ = self._places[failure.request_id]
+            self._fail(answer, failure.error)
+            changed[answer] = None
+        return list(changed)
 
-    def output(self, request_id: str) -> RequestOutput:
-        """A snapshot of a request; its deltas are the text since the previous snapshot.
+    def abort(self, answer: GrowingAnswer) -> None:
+        """Ends an answer with what it has so far."""
+        self._end_requests(answer)
+        answer.finish("abort")
 
-        Raises:
-          KeyError: no such request, or it was forgotten.
-        """
-        answer = self._answers[request_id]
-        submission = answer.submission
-        return RequestOutput(
-            request_id=request_id,
-            prompt=submission.prompt,
-            prompt_token_ids=submission.requests[0].prompt_token_ids,
-            prompt_logprobs=answer.prompt_logprobs,
-            outputs=tuple(completion.output() for completion in answer.completions),
-            finished=answer.is_finished,
-            num_cached_tokens=answer.num_cached_tokens,
-            metrics=RequestMetrics(
-                arrival_time=answer.arrival_time,
-                first_token_time=answer.first_token_time,
-                finished_time=answer.finished_time,
-            ),
-            sampling_params=submission.params if submission.beam_search is None else None,
-            beam_search_params=submission.beam_search,
-            provenance=self._provenance,
-        )
-
-    def is_finished(self, request_id: str) -> bool:
-        """Whether a request has ended."""
-        return self._answers[request_id].is_finished
-
-    def abort(self, request_id: str) -> None:
-        """Ends a request; its output stays until it is forgotten."""
-        answer = self._answers[request_id]
-        for completion in answer.completions:
-            if completion.finish_reason is None:
-                self._engine.abort(completion.request.request_id)
-                completion.finish("abort")
-        answer.finished_time = answer.finished_time or time.monotonic()
-
-    def forget(self, request_id: str) -> None:
-        """Drops a request's state, aborting it first if it still runs."""
-        self.abort(request_id)
-        for request in self._answers.pop(request_id).submission.requests:
+    def forget(self, answer: GrowingAnswer) -> None:
+        """Ends an answer, if it still grows, and drops what is kept for it here and in the engine."""
+        self.abort(answer)
+        for request in answer.submission.requests:
             self._places.pop(request.request_id, None)
 
-    def _consume(self, event: TokenEvent) -> str:
-        """Takes a token to its text; returns the id of the answer."""
-        answer, index = self._places[event.request_id]
-        completion = answer.completions[index]
-        answer.first_token_time = answer.first_token_time or time.monotonic()
-        if index == 0:
-            answer.num_cached_tokens = event.num_cached_tokens
-        if event.prompt_logprobs is not None:
-            answer.prompt_logprobs = self._prompt_logprobs(completion, event.prompt_logprobs)
-        if answer.submission.params.max_tokens == 0:
-            self._finish_all(answer)
+    def _consume(self, answer: GrowingAnswer, index: int, event: TokenEvent) -> None:
+        """Takes a token to its text."""
+        if answer.error is not None or answer.completions[index].finish_reason is not None:
+            return  # a stop string ended the text with an earlier token of this very step
+        try:
+            answer.push(index, event)
+        except INTERRUPTS:
+            raise
+        except BaseException as error:  # of a tokenizer: a panic of one written in Rust is no Exception
+            self._fail(answer, error)
         else:
-            completion.push(event)
-        if completion.finish_reason is not None and event.finish_reason is None:
-            self._engine.abort(event.request_id)
-        if answer.is_finished:
-            answer.finished_time = time.monotonic()
-        return answer.submission.requests[0].request_id
+            if event.finish_reason is None and answer.completions[index].finish_reason is not None:
+                self._engine.abort(event.request_id)
 
-    def _finish_all(self, answer: _Answer) -> None:
-        """Ends texts of no tokens."""
-        for completion in answer.completions:
-            completion.finish("length")
-        answer.finished_time = time.monotonic()
+    def _fail(self, answer: GrowingAnswer, error: BaseException) -> None:
+        answer.error = answer.error or error
+        self._end_requests(answer)
 
-    def _end_search(self, search: FinishedSearch) -> str:
-        """Gives a beam search's texts their tokens; fewer were found only if the vocabulary has no more, and none only
-        if the model's numbers are not finite."""
-        answer = self._answers[search.request_id]
-        answer.num_cached_tokens = search.num_cached_tokens
-        answer.finished_time = answer.first_token_time = time.monotonic()
-        if not search.hypotheses:
-            self.abort(search.request_id)
-            return search.request_id
-        del answer.completions[len(search.hypotheses) :]
-        for completion, found in zip(answer.completions, search.hypotheses, strict=True):
-            completion.complete(found.token_ids, found.finish_reason, found.score)
-        return search.request_id
-
-    def _prompt_logprobs(self, completion: GrowingCompletion, found: tuple[TokenLogprobs, ...]) -> PromptLogprobs:
-        token_ids = completion.request.prompt_token_ids[1:]
-        pairs = zip(token_ids, found, strict=True)
-        return (None, *(as_logprobs(token_id, entry, self._tokenizer) for token_id, entry in pairs))
+    def _end_requests(self, answer: GrowingAnswer) -> None:
+        for request in answer.submission.requests:
+            self._engine.abort(request.request_id)

@@ -22,7 +22,7 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, require_int
 from jaxinfer.controller import TextGenerationController
-from jaxinfer.driver import Delivery, Driver, Ticket
+from jaxinfer.driver import Driver, Ticket
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.loaded_engine import LoadedEngine
 from jaxinfer.models.registry import parse_model_config
@@ -133,11 +133,11 @@ class LLM:
             seed=config.seed,
             provenance=provenance,
         )
-        self._driver = Driver(self._controller)
+        self._driver = Driver(self._controller, on_end=self._loaded.close)
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # At garbage collection and at exit: the driver's thread must not outlive its LLM.
-        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._loaded, self._template_sandbox)
+        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._template_sandbox)
 
     @overload
     def generate(
@@ -177,6 +177,7 @@ class LLM:
         Raises:
           TypeError, ValueError: a prompt or its parameters are wrong; nothing was started.
           EngineClosedError: the LLM is closed.
+          RequestFailedError: the tokenizer or constraint of one of the requests raised; the LLM goes on.
         """
         prompt_list, is_single = as_prompts(prompts)
         params = self._params_for(prompt_list, sampling_params)
@@ -396,26 +397,32 @@ class LLM:
         prompt = self._chat_renderer.render(conversations[0], **template)
         return self._controller.prepare(prompt, self._params_or_default(sampling_params), add_special_tokens=False)
 
-    def start(self, submission: Submission, *, deliver: Callable[[Delivery], None] | None = None) -> Ticket:
-        """Starts a prepared request whose outputs are delivered after every new token.
+    def start(self, submission: Submission, *, on_news: Callable[[Ticket], None] | None = None) -> Ticket:
+        """Starts a prepared request, whose outputs the ticket gives out while it runs.
 
         Args:
           submission: from prepare or prepare_chat.
-          deliver: gets the outputs on the engine's thread and must not block it; None keeps them in the ticket.
+          on_news: called on the engine's thread, which it must not block, when ticket.take may have a new output; None
+            lets ticket.next_output wait for it.
 
         Raises:
           EngineClosedError: the LLM is closed.
         """
-        return self._driver.submit([submission], stream=True, deliver=deliver)[0]
+        return self._driver.submit([submission], stream=True, on_news=on_news)[0]
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends the request of a ticket if it still runs."""
+        """Ends the request of a ticket if it still runs; whoever waits for its output gets a CancelledError."""
         self._driver.cancel([ticket])
 
     @property
     def default_params(self) -> SamplingParams:
         """The checkpoint's own way of sampling, used where no SamplingParams are given."""
         return self._controller.default_params
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken: the LLM was not closed, and its engine has not died of an error."""
+        return self._driver.is_running
 
     def warmup(self) -> None:
         """Compiles every program that serving can need, so that no request waits for the compiler."""
@@ -492,9 +499,8 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shut_down(driver: Driver, loaded: LoadedEngine, sandbox: TemplateSandbox) -> None:
+def _shut_down(driver: Driver, sandbox: TemplateSandbox) -> None:
     driver.close()
-    loaded.close()
     sandbox.close()
 
 

@@ -6,10 +6,10 @@ Does not know: models, prompts.
 
 from __future__ import annotations
 
-import queue
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 
 from tqdm.auto import tqdm
 
@@ -21,6 +21,8 @@ _BAR_SECONDS = 0.25
 
 class OutputStream(Iterator[RequestOutput]):
     """Outputs of one request as they come; close() (or leaving a with block, or dropping it) aborts the request.
+
+    Every output is the state at the time it is asked for: who reads more slowly than tokens come gets several at once.
 
     Args:
       ticket: where they come from.
@@ -37,6 +39,9 @@ class OutputStream(Iterator[RequestOutput]):
             raise StopIteration
         try:
             output = self._ticket.next_output()
+        except CancelledError:  # by close(), maybe from another thread
+            self._is_done = True
+            raise StopIteration from None
         except BaseException:
             self.close()
             raise
@@ -44,7 +49,7 @@ class OutputStream(Iterator[RequestOutput]):
         return output
 
     def close(self) -> None:
-        """Aborts the request if it still runs; iterating then ends."""
+        """Aborts the request if it still runs; iterating then ends, also in a thread that waits for an output."""
         self._is_done = True
         self._cancel()
 
@@ -59,6 +64,7 @@ def wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput
     """Waits for the finished outputs of all tickets, in their order.
 
     Raises:
+      RequestFailedError: one of the requests failed.
       EngineClosedError: they will not come.
     """
     started = time.monotonic()
@@ -70,7 +76,7 @@ def wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput
             try:
                 outputs.append(tickets[len(outputs)].next_output(_BAR_SECONDS if show_bar else None))
                 bar.update()
-            except queue.Empty:
+            except TimeoutError:
                 num_tokens = sum(ticket.num_tokens for ticket in tickets)
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s")
     return outputs

@@ -4,6 +4,8 @@ import _thread
 import logging
 import shutil
 import threading
+import weakref
+from dataclasses import replace
 
 import jax.monitoring
 import numpy as np
@@ -12,7 +14,7 @@ from conftest import load_golden
 from safetensors.numpy import load_file
 
 import jaxinfer
-from jaxinfer import LLM, BeamSearchParams, EngineClosedError, SamplingParams
+from jaxinfer import LLM, BeamSearchParams, EngineClosedError, RequestFailedError, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
 from jaxinfer.tokenizer import ByteTokenizer
 
@@ -97,7 +99,9 @@ def test_stream_grows_and_equals_generate(llm):
     params = SamplingParams(temperature=0.8, seed=4, max_tokens=12, ignore_eos=True)
     outputs = list(llm.stream("hello", params))
     assert "".join(entry.delta for entry in outputs) == outputs[-1].text == llm.generate("hello", params).text
-    assert [entry.finished for entry in outputs] == [False] * 11 + [True]
+    lengths = [len(entry.token_ids) for entry in outputs]
+    assert lengths == sorted(set(lengths)), "each one has something new, if only several tokens at once"
+    assert [entry.finished for entry in outputs] == [length == 12 for length in lengths]
 
 
 def test_stream_raises_at_the_call(llm):
@@ -168,6 +172,60 @@ def test_closed_llm_says_so(path):
         llm.generate("x", GREEDY)
 
 
+def test_closed_llm_leaves_another_one_running(llm, path):
+    expected = llm.generate("hello", GREEDY).text
+    stream = llm.stream("hello", GREEDY)
+    with LLM(path, **SMALL) as other:
+        running = other.stream("hello", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+        next(running)
+    with pytest.raises(EngineClosedError, match="closed"):
+        list(running)
+    assert "".join(output.delta for output in stream) == expected == llm.generate("hello", GREEDY).text
+
+
+def test_llm_whose_last_reference_goes_on_the_engines_thread_frees_its_memory(path):
+    """As when the garbage collector happens to run there."""
+    llm = LLM(path, **SMALL)
+    loaded, thread, died = llm._loaded, llm._driver._thread, weakref.ref(llm)
+    submission = llm.prepare("hello", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    references, closed = [llm], []
+    loaded.close = lambda close=loaded.close: closed.append(close())
+    llm._driver._on_end = loaded.close
+    ticket = llm.start(submission, on_news=lambda ticket: references.clear())
+    del llm
+    thread.join(60)
+    assert not thread.is_alive() and died() is None and closed == [None]
+    with pytest.raises(EngineClosedError, match="closed"):
+        ticket.next_output(60)
+
+
+def test_generate_token_that_cannot_be_decoded_fails_its_own_request(llm, path):
+    class Broken(ByteTokenizer):
+        def decode(self, token_ids, *, skip_special_tokens=True):
+            if len(token_ids) > 5 and token_ids[0] == 120:
+                raise ArithmeticError("no text")
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    with LLM(path, tokenizer=Broken(), **SMALL) as other:
+        beside = other.stream("hello", replace(GREEDY, stop="no such text"))
+        for stop in (None, "no such text"):
+            with pytest.raises(RequestFailedError, match="ArithmeticError: no text") as caught:
+                other.generate("xxxxx", replace(GREEDY, stop=stop, max_tokens=20))
+            assert isinstance(caught.value.__cause__, ArithmeticError)
+        assert list(beside)[-1].token_ids == llm.generate(list(b"hello"), GREEDY).token_ids
+        stats = other.stats()
+        assert (stats.num_requests_running, stats.num_requests_waiting, stats.kv_pages_used) == (0, 0, 0)
+
+
+def test_stream_closed_by_another_thread_ends_its_iterator(llm):
+    stream = llm.stream("hello", SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    next(stream)
+    timer = threading.Timer(0.05, stream.close)
+    timer.start()
+    assert not any(output.finished for output in stream)
+    timer.join()
+
+
 def test_start_up_line_names_mesh_dtype_weights_and_pages(path, caplog):
     with caplog.at_level(logging.INFO, logger="jaxinfer"), LLM(path, **SMALL):
         pass
@@ -192,6 +250,9 @@ def test_top_level_generate_keeps_one_llm(path, monkeypatch):
     with pytest.raises(EngineClosedError):
         made[0].generate("x")
     made[1].close()
+    jaxinfer.generate("hello", max_tokens=4, **options | {"max_num_seqs": 2})
+    assert len(made) == 3, "a closed one is replaced"
+    made[2].close()
 
 
 @pytest.mark.parametrize(

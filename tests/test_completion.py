@@ -1,9 +1,13 @@
 """Stop strings in growing text."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.completion import StopMatcher
+from jaxinfer.completion import GrowingCompletion, StopMatcher
+from jaxinfer.request import Request, TokenEvent, TokenLogprobs
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.tokenizer import ByteTokenizer
 
 
 def first_match(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -40,3 +44,69 @@ def test_stop_matcher_holds_back_only_what_may_begin_a_stop_string():
     matcher = StopMatcher(["stop"], include=False)
     assert [matcher.push(piece) for piece in ("a s", "t", "e", "sto")] == ["a ", "", "ste", ""]
     assert matcher.finish() == "sto"
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Counts what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_decoded = self.num_named = 0
+
+    def decode(self, token_ids, *, skip_special_tokens=True):
+        self.num_decoded += 1
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id):
+        self.num_named += 1
+        return chr(token_id)
+
+
+TEXT = "a text of some tokens, none of them the end" * 4
+
+
+def grown(tokenizer, *, reads, **fields):
+    """A completion of TEXT's bytes, and what was read after the tokens whose numbers are in `reads`."""
+    request = Request(request_id="a", prompt_token_ids=(97,), max_tokens=len(TEXT))
+    completion = GrowingCompletion(
+        0, request, SamplingParams(max_tokens=len(TEXT), **fields), tokenizer=tokenizer, eos_token_ids=frozenset()
+    )
+    top = TokenLogprobs(logprob=-1.0, rank=2, top_ids=(98, 99), top_logprobs=(-0.5, -2.0))
+    outputs = []
+    for number, token_id in enumerate(TEXT.encode()):
+        completion.push(
+            TokenEvent(
+                request_id="a",
+                token_id=token_id,
+                logprobs=top,
+                finish_reason="length" if number == len(TEXT) - 1 else None,
+                num_cached_tokens=0,
+            )
+        )
+        if number in reads:
+            outputs.append(completion.output())
+    return completion, outputs
+
+
+@pytest.mark.parametrize("stop", [None, "no such end"])
+def test_completion_read_often_or_late_is_the_same_and_converts_each_position_once(stop):
+    often, late = CountingTokenizer(), CountingTokenizer()
+    _, outputs = grown(often, reads=range(len(TEXT)), stop=stop, logprobs=2)
+    completion, _ = grown(late, reads=(), stop=stop, logprobs=2)
+    last = completion.output()
+    assert last.text == last.delta == TEXT == outputs[-1].text == "".join(output.delta for output in outputs)
+    assert (last.token_ids, last.logprobs, last.finish_reason) == (
+        outputs[-1].token_ids,
+        outputs[-1].logprobs,
+        outputs[-1].finish_reason,
+    )
+    assert last.cumulative_logprob == outputs[-1].cumulative_logprob == -len(TEXT)
+    assert often.num_named == late.num_named == 3 * len(TEXT)
+    assert often.num_decoded == late.num_decoded
+    assert all(len(output.logprobs) == len(output.token_ids) == i for i, output in enumerate(outputs, start=1))
+
+
+def test_completion_without_stop_strings_leaves_its_text_to_the_reader():
+    tokenizer = CountingTokenizer()
+    grown(tokenizer, reads=(), logprobs=2)
+    assert tokenizer.num_decoded == tokenizer.num_named == 0

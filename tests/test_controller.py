@@ -1,5 +1,7 @@
 """Text around the engine: stop strings, streaming, end tokens, validation."""
 
+import dataclasses
+
 import pytest
 from engine_tools import make_engine
 from fake_wrapper import VOCAB_SIZE, continuation
@@ -11,17 +13,35 @@ from jaxinfer.tokenizer import ByteTokenizer
 
 
 class AsciiTokenizer(ByteTokenizer):
-    """Shows the fake wrapper's 97 ids as printable characters."""
+    """Shows the fake wrapper's 97 ids as printable characters.
+
+    Args:
+      broken: a token of whose text it raises `error`.
+    """
+
+    def __init__(self, broken=None, error=None):
+        super().__init__()
+        self._broken, self._error = broken, error
+        self.num_decoded = 0
 
     def decode(self, token_ids, *, skip_special_tokens=True):
+        self.num_decoded += 1
+        if self._broken in token_ids:
+            raise self._error
         return "".join(chr(32 + token_id) for token_id in token_ids)
+
+
+def constrained(submission, constraint):
+    """A prepared submission whose requests get a constraint that is not looked at before they are submitted."""
+    requests = tuple(dataclasses.replace(request, constraint=constraint) for request in submission.requests)
+    return dataclasses.replace(submission, requests=requests)
 
 
 def make_controller(*, tokenizer=True, eos=(), seed=0, **engine_fields):
     engine, _ = make_engine(**engine_fields)
     return TextGenerationController(
         engine,
-        AsciiTokenizer() if tokenizer else None,
+        AsciiTokenizer() if tokenizer is True else tokenizer or None,
         defaults=GenerationDefaults(eos_token_ids=eos),
         vocab_size=VOCAB_SIZE,
         max_model_len=64,
@@ -30,12 +50,12 @@ def make_controller(*, tokenizer=True, eos=(), seed=0, **engine_fields):
 
 
 def run(controller, prompt, params):
-    request_id = controller.submit(controller.prepare(prompt, params))
+    answer = controller.submit(controller.prepare(prompt, params))
     snapshots = []
-    while not controller.is_finished(request_id):
-        if request_id in controller.step():
-            snapshots.append(controller.output(request_id))
-    return snapshots or [controller.output(request_id)]
+    while not answer.is_finished:
+        if answer in controller.step():
+            snapshots.append(answer.output())
+    return snapshots or [answer.output()]
 
 
 def expected_text(prompt, count):
@@ -112,11 +132,11 @@ def test_seeds_given_ones_stay_and_missing_ones_follow_the_llms_seed():
 
 def test_abort_keeps_the_text_so_far():
     controller = make_controller()
-    request_id = controller.submit(controller.prepare([5], SamplingParams(max_tokens=30)))
+    answer = controller.submit(controller.prepare([5], SamplingParams(max_tokens=30)))
     for _ in range(6):
         controller.step()
-    controller.abort(request_id)
-    output = controller.output(request_id)
+    controller.abort(answer)
+    output = answer.output()
     assert output.finish_reason == "abort"
     assert output.text == expected_text([5], len(output.token_ids))
     assert not controller.has_unfinished()
@@ -165,8 +185,8 @@ def test_without_tokenizer_ids_go_in_and_come_out():
 def test_many_requests_each_get_their_own_text():
     controller = make_controller(num_kv_pages=20)
     prompts = [[i, i + 1] for i in range(9)]
-    ids = [controller.submit(controller.prepare(prompt, SamplingParams(max_tokens=10))) for prompt in prompts]
+    answers = [controller.submit(controller.prepare(prompt, SamplingParams(max_tokens=10))) for prompt in prompts]
     while controller.has_unfinished():
         controller.step()
-    for prompt, request_id in zip(prompts, ids, strict=True):
-        assert controller.output(request_id).text == expected_text(prompt, 10)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.output().text == expected_text(prompt, 10)

@@ -7,11 +7,11 @@ Does not know: queues, devices. Never imports jax.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxinfer.engine.schedule import PrefillChunk, SampledRows, Schedule, SequenceState
+from jaxinfer.engine.schedule import PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import EditKind, Request
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
@@ -106,9 +106,8 @@ def _logit_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> d
     return {"logit_index": index, "logit_slots": slots, "logit_feeds": feeds}
 
 
-def allowed_tokens(sampled: Iterable[SampledRows]) -> AllowedTokens | None:
-    """What constrained sequences may sample next; None if there is none among them."""
-    masks = {rows.slot: rows.sequence.constraint.allowed() for rows in sampled if rows.sequence.constraint is not None}
+def allowed_tokens(masks: Mapping[int, np.ndarray]) -> AllowedTokens | None:
+    """What constrained sequences may sample next, from slot -> mask; None if there is none."""
     if not masks:
         return None
     return AllowedTokens(slots=np.array(list(masks), np.int32), words=np.stack(list(masks.values())))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.batch import allowed_tokens, first_tokens, make_batch
 from jaxinfer.engine.beam_search import Hypothesis
@@ -19,6 +21,7 @@ from jaxinfer.engine.beams import BeamSearch
 from jaxinfer.engine.drafting import Drafter
 from jaxinfer.engine.schedule import SampledRows, Schedule, SequenceState
 from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
@@ -81,6 +84,19 @@ class FinishedSearch:
     num_cached_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedRequest:
+    """A request that was ended by an exception of its constraint.
+
+    Args:
+      request_id: whose.
+      error: what was raised.
+    """
+
+    request_id: str
+    error: BaseException
+
+
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     """A launched step."""
@@ -138,6 +154,7 @@ class DynamicEngine:
         self._sequences: dict[str, SequenceState] = {}
         self._searches: dict[str, BeamSearch] = {}
         self._finished_searches: list[FinishedSearch] = []
+        self._failed_requests: list[FailedRequest] = []
         self._num_finished = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -201,12 +218,17 @@ class DynamicEngine:
         finished, self._finished_searches = self._finished_searches, []
         return finished
 
+    def failed_requests(self) -> list[FailedRequest]:
+        """The requests that failed since the last call; no event names them any more."""
+        failed, self._failed_requests = self._failed_requests, []
+        return failed
+
     def step(self) -> list[TokenEvent]:
         """Launches the next step and reads the oldest one that is due.
 
         Returns:
           The tokens read, in the order of their rows; empty while the pipeline fills. A request's last token carries
-          its finish_reason.
+          its finish_reason. What failed or found the end of a beam search is in failed_requests and finished_searches.
         """
         schedule = self._scheduler.schedule()
         launching = bool(schedule) or self._awaits_the_pipeline()
@@ -214,18 +236,51 @@ class DynamicEngine:
             if self._drafter is not None:
                 schedule = self._drafter.complete(schedule)
             batch = make_batch(schedule, self._wrapper.shapes)
-            handle = self._wrapper.launch(batch, allowed_tokens(self._sampled_with(schedule)))
+            rows_to_sample = self._sampled_with(schedule)
+            handle = self._wrapper.launch(batch, allowed_tokens(self._masks(rows_to_sample)))
             self._in_flight.append(_InFlight(handle, schedule))
             self._num_steps += bool(schedule)
+            self._end_failed(rows_to_sample)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
             return self._collect(self._in_flight.popleft())
         return []
+
+    def _masks(self, rows_to_sample: Sequence[SampledRows]) -> dict[int, np.ndarray]:
+        """Slot -> mask of the constrained ones among the rows that are sampled with a launch.
+
+        A sequence whose constraint raises gets no mask, but an error, which ends it.
+        """
+        masks = {}
+        for rows in rows_to_sample:
+            if rows.sequence.constraint is not None:
+                try:
+                    masks[rows.slot] = rows.sequence.constraint.allowed()
+                except INTERRUPTS:
+                    raise
+                except BaseException as error:  # a panic of a grammar written in Rust is no Exception
+                    rows.sequence.error = error
+        return masks
 
     def _sampled_with(self, schedule: Schedule) -> list[SampledRows]:
         """The rows that are sampled when a schedule is launched: those of the step that then leaves the pipeline."""
         recent = [step.schedule for step in self._in_flight] + [schedule]
         leaving = recent[-self._num_stages].sampled if len(recent) >= self._num_stages else ()
         return [rows for rows in leaving if rows.sequence.finish_reason is None]
+
+    def _end_failed(self, launched: Sequence[SampledRows]) -> None:
+        """Ends the sequences that got no mask, once their rows are launched; the tokens of these will be dropped."""
+        for rows in launched:
+            sequence = rows.sequence
+            if sequence.error is not None and sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "abort")
+                self._fail(sequence, sequence.error)
+
+    def _fail(self, sequence: SequenceState, error: BaseException) -> None:
+        """Notes that a sequence, which has ended, was ended by an exception."""
+        request_id = sequence.request.request_id
+        del self._sequences[request_id]
+        self._num_finished += 1
+        self._failed_requests.append(FailedRequest(request_id=request_id, error=error))
 
     def _awaits_the_pipeline(self) -> bool:
         """Whether a token that somebody waits for is in a step that is not through yet."""
@@ -318,6 +373,9 @@ class DynamicEngine:
         self._generation_tokens += num_new
         self._draft_tokens += len(rows.drafts)
         self._accepted_draft_tokens += num_new - 1
+        if sequence.error is not None:
+            self._fail(sequence, sequence.error)
+            return []
         if sequence.finish_reason is not None:
             del self._sequences[request.request_id]
             self._num_finished += 1

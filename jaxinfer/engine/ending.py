@@ -10,6 +10,7 @@ import logging
 
 from jaxinfer.constraint import ConstraintError, ConstraintState, allows_beside
 from jaxinfer.engine.schedule import SequenceState
+from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import FinishReason, Request
 
 logger = logging.getLogger("jaxinfer")
@@ -62,5 +63,10 @@ def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, tok
         lost = "structured, bad_words and allowed_token_ids together leave no token to go on with"
     except ConstraintError as error:
         lost = str(error)
+    except INTERRUPTS:
+        raise
+    except BaseException as error:  # a panic of a grammar written in Rust is no Exception
+        sequence.error = error
+        return "abort"
     logger.warning("request %s ends: %s", request.request_id, lost)
     return "abort"

@@ -46,6 +46,7 @@ class SequenceState:
       prompt_logprobs: of its prompt from the second token on, as far as read.
       constraint: which tokens may come next; None for all.
       finish_reason: set when it ended.
+      error: what its constraint raised, if that ended it.
     """
 
     request: Request
@@ -70,6 +71,7 @@ class SequenceState:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     constraint: ConstraintState | None = None
     finish_reason: FinishReason | None = None
+    error: BaseException | None = None
 
     @property
     def num_tokens(self) -> int:

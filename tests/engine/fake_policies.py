@@ -1,7 +1,9 @@
-"""A drafter that knows what follows the fake wrapper's texts, and a constraint that every token changes."""
+"""A drafter that knows what follows the fake wrapper's texts, a constraint that every token changes, and one that
+raises."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fake_wrapper import VOCAB_SIZE, next_token
 
@@ -60,3 +62,36 @@ class ResidueState:
 
     def advance(self, token_id):
         self._sum, self._left = self._sum + token_id, self._left - 1
+
+
+class Panic(BaseException):
+    """As libraries written in Rust raise."""
+
+
+@dataclass
+class Raising:
+    """A constraint that allows everything until one of its methods was called so often; then that raises.
+
+    The calls of start are counted for all sequences together, those of other methods for each.
+    """
+
+    method: str
+    error: BaseException
+    after: int = 2
+    is_complete: ClassVar[bool] = False
+
+    def start(self):
+        self._call("start")
+        return replace(self)
+
+    def allowed(self):
+        self._call("allowed")
+        return pack_ids(range(VOCAB_SIZE), VOCAB_SIZE)
+
+    def advance(self, token_id):
+        self._call("advance")
+
+    def _call(self, method):
+        self.after -= method == self.method
+        if self.after < 0:
+            raise self.error

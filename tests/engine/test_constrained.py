@@ -4,7 +4,7 @@ waits for that."""
 import numpy as np
 import pytest
 from engine_tools import assert_own_texts, finish, make_engine, request, run_all, tokens_of
-from fake_policies import Residues, ResidueState
+from fake_policies import Panic, Raising, Residues, ResidueState
 from fake_wrapper import continuation, text_of
 
 from jaxinfer.constraint import ConstraintError
@@ -102,6 +102,28 @@ def test_constrained_error_aborts_that_request_alone(constraint, stages):
     assert [event.finish_reason for event in events if event.request_id == "a"] == [None, None, "abort"]
     assert tokens_of(events, requests)["b"] == continuation([3], 12)
     assert run_all(engine, [request("c", [1], 3)])["c"] == continuation([1], 3)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("error", [ArithmeticError("odd"), Panic("odd")], ids=["error", "panic"])
+@pytest.mark.parametrize("method", ["allowed", "advance"])
+def test_constrained_that_raises_what_no_constraint_should_fails_alone(method, error, stages):
+    engine, _ = make_engine(pipeline_parallel_size=stages)
+    requests = [request("a", [1, 2], 8, constraint=Raising(method, error)), request("b", [3], 12)]
+    events = run_all(engine, requests, want_events=True)
+    (failed,) = engine.failed_requests()
+    assert (failed.request_id, failed.error) == ("a", error)
+    assert not any(event.finish_reason for event in events if event.request_id == "a")
+    assert tokens_of(events, requests)["b"] == continuation([3], 12)
+    assert (engine.failed_requests(), engine.stats().num_requests_finished) == ([], 2)
+    assert run_all(engine, [request("c", [1], 3)])["c"] == continuation([1], 3)
+
+
+def test_constrained_interrupt_is_not_the_requests():
+    engine, _ = make_engine()
+    engine.add_request(request("a", [1, 2], 8, constraint=Raising("advance", KeyboardInterrupt())))
+    with pytest.raises(KeyboardInterrupt):
+        finish(engine)
 
 
 @pytest.mark.parametrize("constraint", [DeadEnd(0), Failing(0)])

@@ -13,7 +13,6 @@ all its tokens are known, and so has one of which the host decides what follows.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from jaxinfer.engine.ending import check_first_token, end_reason
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.engine.sequence_pages import SequencePages
+from jaxinfer.engine.waiting import WaitingQueue
 from jaxinfer.request import FinishReason, Request
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
@@ -89,8 +89,8 @@ class Scheduler:
         self._pages = SequencePages(num_pages, page_size=config.page_size, caching=config.enable_prefix_caching)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: list[SequenceState] = []
-        self._waiting: list[tuple[tuple[int, ...], SequenceState]] = []  # heap by order
-        self._followers: dict[SequenceState, list[SequenceState]] = {}
+        self._waiting = WaitingQueue()
+        self._followers: dict[SequenceState, dict[SequenceState, None]] = {}  # leader -> who waits for it, oldest first
         self._arrivals = itertools.count()
         self._num_stages = shapes.num_stages
         # One chunk is left to prompts, so that they go on beside any number of host-fed sequences.
@@ -177,9 +177,9 @@ class Scheduler:
             constraint=None if request.constraint is None else request.constraint.start(),
         )
         if leader is not None and leader.finish_reason is None and leader.num_computed < len(sequence.token_ids) - 1:
-            self._followers.setdefault(leader, []).append(sequence)
+            self._followers.setdefault(leader, {})[sequence] = None
         else:
-            self._enqueue(sequence)
+            self._waiting.push(sequence)
         return sequence
 
     def fork(self, sequence: SequenceState, token_id: int) -> SequenceState:
@@ -195,7 +195,7 @@ class Scheduler:
             page_hashes=list(sequence.page_hashes),
             num_cached_tokens=sequence.num_cached_tokens,
         )
-        self._enqueue(copy)
+        self._waiting.push(copy)
         return copy
 
     def park(self, sequence: SequenceState) -> None:
@@ -252,11 +252,10 @@ class Scheduler:
         sequence.finish_reason = reason
         if sequence.slot != NO_SLOT:
             self._stop_running(sequence)
-        elif (sequence.order, sequence) in self._waiting:
-            self._waiting.remove((sequence.order, sequence))
-            heapq.heapify(self._waiting)
-        else:
-            self._followers[sequence.leader].remove(sequence)  # pyright: ignore[reportArgumentType]
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif sequence.leader is not None:
+            del self._followers[sequence.leader][sequence]
         self._let_follow(sequence)
 
     def _append(self, sequence: SequenceState, token_id: int) -> None:
@@ -267,13 +266,10 @@ class Scheduler:
         elif sequence.slot != NO_SLOT:
             self._pages.publish(sequence)
 
-    def _enqueue(self, sequence: SequenceState) -> None:
-        heapq.heappush(self._waiting, (sequence.order, sequence))
-
     def _let_follow(self, leader: SequenceState) -> None:
         """Queues the sequences that waited for a leader's prompt."""
         for follower in self._followers.pop(leader, ()):
-            self._enqueue(follower)
+            self._waiting.push(follower)
 
     def _fill_step(self) -> _Step:
         due = self._due()
@@ -374,15 +370,14 @@ class Scheduler:
     def _preempt(self, sequence: SequenceState) -> None:
         self.num_preemptions += 1
         self._stop_running(sequence)
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
 
     def _break_deadlock(self) -> bool:
         """Preempts the newest parked sequence if all that could run waits for what parked ones hold."""
         parked = [sequence for sequence in self._running if sequence.is_parked]
-        queued = [sequence for _, sequence in self._waiting]
-        if not parked or any(sequence.num_unread for sequence in (*self._running, *queued)):
+        if not parked or any(sequence.num_unread for sequence in (*self._running, *self._waiting)):
             return False
-        if all(sequence.is_parked for sequence in queued):
+        if all(sequence.is_parked for sequence in self._waiting):
             return False
         self._preempt(max(parked, key=lambda sequence: sequence.order))
         return True
@@ -400,7 +395,7 @@ class Scheduler:
         while self._waiting and self._free_slots and step.room:
             if len(skipped) > SKIP_WINDOW or (skipped and skipped[0].num_skipped >= MAX_SKIPS):
                 break
-            sequence = heapq.heappop(self._waiting)[1]
+            sequence = self._waiting.pop()
             if sequence.num_unread or sequence.is_parked:
                 aside.append(sequence)
             elif not self._add_waiting(step, sequence):
@@ -408,7 +403,7 @@ class Scheduler:
             elif skipped:
                 skipped[0].num_skipped += 1
         for sequence in (*skipped, *aside):
-            self._enqueue(sequence)
+            self._waiting.push(sequence)
 
     def _share_of_prefill(self) -> int:
         """Prefill rows of this step: prompts spread over as many steps as there are stages, which then all have work.
@@ -418,7 +413,7 @@ class Scheduler:
         if self._num_stages == 1 or not self._config.enable_chunked_prefill:
             return self._shapes.max_prefill
         left = [sequence for sequence in self._running if not (sequence.is_ready or sequence.is_parked)]
-        left += [entry for _, entry in heapq.nsmallest(len(self._free_slots), self._waiting, key=lambda pair: pair[0])]
+        left += self._waiting.first(len(self._free_slots))
         rows = sum(num_blocks(len(sequence.token_ids) - sequence.num_computed) for sequence in left)
         self._prefill_share = max(self._prefill_share, -(-rows // self._num_stages)) if rows else 0
         return min(self._prefill_share, self._shapes.max_prefill)

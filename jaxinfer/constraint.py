@@ -51,7 +51,11 @@ class TokenConstraint(Protocol):
     """A rule about which tokens may come; immutable, shared by any number of sequences."""
 
     def start(self) -> ConstraintState:
-        """The state of a sequence that has no output yet."""
+        """The state of a sequence that has no output yet.
+
+        Several threads may call it at the same time. Every request starts one state to be checked before it is queued,
+        and one a sample: a constraint whose first mask costs much had better compute it once for all of them.
+        """
         ...
 
 

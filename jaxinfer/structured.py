@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,12 @@ class GrammarCompiler:
             raise ValueError(f"{field} must be a grammar that llguidance can follow, got: {_message(matcher)}")
         for warning in matcher.get_grammar_warnings():
             logger.warning("%s: %s", field, warning)
-        constraint = _Grammar(matcher, self._vocabulary)
         try:
-            constraint.start().allowed()
+            first = _GrammarState(matcher.deep_copy(), self._vocabulary).text_mask()
         except ConstraintError as error:
             raise ValueError(f"{field} must match some text that this vocabulary can write: {error}") from error
-        return constraint
+        first.setflags(write=False)
+        return _Grammar(matcher, self._vocabulary, first)
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
@@ -149,31 +149,44 @@ class _Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class _Grammar:
-    """A compiled grammar; every sequence follows it with a copy of the matcher (some microseconds)."""
+    """A compiled grammar; every sequence follows it with a copy of the matcher (some microseconds).
+
+    Args:
+      matcher: an LLMatcher that never moves; any thread may copy it.
+      vocabulary: of the model.
+      first: the text mask of an empty text, uint32[W], read-only: the same for all sequences, and some milliseconds'
+        work where many of 150,000 tokens may begin.
+    """
 
     matcher: Any
     vocabulary: _Vocabulary
+    first: np.ndarray = field(compare=False)
 
     def start(self) -> ConstraintState:
-        return _GrammarState(self.matcher.deep_copy(), self.vocabulary)
+        return _GrammarState(self.matcher.deep_copy(), self.vocabulary, self.first)
 
 
 class _GrammarState:
     """Where one text stands in a grammar.
+
+    Args:
+      matcher: its own copy.
+      vocabulary: of the model.
+      text: the text mask of the present state, where it is known already.
 
     Raises:
       ConstraintError: allowed, when following the grammar exceeds llguidance's limits or the vocabulary cannot write
         what must come next; advance, for a token that is not allowed.
     """
 
-    def __init__(self, matcher: Any, vocabulary: _Vocabulary) -> None:
+    def __init__(self, matcher: Any, vocabulary: _Vocabulary, text: np.ndarray | None = None) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._ended = False
-        self._text: np.ndarray | None = None
+        self._text = text
 
     def allowed(self) -> np.ndarray:
-        return self._text_mask() | self._vocabulary.ends if self._may_end else self._text_mask()
+        return self.text_mask() | self._vocabulary.ends if self._may_end else self.text_mask()
 
     def advance(self, token_id: int) -> None:
         self._text = None
@@ -184,13 +197,13 @@ class _GrammarState:
 
     @property
     def is_complete(self) -> bool:
-        return self._ended or (self._may_end and not self._text_mask().any())
+        return self._ended or (self._may_end and not self.text_mask().any())
 
     @property
     def _may_end(self) -> bool:
         return self._ended or self._matcher.is_accepting()
 
-    def _text_mask(self) -> np.ndarray:
+    def text_mask(self) -> np.ndarray:
         """The tokens that may go on with the text, uint32[W]; computed once a token."""
         if self._text is None:
             self._text = self._compute_text_mask()

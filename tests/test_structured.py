@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxinfer import structured
 from jaxinfer.constraint import ConstraintState, packed_len
 from jaxinfer.sampling_params import StructuredOutput
 from jaxinfer.structured import MAX_GRAMMAR_BYTES, GrammarCompiler
@@ -202,6 +204,22 @@ def test_states_are_independent_and_the_grammar_is_kept() -> None:
     first, second = constraint.start(), constraint.start()
     follow(first, b"ab")
     assert first.is_complete and allowed_ids(second) == [ord("a")]
+
+
+def test_states_of_a_grammar_share_the_first_mask_that_was_computed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, compute = [], structured._GrammarState._compute_text_mask
+    monkeypatch.setattr(
+        structured._GrammarState, "_compute_text_mask", lambda state: computed.append(state) or compute(state)
+    )
+    constraint = compiler_of("bytes").compile(StructuredOutput(regex="a[bc]d"))
+    assert len(computed) == 1
+    with ThreadPoolExecutor(4) as pool:  # prompts are prepared on their callers' threads
+        states = list(pool.map(lambda _: constraint.start(), range(8)))
+        assert list(pool.map(allowed_ids, states)) == [[ord("a")]] * 8
+    assert len(computed) == 1
+    for state, letter in zip(states, b"bc" * 4, strict=True):
+        follow(state, b"a" + bytes([letter]))
+        assert allowed_ids(state) == [ord("d")]
 
 
 @pytest.mark.parametrize("token_id", [ord("b"), 256, 260])

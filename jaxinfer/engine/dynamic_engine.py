@@ -19,6 +19,7 @@ from jaxinfer.engine.batch import allowed_tokens, first_tokens, make_batch
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.engine.beams import BeamSearch
 from jaxinfer.engine.drafting import Drafter
+from jaxinfer.engine.ending import start_constraint
 from jaxinfer.engine.schedule import SampledRows, Schedule, SequenceState
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.errors import INTERRUPTS
@@ -168,14 +169,8 @@ class DynamicEngine:
         Raises:
           ValueError: as they.
         """
-        if request.request_id in self._sequences or request.request_id in self._searches:
-            raise ValueError(f"request id {request.request_id!r} is already in use")
-        if beam_width > self._max_num_seqs:
-            raise ValueError(
-                f"beam_width must be <= max_num_seqs, so that all beams can run side by side, got {beam_width} > "
-                f"{self._max_num_seqs}; lower it or raise max_num_seqs"
-            )
-        self._scheduler.check_fits(request, num_sequences=beam_width)
+        self._check_room(request, beam_width=beam_width)
+        start_constraint(request)
 
     def add_request(self, request: Request, *, leader: str | None = None) -> None:
         """Queues a request.
@@ -185,9 +180,10 @@ class DynamicEngine:
           leader: id of an earlier request with the same prompt, whose pages it shares.
 
         Raises:
-          ValueError: its id is in use, or it could never run (prompt too long, more pages than the pool has).
+          ValueError: its id is in use, it could never run (prompt too long, more pages than the pool has), or
+            its constraint allows no first token.
         """
-        self.check_request(request)
+        self._check_room(request)
         self._sequences[request.request_id] = self._scheduler.add(
             request,
             leader=None if leader is None else self._sequences.get(leader),
@@ -205,7 +201,7 @@ class DynamicEngine:
         Raises:
           ValueError: its id is in use, or it could never run.
         """
-        self.check_request(request, beam_width=params.beam_width)
+        self._check_room(request, beam_width=params.beam_width)
         self._searches[request.request_id] = BeamSearch(request, params, self._scheduler)
         self._prompt_tokens += len(request.prompt_token_ids)
 
@@ -302,6 +298,16 @@ class DynamicEngine:
             return False
         self._num_finished += 1
         return True
+
+    def _check_room(self, request: Request, *, beam_width: int = 1) -> None:
+        if request.request_id in self._sequences or request.request_id in self._searches:
+            raise ValueError(f"request id {request.request_id!r} is already in use")
+        if beam_width > self._max_num_seqs:
+            raise ValueError(
+                f"beam_width must be <= max_num_seqs, so that all beams can run side by side, got {beam_width} > "
+                f"{self._max_num_seqs}; lower it or raise max_num_seqs"
+            )
+        self._scheduler.check_fits(request, num_sequences=beam_width)
 
     def _plan_drafts(self, sequence: SequenceState, most: int) -> Sequence[int]:
         if self._drafter is None or sequence.request.request_id in self._searches:

@@ -27,18 +27,21 @@ def end_reason(sequence: SequenceState) -> FinishReason | None:
     return reason or ("length" if len(sequence.token_ids) >= sequence.limit else None)
 
 
-def check_first_token(request: Request) -> None:
-    """Refuses a request whose constraint allows nothing to begin with.
+def start_constraint(request: Request) -> ConstraintState | None:
+    """The state of a request's constraint that has no output yet, None without a constraint.
+
+    Its first mask is computed here, on whichever thread asks; the first step then finds it in the state.
 
     Raises:
-      ValueError: it does.
+      ValueError: the constraint allows nothing to begin with.
     """
     if request.constraint is None:
-        return
+        return None
     held_back = request.stop_token_ids if request.min_tokens else ()
+    state = request.constraint.start()
     try:
-        if allows_beside(request.constraint.start().allowed(), held_back):
-            return
+        if allows_beside(state.allowed(), held_back):
+            return state
     except ConstraintError as error:
         raise ValueError(f"the constraint of request {request.request_id} allows no first token: {error}") from error
     others = f", while min_tokens {request.min_tokens} holds back stop tokens" if held_back else ""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.ending import check_first_token, end_reason
+from jaxinfer.engine.ending import end_reason, start_constraint
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.engine.sequence_pages import SequencePages
@@ -117,15 +117,14 @@ class Scheduler:
         return len(self._waiting) + sum(map(len, self._followers.values()))
 
     def check_fits(self, request: Request, *, num_sequences: int = 1) -> None:
-        """Refuses a request that could never run.
+        """Refuses a request that has no room, whatever else may run.
 
         Args:
           request: what is asked.
           num_sequences: how many of its kind have to run at the same time.
 
         Raises:
-          ValueError: the prompt leaves no room for a token, the request needs more pages than there are, or its
-            constraint allows no first token.
+          ValueError: the prompt leaves no room for a token, or the request needs more pages than there are.
         """
         num_prompt = len(request.prompt_token_ids)
         if num_prompt >= self._max_model_len:
@@ -141,7 +140,6 @@ class Scheduler:
                 f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
                 f"{self.pages.num_pages}; lower max_tokens, shorten the prompt or raise num_kv_pages"
             )
-        check_first_token(request)
 
     def limit(self, request: Request) -> int:
         """Tokens of prompt and output together at which it ends."""
@@ -163,7 +161,7 @@ class Scheduler:
           num_top, is_host_fed: as SequenceState's; None reports what the request asks for.
 
         Raises:
-          ValueError: it could never run.
+          ValueError: it has no room, or its constraint allows no first token.
         """
         self.check_fits(request)
         sequence = SequenceState(
@@ -174,7 +172,7 @@ class Scheduler:
             leader=leader,
             num_top=request.logprobs if num_top is None else num_top,
             is_host_fed=is_host_fed,
-            constraint=None if request.constraint is None else request.constraint.start(),
+            constraint=start_constraint(request),
         )
         if leader is not None and leader.finish_reason is None and leader.num_computed < len(sequence.token_ids) - 1:
             self._followers.setdefault(leader, {})[sequence] = None

@@ -40,6 +40,34 @@ class FailingState(ResidueState):
         return super().allowed()
 
 
+class Counting:
+    """Counts the states that were started and the masks that these computed."""
+
+    num_states = num_masks = 0
+
+    def start(self):
+        self.num_states += 1
+        return CountingState(self)
+
+
+class CountingState(ResidueState):
+    """Computes a mask once, as a constraint's state is to."""
+
+    def __init__(self, constraint):
+        super().__init__(1000)
+        self._constraint, self._mask = constraint, None
+
+    def allowed(self):
+        if self._mask is None:
+            self._constraint.num_masks += 1
+            self._mask = super().allowed()
+        return self._mask
+
+    def advance(self, token_id):
+        self._mask = None
+        super().advance(token_id)
+
+
 def launches(wrapper, slot):
     """The steps that sample a token of a slot."""
     return [number for number, batch in enumerate(wrapper.batches) if slot in batch.logit_slots]
@@ -150,3 +178,15 @@ def test_constrained_samples_of_one_prompt_have_a_state_each(stages):
     for entry in requests:
         engine.add_request(entry, leader=None if entry is requests[0] else "1")
     assert_own_texts(finish(engine), requests)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_constrained_first_mask_is_checked_and_used_from_one_state(stages):
+    """Four tokens take a mask each and, behind the last one, another that says whether the text could go on."""
+    engine, _ = make_engine(pipeline_parallel_size=stages)
+    constraint = Counting()
+    entry = request("a", [1, 2], 4, constraint=constraint)
+    engine.add_request(entry)
+    assert (constraint.num_states, constraint.num_masks) == (1, 1)
+    finish(engine)
+    assert (constraint.num_states, constraint.num_masks) == (1, 1 + 4)

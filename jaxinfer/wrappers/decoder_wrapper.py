@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,7 +46,43 @@ from jaxinfer.wrappers.xla_options import compiler_options
 
 _LAUNCHING = threading.Lock()
 """Held while programs are enqueued: those of two models on one mesh must come in one order on all its devices, or their
-collectives wait for each other."""
+collectives wait for each other. Nothing is compiled meanwhile, for all models would wait for that."""
+
+
+class _Call(NamedTuple):
+    """A compiled program and what the host brings to it."""
+
+    program: jax.stages.Compiled
+    words: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tick:
+    """What a launch runs first: page copies, where there are any, and the step of all that is in flight.
+
+    Args:
+      shape: of the step.
+      copy, forward: programs of StepPrograms.
+    """
+
+    shape: StepShape
+    copy: _Call | None
+    forward: _Call
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Exit:
+    """What a launch runs then, for the step that leaves the pipeline.
+
+    Args:
+      score: of its prompts; None without any.
+      edits: uploads of edits and of allowed tokens, in order.
+      sample: None where it samples nothing.
+    """
+
+    score: _Call | None
+    edits: Sequence[_Call]
+    sample: jax.stages.Compiled | None
 
 
 class DecoderWrapper(AbstractModelInferenceWrapper):
@@ -143,55 +181,91 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> StepHandle:
         """Starts a step: page copies, then forward, then the sampler; nothing here waits for the device."""
-        with _LAUNCHING:
-            return self._launch(StepHandle(batch), allowed)
-
-    def _launch(self, handle: StepHandle, allowed: AllowedTokens | None) -> StepHandle:
-        shape, hidden, rows, prompts = self._tick(handle)
+        handle = StepHandle(batch)
+        tick = self._plan_tick(handle)
         leaving = self._in_flight.leaving
-        if leaving is None:
-            return handle
-        if leaving.batch.targets is not None and prompts is not None:
-            leaving.scores = self._score(leaving.batch.targets, prompts)
-            leaving.scores.copy_to_host_async()
-        if leaving.batch.has_logits:
-            self._set_edits(leaving.batch, allowed)
-            leaving.result = self._sample(leaving.batch, shape.num_logits, hidden, rows)
-            leaving.result.copy_to_host_async()
-        else:
-            leaving.result = rows[0]  # something to wait for
+        plan = None if leaving is None else self._plan_exit(leaving.batch, tick.shape, allowed)
+        with _LAUNCHING:
+            hidden, rows, prompts = self._run_tick(tick)
+            if leaving is not None and plan is not None:
+                self._run_exit(leaving, plan, hidden, rows, prompts)
         return handle
 
-    def _sample(self, batch: StepBatch, num_logits: int, hidden: jax.Array, rows: list[jax.Array]) -> jax.Array:
-        arrays, num_top = self._arrays, _reported(batch.num_top)
-        if batch.edited:
-            program = self._programs.get("sample_edited", num_logits, num_top)
-            arrays.state, arrays.edits, result = program(arrays.head_leaves, arrays.state, arrays.edits, hidden, rows)
-        else:
-            program = self._programs.get("sample", num_logits, batch.variant, num_top)
-            arrays.state, result = program(arrays.head_leaves, arrays.state, hidden, rows)
-        return result
+    def _plan_tick(self, handle: StepHandle) -> _Tick:
+        """Lets a step in, moves all on, and finds the programs for that."""
+        shape, copies = self._in_flight.enter(handle), self._in_flight.page_copies()
+        return _Tick(
+            shape=shape,
+            copy=None if copies is None else _Call(self._programs.get("copy", copies.shape[1]), copies),
+            forward=_Call(self._programs.get("forward", shape), pack_inputs(handle.batch, shape, self._shapes)),
+        )
 
-    def _score(self, wanted: Int32[np.ndarray, "P Q"], hidden: jax.Array) -> jax.Array:
-        targets = np.full(hidden.shape[0], NO_TARGET, np.int32)
+    def _run_tick(self, tick: _Tick) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
+        """What the step that leaves has to sample, of which rows, and what to score, None if nothing in flight is."""
+        arrays = self._arrays
+        if tick.copy is not None:
+            arrays.caches = tick.copy.program(arrays.caches, tick.copy.words)
+        arrays.state, arrays.caches, arrays.ring, hidden, rows, *prompts = tick.forward.program(
+            arrays.leaves, arrays.state, arrays.caches, arrays.ring, tick.forward.words
+        )
+        return hidden, rows, prompts[0] if prompts else None
+
+    def _plan_exit(self, batch: StepBatch, shape: StepShape, allowed: AllowedTokens | None) -> _Exit:
+        samples = batch.has_logits
+        return _Exit(
+            score=None if batch.targets is None else self._plan_score(batch.targets, shape),
+            edits=self._plan_edits(batch, allowed) if samples else (),
+            sample=self._sampler(batch, shape.num_logits) if samples else None,
+        )
+
+    def _plan_score(self, wanted: Int32[np.ndarray, "P Q"], shape: StepShape) -> _Call:
+        targets = np.full(shape.num_prefill * PREFILL_BLOCK, NO_TARGET, np.int32)
         targets[: wanted.size] = wanted.ravel()
-        return self._programs.get("score", targets.size, MAX_LOGPROBS)(self._arrays.head_leaves, hidden, targets)
+        return _Call(self._programs.get("score", targets.size, MAX_LOGPROBS), targets)
 
-    def _set_edits(self, batch: StepBatch, allowed: AllowedTokens | None) -> None:
-        """Sets the edits of slots whose sequence is sampled for the first time, right before that, and what may come.
+    def _plan_edits(self, batch: StepBatch, allowed: AllowedTokens | None) -> list[_Call]:
+        """The edits of slots whose sequence is sampled for the first time, set right before that, and what may come.
 
         Earlier, steps on their way would still count their tokens in a slot that somebody else had before.
         """
+        calls = []
         for slot, edits in batch.new_edits.items():
             if edits is None and slot not in self._edited_slots:
                 continue
             (self._edited_slots.discard if edits is None else self._edited_slots.add)(slot)
-            self._arrays.edits = self._arrays.edits or self._step_programs.allocate_edits()
-            for words in pack_edits(slot, edits or SlotEdits.none()):
-                self._arrays.edits = self._programs.get("edit")(self._arrays.edits, words)
+            words = pack_edits(slot, edits or SlotEdits.none())
+            calls += [_Call(self._programs.get("edit"), upload) for upload in words]
         if allowed is not None:
-            for words in pack_allowed(allowed, self._step_programs.padded_vocab_size):
-                self._arrays.edits = self._programs.get("allow")(self._arrays.edits, words)
+            words = pack_allowed(allowed, self._step_programs.padded_vocab_size)
+            calls += [_Call(self._programs.get("allow"), upload) for upload in words]
+        return calls
+
+    def _sampler(self, batch: StepBatch, num_logits: int) -> jax.stages.Compiled:
+        num_top = _reported(batch.num_top)
+        if batch.edited:
+            return self._programs.get("sample_edited", num_logits, num_top)
+        return self._programs.get("sample", num_logits, batch.variant, num_top)
+
+    def _run_exit(
+        self, leaving: StepHandle, plan: _Exit, hidden: jax.Array, rows: list[jax.Array], prompts: jax.Array | None
+    ) -> None:
+        """Gives the step that leaves its results, which are on their way to the host then."""
+        arrays = self._arrays
+        if plan.score is not None:
+            leaving.scores = plan.score.program(arrays.head_leaves, prompts, plan.score.words)
+            leaving.scores.copy_to_host_async()
+        if plan.sample is None:
+            leaving.result = rows[0]  # something to wait for
+            return
+        for upload in plan.edits:
+            arrays.edits = upload.program(arrays.edits or self._step_programs.allocate_edits(), upload.words)
+        if leaving.batch.edited:
+            arrays.state, arrays.edits, leaving.result = plan.sample(
+                arrays.head_leaves, arrays.state, arrays.edits, hidden, rows
+            )
+        else:
+            arrays.state, leaving.result = plan.sample(arrays.head_leaves, arrays.state, hidden, rows)
+        leaving.result.copy_to_host_async()
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step that is through and returns its tokens, none if it samples none.
@@ -217,11 +291,17 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
         For research and tests: the rows are gathered on the host, and a pipeline must not hold a step that samples.
         """
-        shape, hidden, *_ = self._tick(StepHandle(batch))
+        shape, hidden = self._advance(batch)
         for _ in range(self._shapes.num_stages - 1):
-            shape, hidden, *_ = self._tick(StepHandle(StepBatch.idle(self._shapes)))
+            shape, hidden = self._advance(StepBatch.idle(self._shapes))
         program = self._programs.get("logits", shape.num_logits)
         return np.asarray(program(self._arrays.head_leaves, hidden))[: batch.shape.num_logits, : self._vocab_size]
+
+    def _advance(self, batch: StepBatch) -> tuple[StepShape, jax.Array]:
+        """Runs a tick that samples nothing; its shape, and the hidden states of the step that leaves."""
+        tick = self._plan_tick(StepHandle(batch))
+        with _LAUNCHING:
+            return tick.shape, self._run_tick(tick)[0]
 
     def warmup(self) -> None:
         """Compiles the forward program of every shape, every sampler, and all that few requests need."""
@@ -258,20 +338,6 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
-
-    def _tick(self, handle: StepHandle) -> tuple[StepShape, jax.Array, list[jax.Array], jax.Array | None]:
-        """Lets a step in and moves all on; returns the tick's shape, what the step that leaves has to sample, and what
-        to score, None where nothing in flight is scored."""
-        arrays, shape = self._arrays, self._in_flight.enter(handle)
-        copies = self._in_flight.page_copies()
-        if copies is not None:
-            arrays.caches = self._programs.get("copy", copies.shape[1])(arrays.caches, copies)
-        program = self._programs.get("forward", shape)
-        words = pack_inputs(handle.batch, shape, self._shapes)
-        arrays.state, arrays.caches, arrays.ring, hidden, rows, *prompts = program(
-            arrays.leaves, arrays.state, arrays.caches, arrays.ring, words
-        )
-        return shape, hidden, rows, prompts[0] if prompts else None
 
 
 def _reported(num_top: int | None) -> int | None:

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 
@@ -29,24 +30,37 @@ class ProgramCache:
     ) -> None:
         self._traces = traces
         self._options = options
-        self._programs: dict[Hashable, jax.stages.Compiled] = {}
+        self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+        self._num_compilations = 0
+        self._turns: dict[tuple[Any, ...], threading.Lock] = {}  # held while the program is compiled
         self._lock = threading.Lock()
 
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
-        return len(self._programs)
+        return self._num_compilations
 
     def get(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
-        """A program, compiled on the first call."""
+        """A program, compiled on the first call; threads that ask meanwhile wait for it, or try again if it failed."""
         key = (name, *arguments)
         program = self._programs.get(key)
-        if program is None:
-            options = self._options[name](*arguments) if name in self._options else {}
-            program = self._traces[name](*arguments).lower().compile(compiler_options=options or None)
-            with self._lock:
-                program = self._programs.setdefault(key, program)
+        return self._compile_once(key) if program is None else program
+
+    def _compile_once(self, key: tuple[Any, ...]) -> jax.stages.Compiled:
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            program = self._programs.get(key)
+            if program is None:
+                program = self._compile(*key)
+                with self._lock:
+                    self._programs[key] = program
+                    self._num_compilations += 1
         return program
+
+    def _compile(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
+        options = self._options[name](*arguments) if name in self._options else {}
+        return self._traces[name](*arguments).lower().compile(compiler_options=options or None)
 
     def compile_all(self, wanted: Iterable[tuple[Hashable, ...]]) -> None:
         """Compiles programs of (name, *arguments); XLA compiles in as many threads as cores, tracing is serial."""

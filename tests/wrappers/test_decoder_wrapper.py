@@ -1,13 +1,21 @@
 """The wrapper against transformers' results, and what a step does to device memory."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_golden
-from wrapper_tools import decode_step, make_random_wrapper, make_wrapper, prefill_step
+from wrapper_tools import FakeProgram, decode_step, make_random_wrapper, make_wrapper, prefill_step
 
-from jaxinfer.wrappers.step_batch import StepShapes
+from jaxinfer.config import EngineConfig
+from jaxinfer.constraint import OnlyThese
+from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.request import LogitEdits, Request
+from jaxinfer.wrappers import decoder_wrapper
+from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes
 
 # float32 on both sides; sums in another order differ by about 1e-5.
 TOLERANCE = 2e-4
@@ -147,6 +155,75 @@ def test_forward_program_every_shape_copies_neither_pages_nor_weights(broad_wrap
         for array in large:
             dims = "f32[" + ",".join(map(str, array.shape))
             assert not re.search(re.escape(dims) + r"\]\S* copy\(", compiled.as_text()), shape
+
+
+def blank_program(name, *arguments):
+    """A program that takes and returns arrays like the real one, and computes nothing."""
+    if name == "forward":
+        (shape,) = arguments
+        hidden, rows = jnp.zeros((shape.num_logits, 1)), [jnp.zeros(shape.num_logits, jnp.int32)]
+        prompts = [jnp.zeros((shape.num_prefill * PREFILL_BLOCK, 1))] * shape.scored
+        return FakeProgram(lambda leaves, state, caches, ring, words: (state, caches, ring, hidden, rows, *prompts))
+    num_columns = {"score": 42, "sample_edited": 1, "sample": 1}.get(name, 0)
+    result = jnp.zeros((arguments[0] if arguments else 0, num_columns), jnp.int32)
+    functions = {
+        "copy": lambda caches, copies: caches,
+        "edit": lambda edits, words: edits,
+        "allow": lambda edits, words: edits,
+        "score": lambda leaves, hidden, targets: result,
+        "sample": lambda leaves, state, hidden, rows: (state, result),
+        "sample_edited": lambda leaves, state, edits, hidden, rows: (state, edits, result),
+    }
+    return FakeProgram(functions[name])
+
+
+def test_launch_has_its_programs_before_it_takes_the_lock_that_all_models_share(wrapper, gqa, monkeypatch):
+    """Two samples with edits, a mask and a scored prompt take all that a launch can run."""
+    asked = []
+
+    def get(name, *arguments):
+        asked.append((name, decoder_wrapper._LAUNCHING.locked()))
+        return blank_program(name, *arguments)
+
+    monkeypatch.setattr(wrapper._programs, "get", get)
+    config = EngineConfig(max_num_seqs=2, page_size=8, num_kv_pages=40, max_num_batched_tokens=128)
+    engine = DynamicEngine(wrapper, config, max_model_len=256)
+    fields = {
+        "prompt_token_ids": tuple(gqa.prompts[0]),
+        "max_tokens": 2,
+        "edits": LogitEdits(logit_bias=((1, 0.0),), presence_penalty=0.5),
+        "constraint": OnlyThese(range(320), 320),
+    }
+    engine.add_request(Request(request_id="a", prompt_logprobs=0, **fields))
+    engine.add_request(Request(request_id="b", **fields), leader="a")
+    while engine.has_unfinished():
+        engine.step()
+    assert {name for name, _ in asked} == {"copy", "forward", "score", "edit", "allow", "sample_edited"}
+    assert not any(locked for _, locked in asked)
+
+
+def test_launch_while_another_model_compiles_does_not_wait(wrapper, gqa, monkeypatch):
+    other = make_wrapper(gqa.path)
+    step = prefill_step(wrapper, gqa.prompts[0])
+    compiling, may_go_on = threading.Event(), threading.Event()
+
+    def slow(*key):
+        compiling.set()
+        assert may_go_on.wait(60)
+        return blank_program(*key)
+
+    monkeypatch.setattr(other._programs, "get", slow)
+    monkeypatch.setattr(wrapper._programs, "get", blank_program)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(other.launch, step)
+        try:
+            assert compiling.wait(60)
+            launched = pool.submit(wrapper.launch, step).result(60)
+            assert not waiting.done()
+        finally:
+            may_go_on.set()
+        assert wrapper.collect(launched).token_ids.tolist() == other.collect(waiting.result(60)).token_ids.tolist()
+    other.close()
 
 
 def test_close_frees_device_memory(gqa):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxinfer.checkpoint import directory
@@ -13,6 +14,16 @@ from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SamplerVariant, StepBatch, pack_sampling, pages_for
 
 GREEDY = pack_sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+
+
+class FakeProgram(jax.stages.Compiled):
+    """A compiled program that calls a function."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
 
 
 def make_wrapper(path: Path, **fields) -> DecoderWrapper:

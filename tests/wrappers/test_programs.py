@@ -1,0 +1,104 @@
+"""Programs are compiled once each, whichever threads ask, and one does not wait for another."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from wrapper_tools import FakeProgram
+
+from jaxinfer.wrappers.programs import ProgramCache
+
+SECONDS = 30
+"""After which a test that hangs fails."""
+
+
+class FakeTrace:
+    """Compiles by calling a function."""
+
+    def __init__(self, build):
+        self._build = build
+
+    def lower(self):
+        return self
+
+    def compile(self, compiler_options):
+        return self._build(compiler_options)
+
+
+def cache_of(build, options=None):
+    """A cache of programs "step", which are whatever build(argument, options) returns."""
+    traces = {"step": lambda size: FakeTrace(lambda options: build(size, options))}
+    return ProgramCache(traces, {} if options is None else {"step": options})
+
+
+def test_get_several_threads_compile_a_program_once_and_all_have_it():
+    compiled, asked, waiting = [], threading.Barrier(4), threading.Event()
+
+    def build(size, options):
+        compiled.append(size)
+        assert waiting.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+
+    def ask(_):
+        asked.wait(SECONDS)
+        return programs.get("step", 3)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(ask, number) for number in range(4)]
+        # Until the first one is done the others can only wait; were they to compile as well, they would have begun.
+        threading.Timer(0.2, waiting.set).start()
+        assert len({id(entry.result(SECONDS)) for entry in found}) == 1
+    assert compiled == [3] and programs.num_compilations == 1
+
+
+def test_get_another_program_does_not_wait():
+    slow_begun, slow_may_end = threading.Event(), threading.Event()
+
+    def build(size, options):
+        if size == 1:
+            slow_begun.set()
+            assert slow_may_end.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(programs.get, "step", 1)
+        assert slow_begun.wait(SECONDS)
+        assert programs.get("step", 2)() == 2 and not slow.done()
+        slow_may_end.set()
+        assert slow.result(SECONDS)() == 1
+
+
+def test_get_after_a_failure_tries_again():
+    compiled = []
+
+    def build(size, options):
+        compiled.append(size)
+        if len(compiled) == 1:
+            raise RuntimeError("out of memory")
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        programs.get("step", 1)
+    assert programs.num_compilations == 0
+    assert programs.get("step", 1) is programs.get("step", 1)
+    assert compiled == [1, 1] and programs.num_compilations == 1
+
+
+def test_compile_all_compiles_what_is_missing_with_its_options():
+    compiled = []
+
+    def build(size, options):
+        compiled.append((size, options))
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build, lambda size: {"size": size})
+    programs.get("step", 2)
+    programs.compile_all([("step", 1), ("step", 2), ("step", 1)])
+    assert sorted(compiled, key=lambda entry: entry[0]) == [(1, {"size": 1}), (2, {"size": 2})]
+    programs.clear()
+    programs.get("step", 1)
+    assert programs.num_compilations == 3

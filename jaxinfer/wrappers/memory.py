@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -15,6 +16,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.wrappers.step_batch import StepShapes
 
+MEMINFO = Path("/proc/meminfo")
 CPU_SHARE = 0.5
 """Of a CPU's available memory, at most, for the KV pool."""
 
@@ -43,11 +45,29 @@ def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
       ValueError: the device does not report its memory.
     """
     if device.platform == "cpu":
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+        return int(available_bytes() * CPU_SHARE)
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ValueError(f"{device.device_kind} does not report its memory; set num_kv_pages")
     return int(stats["bytes_limit"] * gpu_memory_utilization) - stats["bytes_in_use"]
+
+
+def available_bytes(meminfo: Path = MEMINFO) -> int:
+    """Bytes of the machine's memory that programs can still have.
+
+    On Linux, what the kernel says is available: free pages, and those of the page cache that it would give up. On a
+    machine that has read a few checkpoints nearly all memory is page cache, and hardly any page free. Elsewhere, what
+    sysconf knows: the free pages, or all of them (macOS).
+
+    Args:
+      meminfo: of Linux.
+    """
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    for name, _, size in (line.partition(":") for line in lines):
+        if name == "MemAvailable":
+            return int(size.split()[0]) * 1024
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def num_kv_pages(*, free: int, page_bytes: int, useful_pages: int) -> int:

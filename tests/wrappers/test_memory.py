@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxinfer.wrappers.memory import free_bytes, num_kv_pages
+from jaxinfer.wrappers import memory
+from jaxinfer.wrappers.memory import available_bytes, free_bytes, num_kv_pages
 
 
 @pytest.mark.parametrize(("free", "useful", "pages"), [(1000, 50, 9), (1000, 4, 4), (200, 50, 1), (299, 50, 1)])
@@ -36,3 +37,26 @@ def test_free_bytes_silent_device_raises():
 
 def test_free_bytes_cpu_is_positive():
     assert free_bytes(jax.devices()[0], gpu_memory_utilization=0.9) > 2**20
+
+
+FULL_PAGE_CACHE = """MemTotal:       16000000 kB
+MemFree:          100000 kB
+MemAvailable:   12000000 kB
+Cached:         11900000 kB
+"""
+
+
+def test_available_bytes_counts_the_page_cache_which_makes_room(tmp_path):
+    (tmp_path / "meminfo").write_text(FULL_PAGE_CACHE)
+    assert available_bytes(tmp_path / "meminfo") == 12_000_000 * 1024
+
+
+@pytest.mark.parametrize("text", [None, FULL_PAGE_CACHE.replace("MemAvailable", "MemOther")])
+@pytest.mark.parametrize("sizes", [{"SC_AVPHYS_PAGES": 7, "SC_PHYS_PAGES": 70}, {"SC_PHYS_PAGES": 7}])
+def test_available_bytes_without_meminfo_asks_the_system_for_free_or_else_all_pages(tmp_path, monkeypatch, text, sizes):
+    """macOS has neither the file nor the number of free pages."""
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    sizes = sizes | {"SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(memory, "os", SimpleNamespace(sysconf=sizes.__getitem__, sysconf_names=sizes))
+    assert available_bytes(tmp_path / "meminfo") == 7 * 4096

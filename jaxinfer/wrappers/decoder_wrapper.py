@@ -26,7 +26,7 @@ from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInfe
 from jaxinfer.wrappers.decoder_step import pack_inputs
 from jaxinfer.wrappers.edit_words import pack_allowed, pack_edits
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle, copy_sizes
-from jaxinfer.wrappers.memory import Footprint, activation_bytes, free_bytes, num_kv_pages
+from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
@@ -333,6 +333,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             free //= self._mesh.size  # CPU devices share one memory
         else:
             free -= activation_bytes(model_config, self._shapes, itemsize)
+            free -= edit_bytes(self._shapes, model_config.vocab_size, num_devices=self._mesh.size)
         return num_kv_pages(
             free=free - beside.fixed_bytes,
             page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,

@@ -14,6 +14,7 @@ import jax
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers.moe import EXPERT_BLOCK
+from jaxinfer.logit_edits import EditState
 from jaxinfer.wrappers.step_batch import StepShapes
 
 MEMINFO = Path("/proc/meminfo")
@@ -99,3 +100,16 @@ def activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> 
     numbers = largest.num_tokens * per_token + min(largest.num_tokens, EXPERT_BLOCK) * experts
     rows = shapes.num_stages * (largest.num_decode + largest.num_prefill) * shapes.table_width
     return (numbers + 4 * largest.num_logits * config.vocab_size) * max(itemsize, 4) + 4 * rows
+
+
+def edit_bytes(shapes: StepShapes, vocab_size: int, *, num_devices: int) -> int:
+    """What the logit edits of all slots take on one device, once a request has any.
+
+    Args:
+      shapes: of the steps.
+      vocab_size: tokens of the model, spread over the devices.
+      num_devices: of the mesh.
+    """
+    slice_size = -(-vocab_size // num_devices)
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(EditState.zeros(shapes.num_slots + 1, slice_size)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -5,9 +5,20 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from wrapper_tools import make_wrapper
 
-from jaxinfer.wrappers import memory
-from jaxinfer.wrappers.memory import available_bytes, free_bytes, num_kv_pages
+from jaxinfer.checkpoint import directory
+from jaxinfer.config import EngineConfig
+from jaxinfer.models.registry import parse_model_config
+from jaxinfer.wrappers import decoder_wrapper, memory
+from jaxinfer.wrappers.memory import (
+    Footprint,
+    activation_bytes,
+    available_bytes,
+    edit_bytes,
+    free_bytes,
+    num_kv_pages,
+)
 
 
 @pytest.mark.parametrize(("free", "useful", "pages"), [(1000, 50, 9), (1000, 4, 4), (200, 50, 1), (299, 50, 1)])
@@ -60,3 +71,23 @@ def test_available_bytes_without_meminfo_asks_the_system_for_free_or_else_all_pa
     sizes = sizes | {"SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(memory, "os", SimpleNamespace(sysconf=sizes.__getitem__, sysconf_names=sizes))
     assert available_bytes(tmp_path / "meminfo") == 7 * 4096
+
+
+@pytest.mark.parametrize(("pipe", "tensor"), [(1, 1), (2, 2)])
+def test_edit_bytes_are_what_the_edits_of_all_slots_take_on_a_device(gqa, pipe, tensor):
+    wrapper = make_wrapper(gqa.path, max_num_seqs=5, pipeline_parallel_size=pipe, tensor_parallel_size=tensor)
+    edits = wrapper._step_programs.allocate_edits()
+    found = sum(array.addressable_shards[0].data.nbytes for array in edits)
+    assert found > 5 * 320 * 11 // (pipe * tensor)
+    assert edit_bytes(wrapper.shapes, wrapper._vocab_size, num_devices=pipe * tensor) == found
+    wrapper.close()
+
+
+def test_pages_of_a_gpu_leave_room_for_weights_in_use_activations_and_edits(gqa, monkeypatch):
+    wrapper = make_wrapper(gqa.path)
+    model_config = parse_model_config(directory.read_json(gqa.path / "config.json"))
+    others = activation_bytes(model_config, wrapper.shapes, 4) + edit_bytes(wrapper.shapes, 320, num_devices=1)
+    monkeypatch.setattr(decoder_wrapper, "free_bytes", lambda device, **_: others + 10 * wrapper._page_bytes)
+    monkeypatch.setattr(wrapper, "_mesh", SimpleNamespace(local_devices=[SimpleNamespace(platform="gpu")], size=1))
+    assert wrapper._fitting_pages(EngineConfig(), model_config, 4, Footprint()) == 9
+    wrapper.close()

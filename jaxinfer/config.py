@@ -119,7 +119,8 @@ class EngineConfig:
       max_num_batched_tokens: tokens one step may process, padding of its prefill segment included.
       page_size: tokens in one KV page; a power of two, at least 8.
       num_kv_pages: KV pages without the dump page; None derives it from free memory.
-      gpu_memory_utilization: share of a GPU's memory that weights, KV and activations may use.
+      gpu_memory_utilization: share of a GPU's memory for weights, KV and activations; JAX takes as much as it starts,
+        unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
       enable_prefix_caching: reuse full pages of equal prefixes.
       enable_chunked_prefill: split prompts to fit the token budget.
       run_ahead: launch the next step before the last one's tokens are read.

@@ -21,6 +21,7 @@ from jaxinfer.engine.drafting import PROMPT_LOOKUP
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
+from jaxinfer.wrappers.jax_start import start_jax
 from jaxinfer.wrappers.memory import free_bytes
 from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes
 from jaxinfer.wrappers.step_programs import StepPrograms
@@ -103,7 +104,8 @@ class MeshFacts:
 
 
 def system_facts(config: EngineConfig) -> SystemFacts:
-    """Facts of this machine; starts JAX's backend."""
+    """Facts of this machine; starts JAX as an LLM with these settings would."""
+    start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
     devices = jax.devices()
     return SystemFacts(
         python=platform.python_version(),

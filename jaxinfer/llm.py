@@ -72,7 +72,7 @@ class LLM:
             checkpoint_directory.generation_defaults(path, fields),
             config,
             template_sources=(tokenizer, path),
-            provenance=find_provenance(config, model=model, tokenizer=tokenizer, directory=path),
+            named=functools.partial(find_provenance, config, model=model, tokenizer=tokenizer, directory=path),
         )
 
     @classmethod
@@ -103,7 +103,7 @@ class LLM:
             GenerationDefaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)),
             engine_config,
             template_sources=(tokenizer,),
-            provenance=find_provenance(engine_config, model=None, tokenizer=tokenizer, directory=None),
+            named=functools.partial(find_provenance, engine_config, model=None, tokenizer=tokenizer, directory=None),
         )
         return llm
 
@@ -116,7 +116,7 @@ class LLM:
         config: EngineConfig,
         *,
         template_sources: Sequence[str | Path | Tokenizer | None],
-        provenance: Provenance,
+        named: Callable[[], Provenance],
     ) -> None:
         _show_log_lines()
         self.config = config
@@ -131,7 +131,7 @@ class LLM:
             vocab_size=model_config.vocab_size,
             max_model_len=self.max_model_len,
             seed=config.seed,
-            provenance=provenance,
+            provenance=named(),  # asks JAX for its devices, which only the line above may start
         )
         self._driver = Driver(self._controller, on_end=self._loaded.close)
         self._template_sources = template_sources

@@ -18,10 +18,11 @@ from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import assemble, context_length, footprint
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+from jaxinfer.wrappers.jax_start import start_jax
 
 
 class LoadedEngine:
-    """A model ready to run requests.
+    """A model ready to run requests; starts JAX if it does not run yet.
 
     Args:
       model_config: its numbers.
@@ -35,6 +36,7 @@ class LoadedEngine:
     """
 
     def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
+        start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
         self.max_model_len = context_length(config, model_config)
         draft = _find_draft(config, model_config, max_model_len=self.max_model_len)
         beside = None if draft is None else footprint(draft.model_config, draft.config)

@@ -15,11 +15,14 @@ import jax
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.logit_edits import EditState
+from jaxinfer.wrappers.jax_start import card_bytes
 from jaxinfer.wrappers.step_batch import StepShapes
 
 MEMINFO = Path("/proc/meminfo")
 CPU_SHARE = 0.5
 """Of a CPU's available memory, at most, for the KV pool."""
+POOL_SHARE = 0.95
+"""Of what JAX has taken of a GPU, at most; the rest is for fragments, and for what XLA tries out while it compiles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +43,8 @@ def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
 
     Args:
       device: of any platform.
-      gpu_memory_utilization: share of a GPU's memory that may be used; a CPU gives CPU_SHARE of what is available.
+      gpu_memory_utilization: share of a GPU's memory that may be used, as far as JAX was started with as much; a CPU
+        gives CPU_SHARE of what is available.
 
     Raises:
       ValueError: the device does not report its memory.
@@ -50,7 +54,9 @@ def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ValueError(f"{device.device_kind} does not report its memory; set num_kv_pages")
-    return int(stats["bytes_limit"] * gpu_memory_utilization) - stats["bytes_in_use"]
+    limit = stats["bytes_limit"]
+    all_bytes = card_bytes(limit) if device.platform == "gpu" else limit
+    return int(min(all_bytes * gpu_memory_utilization, limit * POOL_SHARE)) - stats["bytes_in_use"]
 
 
 def available_bytes(meminfo: Path = MEMINFO) -> int:

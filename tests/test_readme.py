@@ -55,3 +55,11 @@ def test_readme_links_exist():
 def test_presets_are_settings(file):
     known = [field.name for settings in SETTINGS for field in dataclasses.fields(settings)]
     split_settings(read_settings(file, known))
+
+
+def test_colab_install_lines_bring_the_plugin_for_its_gpu():
+    """The notebooks' packages alone may bring a newer JAX, which then runs on the CPU."""
+    sources = [TEXT, *(path.read_text() for path in sorted((ROOT / "notebooks").glob("*.ipynb")))]
+    assert [re.findall(r"%pip install '\./jaxinfer\[(.*?)\]'", source) for source in sources] == [
+        ["cuda12,notebook"]
+    ] * len(sources)

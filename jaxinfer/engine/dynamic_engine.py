@@ -36,7 +36,8 @@ class EngineStats:
     Args:
       num_requests_running, num_requests_waiting, num_requests_finished: requests by state; aborted ones are finished.
       kv_pages_total, kv_pages_used, kv_pages_cached: pages of the pool, with an owner, and findable without one.
-      prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found.
+      prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found; a prompt counts once, however many
+        samples share it.
       num_preemptions: sequences sent back to the queue.
       prompt_tokens, generation_tokens: tokens of accepted prompts and tokens read.
       num_steps: steps launched with work; a pipeline needs some without to move on.

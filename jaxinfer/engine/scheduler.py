@@ -425,12 +425,13 @@ class Scheduler:
         if not self._chunk_len(step, len(sequence.token_ids) - prefix.num_tokens):
             return False
         step.page_copies += self._pages.take(sequence, prefix)
-        sequence.slot, sequence.leader = self._free_slots.pop(), None
-        sequence.num_skipped = 0
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = len(prefix.pages) * self._config.page_size
-            self.prefix_cache_queries += len(sequence.token_ids)
-            self.prefix_cache_hits += sequence.num_cached_tokens
+            if sequence.leader is None:
+                self.prefix_cache_queries += len(sequence.token_ids)
+                self.prefix_cache_hits += sequence.num_cached_tokens
+        sequence.slot, sequence.leader = self._free_slots.pop(), None
+        sequence.num_skipped = 0
         self._running.append(sequence)
         self._add_chunk(step, sequence)
         return True

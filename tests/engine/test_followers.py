@@ -127,3 +127,18 @@ def test_followers_of_a_leader_that_has_ended_run_alone():
     for entry in requests[1:]:
         engine.add_request(entry, leader="1")
     assert_own_texts([*early, *finish(engine)], requests)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_followers_are_no_queries_of_the_prefix_cache(max_num_seqs):
+    """A prompt is looked up once, however many samples it has and whether they run beside their leader or after it."""
+    engine, _ = make_engine(max_num_seqs=max_num_seqs)
+    requests = samples(2 * PAGE + 5)
+    add(engine, requests)
+    assert_own_texts(finish(engine), requests)
+    stats = engine.stats()
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (2 * PAGE + 5, 0)
+    add(engine, requests)
+    assert_own_texts(finish(engine), requests)
+    stats = engine.stats()
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (2 * (2 * PAGE + 5), 2 * PAGE)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -92,19 +93,38 @@ def unknown_keyword(keyword: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"unknown argument {keyword!r}{hint}")
 
 
-def from_keywords(settings: type[_Settings], keywords: Mapping[str, Any]) -> _Settings:
-    """Builds a dataclass of settings from keyword arguments.
+def names_nearest_field(settings: type[_Settings]) -> type[_Settings]:
+    """Lets a dataclass refuse a keyword that is none of its fields by naming the nearest one; stands above @dataclass.
 
-    Raises:
-      TypeError: a keyword is not a field; the message names the nearest field.
+    Whoever makes an instance sees it (a call, dataclasses.replace), and nobody else: signature, copies and pickles stay
+    those of the dataclass.
+
+    Example:
+      >>> @names_nearest_field
+      ... @dataclass
+      ... class Size:
+      ...     width: int
+      >>> Size(width=3)
+      Size(width=3)
+      >>> Size(widht=3)
+      Traceback (most recent call last):
+      TypeError: unknown argument 'widht'; did you mean 'width'?
     """
+    initialise: Callable[..., None] = settings.__init__
     known = [field.name for field in dataclasses.fields(cast(Any, settings))]
-    for keyword in keywords:
-        if keyword not in known:
-            raise unknown_keyword(keyword, known)
-    return settings(**keywords)
+
+    @functools.wraps(initialise)
+    def initialise_known(self: object, *values: Any, **keywords: Any) -> None:
+        for keyword in keywords:
+            if keyword not in known:
+                raise unknown_keyword(keyword, known)
+        initialise(self, *values, **keywords)
+
+    cast(Any, settings).__init__ = initialise_known
+    return settings
 
 
+@names_nearest_field
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Everything the engine can be told; one instance per LLM, never changed.
@@ -194,7 +214,7 @@ class EngineConfig:
         Raises:
           TypeError: a keyword is not a field; the message names the nearest field.
         """
-        return from_keywords(cls, keywords)
+        return cls(**keywords)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from jaxinfer.config import from_keywords, require_bool, require_float, require_int
+from jaxinfer.config import names_nearest_field, require_bool, require_float, require_int
 from jaxinfer.request import MAX_LOGPROBS, LogitEdits
 
 EarlyStopping = bool | Literal["never"]
@@ -81,6 +81,7 @@ def _require_choices(name: str, value: object) -> tuple[str, ...]:
     return tuple(_require_text(f"{name} entry", entry) for entry in value)
 
 
+@names_nearest_field
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutput:
     """What the whole output must look like; exactly one of the fields is given.
@@ -118,7 +119,7 @@ def _require_structured(name: str, value: object) -> StructuredOutput:
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a StructuredOutput or a mapping of its fields, got {value!r}")
-    return from_keywords(StructuredOutput, {str(key): entry for key, entry in value.items()})
+    return StructuredOutput(**{str(key): entry for key, entry in value.items()})
 
 
 def _require_early_stopping(name: str, value: object) -> EarlyStopping:
@@ -139,6 +140,7 @@ def _keep_unless_none(params: object, name: str, require: Callable[..., Any], *l
         _keep(params, name, require, *limits)
 
 
+@names_nearest_field
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
@@ -251,9 +253,10 @@ class SamplingParams:
         Raises:
           TypeError: a keyword is not a field; the message names the nearest field.
         """
-        return from_keywords(cls, keywords)
+        return cls(**keywords)
 
 
+@names_nearest_field
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamSearchParams:
     """How beam search looks for the most likely texts of one prompt.

@@ -81,9 +81,10 @@ def test_engine_config_numbers_become_float(value) -> None:
     [("max_num_seq", "; did you mean 'max_num_seqs'?"), ("page_sise", "; did you mean 'page_size'?"), ("zzz", "")],
 )
 def test_engine_config_unknown_keyword_names_nearest(keyword: str, hint: str) -> None:
-    with pytest.raises(TypeError) as caught:
-        EngineConfig.from_keywords({keyword: 1})
-    assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
+    for make in (EngineConfig, lambda **keywords: EngineConfig.from_keywords(keywords)):
+        with pytest.raises(TypeError) as caught:
+            make(**{keyword: 1})
+        assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
 
 
 def test_engine_config_from_keywords_equals_constructor() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import math
 import pickle
 import re
@@ -205,18 +207,41 @@ def test_sampling_params_is_frozen_replaceable_and_picklable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keyword", "hint"),
+    ("kind", "keyword", "hint"),
     [
-        ("temprature", "; did you mean 'temperature'?"),
-        ("max_token", "; did you mean 'max_tokens'?"),
-        ("max_new_tokens", "; did you mean 'max_tokens'?"),
-        ("zzz", ""),
+        (SamplingParams, "temprature", "; did you mean 'temperature'?"),
+        (SamplingParams, "max_token", "; did you mean 'max_tokens'?"),
+        (SamplingParams, "max_new_tokens", "; did you mean 'max_tokens'?"),
+        (SamplingParams, "zzz", ""),
+        (BeamSearchParams, "beam_size", "; did you mean 'beam_width'?"),
+        (BeamSearchParams, "zzz", ""),
+        (StructuredOutput, "regexp", "; did you mean 'regex'?"),
     ],
 )
-def test_sampling_params_unknown_keyword_names_nearest(keyword: str, hint: str) -> None:
-    with pytest.raises(TypeError) as caught:
-        SamplingParams.from_keywords({keyword: 1})
-    assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
+def test_params_unknown_keyword_names_nearest(kind: type, keyword: str, hint: str) -> None:
+    good = kind(regex="a") if kind is StructuredOutput else kind()
+    makers = [lambda: kind(**{keyword: 1}), lambda: dataclasses.replace(good, **{keyword: 1})]
+    if kind is SamplingParams:
+        makers.append(lambda: SamplingParams.from_keywords({keyword: 1}))
+    for make in makers:
+        with pytest.raises(TypeError) as caught:
+            make()
+        assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
+
+
+@pytest.mark.parametrize("good", [SamplingParams(n=2), BeamSearchParams(), StructuredOutput(regex="a")])
+def test_params_that_name_the_nearest_keyword_are_plain_dataclasses_otherwise(good) -> None:
+    kind = type(good)
+    names = [field.name for field in dataclasses.fields(good)]
+    signature = inspect.signature(kind)
+    assert list(signature.parameters) == names
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in signature.parameters.values())
+    assert {name: signature.parameters[name].annotation for name in names} == kind.__annotations__
+    for copied in (copy.copy(good), copy.deepcopy(good), pickle.loads(pickle.dumps(good)), dataclasses.replace(good)):
+        assert copied == good and type(copied) is kind
+    assert not hasattr(good, "__dict__")
+    with pytest.raises(TypeError, match="positional"):
+        kind(1)
 
 
 BEAM_INTEGERS = {

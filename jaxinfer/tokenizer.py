@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +31,8 @@ KEPT_WINDOW = 32
 MATCHED_TAIL = 6
 ANCHOR = "a"  # a piece that every decoder leaves as it is
 BYTE_LEVEL_SPACE = "\u0120"
+# Steps of a decoder in tokenizer.json that turn each token into text by itself, byte tokens of ByteFallback apart.
+TOKENWISE_STEPS = frozenset({"Replace", "ByteFallback", "Metaspace", "Strip"})
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 SPECIAL_TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -84,6 +88,50 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """The text of a token that is the same whatever tokens stand around it.
+
+    Attributes:
+      inside: what the token adds to a text that has begun, for example " house".
+      alone: its text where it is the first token; some tokenizers drop a space there, so "house".
+    """
+
+    inside: str
+    alone: str
+
+
+class PlainTexts(dict[int, PlainText | None]):
+    """The texts of a tokenizer's plain tokens by token id, None for other ids; each is found out when first asked for.
+
+    A token is plain if no token before or behind it changes its text, save that the first token of a text may lose a
+    space. Most words are. A token that holds a part of a character is not: its text is U+FFFD or a part of a
+    character, depending on its neighbours. IncrementalDetokenizer looks plain tokens up here instead of decoding them.
+
+    Args:
+      decode: the tokenizer's method.
+      is_tokenwise: whether the tokenizer's decoder turns this token into text (or bytes) without a look at its
+        neighbours. A few decoded examples cannot show that, so the tokenizer has to know it. It is False for the byte
+        tokens of a ByteFallback decoder: one malformed byte turns a whole run of them into U+FFFD.
+    """
+
+    def __init__(self, decode: Callable[..., str], is_tokenwise: Callable[[int], bool]) -> None:
+        super().__init__()
+        self._decode = partial(decode, skip_special_tokens=False)
+        self._is_tokenwise = is_tokenwise
+
+    def __missing__(self, token_id: int) -> PlainText | None:
+        self[token_id] = self._find(token_id) if self._is_tokenwise(token_id) else None
+        return self[token_id]
+
+    def _find(self, token_id: int) -> PlainText | None:
+        alone, twice, thrice = (self._decode([token_id] * n) for n in (1, 2, 3))
+        inside = twice[len(alone) :]
+        # A decoder that takes more spaces off a text's beginning than this token has would take the next token's, too.
+        is_plain = inside.endswith(alone) and thrice == alone + inside + inside
+        return PlainText(inside=inside, alone=alone) if inside and is_plain and REPLACEMENT not in thrice else None
+
+
 class FileTokenizer:
     """The tokenizer of a checkpoint directory: tokenizer.json, with tokenizer_config.json where there is one.
 
@@ -123,6 +171,8 @@ class FileTokenizer:
         self._bos_token_id, self._eos_token_id = (
             None if name is None else self._tokenizer.token_to_id(name) for name in names[:2]
         )
+        has_plain_texts = _reads_tokenwise(self._tokenizer.decoder)
+        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if has_plain_texts else None
 
     @property
     def vocab_size(self) -> int:
@@ -168,6 +218,10 @@ class FileTokenizer:
         piece_bytes = _piece_reader(self._tokenizer)
         return tuple(b"" if piece is None else piece_bytes(piece) for piece in pieces)
 
+    def _is_tokenwise(self, token_id: int) -> bool:
+        piece = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        return piece is not None and not piece.startswith("<0x")  # a byte token if the decoder has a ByteFallback
+
 
 class SentencePieceTokenizer:
     """The tokenizer of a checkpoint directory that has a sentencepiece tokenizer.model and no tokenizer.json.
@@ -205,6 +259,7 @@ class SentencePieceTokenizer:
         self._special_ids = {self._model.id_to_piece(token_id): token_id for token_id in self.special_token_ids}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, between the BOS and EOS that tokenizer_config.json asks for."""
@@ -247,6 +302,10 @@ class SentencePieceTokenizer:
         piece = self._model.id_to_piece(token_id)
         return _byte_of(piece) if self._model.is_byte(token_id) else piece.replace(SPACE, " ").encode()
 
+    def _is_tokenwise(self, token_id: int) -> bool:
+        is_ordinary = 0 <= token_id < self.vocab_size and token_id not in self.special_token_ids
+        return is_ordinary and not self._model.is_byte(token_id)
+
     def _run_text(self, token_ids: list[int], is_first: bool) -> str:
         """Text of ordinary tokens; sentencepiece drops the first one's space, which is right at the beginning only."""
         space = "" if is_first or not self._model.id_to_piece(token_ids[0]).startswith(SPACE) else " "
@@ -274,6 +333,7 @@ class ByteTokenizer:
 
     def __init__(self, *, add_bos: bool = False) -> None:
         self._prefix = [self.bos_token_id] if add_bos else []
+        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: its bytes, after BOS if the tokenizer was made with add_bos."""
@@ -296,6 +356,9 @@ class ByteTokenizer:
     def token_bytes(self) -> tuple[bytes, ...]:
         """The bytes that each token adds in the middle of a text; b"" for BOS and EOS."""
         return (*(bytes([byte]) for byte in range(256)), b"", b"")
+
+    def _is_tokenwise(self, token_id: int) -> bool:
+        return 0 <= token_id < self.vocab_size
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer | None:
@@ -333,13 +396,15 @@ class IncrementalDetokenizer:
       characters given out before the malformed byte came. Text given out is never taken back: those characters stay,
       and only the bytes behind them become U+FFFD (sentencepiece reads such a run in this way).
 
-    Each token costs one decode of a window of at most about MAX_WINDOW tokens, whatever the length of the text. (The
-    window grows beyond that only while its end depends on its beginning: in a malformed run of byte tokens longer than
-    the window.)
+    A plain token (see PlainTexts; nearly all tokens of ordinary text) that follows another is not decoded, its text is
+    looked up. Any other token costs one decode of a window: the tokens since the last plain one, or at most about
+    MAX_WINDOW of them, whatever the length of the text. (The window grows beyond that only while its end depends on
+    its beginning: in a malformed run of byte tokens longer than the window.) Of the prompt, too, only such a window is
+    ever decoded.
 
     Args:
-      tokenizer: decodes.
-      prompt_token_ids: the prompt; decoded in full a few times here, later only its last tokens.
+      tokenizer: decodes. Where it has an attribute plain_texts that is not None, plain tokens are looked up there.
+      prompt_token_ids: the prompt.
       skip_special_tokens: leave special tokens out of the text.
 
     Source: the prefix_offset/read_offset scheme of text-generation-inference
@@ -347,8 +412,8 @@ class IncrementalDetokenizer:
     (transformers_utils/detokenizer_utils.py, detokenize_incrementally): decode a short window with and without the new
     tokens and give out the difference. Deviations: the border between old and new text is kept as a count of
     characters, not as a token offset, so that text is given out although every token ends inside a character, and
-    U+FFFD in the text is not held for ever; the window moves only after its end has been seen not to depend on what is
-    let go; special tokens that are left out never enter the window.
+    U+FFFD in the text is not held for ever; the window moves only to a plain token, or after its end has been seen not
+    to depend on what is let go; special tokens that are left out never enter the window.
 
     Example:
       >>> detokenizer = IncrementalDetokenizer(ByteTokenizer(), [104], skip_special_tokens=True)
@@ -360,15 +425,16 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._dropped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._plain_texts: PlainTexts | None = getattr(tokenizer, "plain_texts", None)
         self._parts: list[str] = []
-        self._window = [i for i in prompt_token_ids if i not in self._dropped]
+        self._window: list[int] = []
         self._max_window = MAX_WINDOW
-        # The window's text is _given + _held as of its first _num_settled tokens; later ones await a decision.
-        self._given = self._decode(self._window)
-        self._held = ""
-        self._num_settled = len(self._window)
-        if len(self._window) >= MAX_WINDOW:
-            self._slide()
+        # The window's text is _given + _held as of its first _num_settled tokens; later ones await a decision. Behind a
+        # plain token the window is that token and nothing is held or undecided.
+        self._given = self._held = ""
+        self._num_settled = 0
+        self._is_after_plain = False
+        self._read_prompt(prompt_token_ids)
 
     @property
     def text(self) -> str:
@@ -398,7 +464,54 @@ class IncrementalDetokenizer:
         self._parts.append(new_text)
         return new_text
 
+    def _read_prompt(self, token_ids: Sequence[int]) -> None:
+        """Takes as much of the prompt's end into the window as the text behind it depends on."""
+        newest_first = (i for i in reversed(token_ids) if i not in self._dropped)
+        if self._plain_texts is None:
+            self._grow_window(newest_first)
+            return
+        newest: list[int] = []
+        for token_id in newest_first:
+            newest.append(token_id)
+            if self._plain_texts[token_id] is not None:
+                break
+        self._take_as_given(newest[::-1])
+        self._is_after_plain = len(newest) == 1 and self._plain_texts[newest[0]] is not None
+        if len(newest) >= MAX_WINDOW:
+            self._slide()
+
+    def _grow_window(self, newest_first: Iterator[int]) -> None:
+        """Doubles the window, from the prompt's end on, until its own end reads the same without its older tokens."""
+        num_more = MAX_WINDOW
+        while True:
+            more = list(islice(newest_first, num_more))
+            self._take_as_given(more[::-1] + self._window)
+            if len(more) < num_more or self._slide():
+                return
+            num_more = len(self._window)
+
+    def _take_as_given(self, window: list[int]) -> None:
+        """Makes tokens of the prompt the window; their text is the prompt's."""
+        self._window, self._num_settled = window, len(window)
+        self._given = self._decode(window)
+
     def _push(self, token_id: int) -> str:
+        plain = None if self._plain_texts is None else self._plain_texts[token_id]
+        if plain is None:
+            self._is_after_plain = False
+            return self._read(token_id)
+        new_text = plain.inside if self._is_after_plain else self._read(token_id)
+        self._start_at(token_id, plain)
+        return new_text
+
+    def _start_at(self, token_id: int, plain: PlainText) -> None:
+        """Lets go of all that is before a plain token: no text behind it depends on that."""
+        self._window, self._given, self._num_settled = [token_id], plain.alone, 1
+        self._max_window = MAX_WINDOW
+        self._is_after_plain = True
+
+    def _read(self, token_id: int) -> str:
+        """Decodes the window with one more token."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.startswith(self._given.rstrip(REPLACEMENT)):
@@ -435,8 +548,8 @@ class IncrementalDetokenizer:
         self._given = self._held = ""
         return held + self._advance(self._decode(self._window))
 
-    def _slide(self) -> None:
-        """Lets the oldest tokens of the window go, if its end reads the same without them."""
+    def _slide(self) -> bool:
+        """Lets the oldest tokens of the window go, if its end reads the same without them; returns whether it does."""
         newest = len(self._window) - KEPT_WINDOW
         # Without its last one to three tokens as well: then a malformed run is told from one that is only incomplete.
         ends = [len(self._window) - i for i in range(MAX_HELD + 1)]
@@ -448,8 +561,9 @@ class IncrementalDetokenizer:
                 self._given = new[0][: len(new[0]) - len(self._held)]
                 self._num_settled = len(self._window)
                 self._max_window = MAX_WINDOW
-                return
+                return True
         self._max_window *= 2  # so that trying again costs no more than the tokens did
+        return False
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
@@ -486,6 +600,29 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _reads_tokenwise(decoder: tokenizers.decoders.Decoder | None) -> bool:
+    """Whether a decoder turns each token into text, or into bytes of UTF-8, without a look at its neighbours."""
+    steps = [] if decoder is None else _decoder_steps(json.loads(decoder.__getstate__()))
+    names = [step["type"] for step in steps]
+    if names == ["ByteLevel"]:
+        return True
+    num_tokenwise = names.index("Fuse") if "Fuse" in names else len(names)
+    # Fuse joins the tokens; of what may follow, a Strip of the text's beginning concerns the first token only.
+    on_joined = [step for step in steps[num_tokenwise:] if step["type"] != "Fuse"]
+    return (
+        bool(steps)
+        and TOKENWISE_STEPS.issuperset(names[:num_tokenwise])
+        and all(step["type"] == "Strip" and step["stop"] == 0 for step in on_joined)
+    )
+
+
+def _decoder_steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """A decoder as tokenizer.json writes it, as the list of its steps."""
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
 
 
 def _piece_reader(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:

@@ -1,31 +1,26 @@
-"""Every notebook runs from top to bottom without a network, shows what it promises, and compiles nothing twice."""
+"""Every notebook runs from top to bottom without a network, shows what it promises, and compiles nothing twice.
 
-from pathlib import Path
+The outputs stored in a notebook are those of a run; `python tests/execute_notebooks.py` stores them anew.
+"""
 
-import nbformat
+import re
+
 import pytest
-from nbclient import NotebookClient
+from execute_notebooks import NAMES, executed, read
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-
-
-def execute(name: str) -> nbformat.NotebookNode:
-    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    return notebook
+# What a stored notebook may weigh, in bytes, and how its log lines begin: others would be warnings.
+MAX_SIZE = 300_000
+LOG_LINE = "jaxinfer: "
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    return execute("quickstart")
+    return executed(read("quickstart"))
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return execute("mesh")
+    return executed(read("mesh"))
 
 
 def outputs(notebook, source):
@@ -36,6 +31,46 @@ def outputs(notebook, source):
 
 def text(notebook, source):
     return "".join(output.get("text", "") for output in outputs(notebook, source) if output.get("name") == "stdout")
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def shown(cell):
+    """What a reader sees of a cell's outputs, log lines apart: text, tables without their layout, how many pictures.
+
+    Only the kinds of outputs if the cell has the tag "varies".
+    """
+    results = [output for output in cell.outputs if output.get("name") != "stderr"]
+    if "varies" in cell.metadata.get("tags", ()):
+        return [output.output_type for output in results]
+    return [output.text if output.output_type == "stream" else visible(output.data) for output in results]
+
+
+def visible(data):
+    """A result as a browser shows it: HTML before text. Of a coloured token table that is the text of the tokens."""
+    if "text/html" not in data:
+        return (data["text/plain"], "image/png" in data)
+    return re.sub(r"<style.*?</style>|<[^>]*>", " ", data["text/html"], flags=re.DOTALL).split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_stored_outputs_are_those_of_a_run(name, request):
+    stored, run = code_cells(read(name)), code_cells(request.getfixturevalue(name))
+    assert [cell.execution_count for cell in stored] == list(range(1, len(run) + 1))
+    for before, after in zip(stored, run, strict=True):
+        assert shown(before) == shown(after), f"run `python tests/execute_notebooks.py`: {before.source[:80]}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_stored_outputs_are_small_and_free_of_warnings_and_paths(name):
+    stored = read(name)
+    logs = [o.text for cell in code_cells(stored) for o in cell.outputs if o.get("name") == "stderr"]
+    assert all(line.startswith(LOG_LINE) for log in logs for line in log.splitlines())
+    content = str(stored)
+    assert len(content) < MAX_SIZE
+    assert not re.search(r"/(home|tmp|root|work|Users|usr|site-packages)/|it/s\b|Warning:", content)
 
 
 def test_quickstart_streams_batches_and_talks_asynchronously(quickstart):

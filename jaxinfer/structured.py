@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer import confined
 from jaxinfer.constraint import ConstraintError, ConstraintState, TokenConstraint, pack_ids, packed_len
 from jaxinfer.sampling_params import StructuredOutput
 from jaxinfer.tokenizer import Tokenizer
@@ -35,6 +35,9 @@ NUM_KEPT = 64
 TRIAL_SECONDS = 20.0
 """Of wall-clock time, for a machine too busy to give the trial its one second of processor time sooner."""
 TRIAL = Path(__file__).with_name("grammar_trial.py")
+TRIAL_LIMITS = {"RLIMIT_CPU": 1, "RLIMIT_AS": 1 << 30, "RLIMIT_STACK": 2 << 20}
+"""Seconds of processor time, bytes of address space, and bytes of stack: a quarter of the usual stack of a thread, in
+which the grammar will be compiled and followed."""
 MARKER = b"\xff"  # llguidance takes tokens that begin with this byte, which UTF-8 never has, for special ones
 # Without it a mask would hold only the tokenization that the tokenizer itself would choose for text that must come.
 WHITESPACE = r"\n? {0,12}"
@@ -257,11 +260,14 @@ def _try_elsewhere(field: str, grammar: str, llguidance: Any) -> None:
       ValueError: it did.
       RuntimeError: the trial itself could not be run.
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(llguidance.__file__).parents[1])}
-    command = [sys.executable, "-P", str(TRIAL)]
     try:
         trial = subprocess.run(
-            command, input=grammar.encode(), env=environment, capture_output=True, timeout=TRIAL_SECONDS, check=False
+            confined.command(TRIAL, limits=TRIAL_LIMITS),
+            input=grammar.encode(),
+            env=confined.environment([str(Path(llguidance.__file__).parents[1])]),
+            capture_output=True,
+            timeout=TRIAL_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         trial = None

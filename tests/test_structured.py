@@ -287,6 +287,20 @@ def test_compile_trial_that_cannot_run_is_no_fault_of_the_grammar(monkeypatch, t
         start(regex="never compiled before")
 
 
+def test_compile_trial_has_no_secrets_and_every_limit(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr("jaxinfer.structured.TRIAL", tmp_path / "trial.py")
+    (tmp_path / "trial.py").write_text(
+        "import os, resource\n"
+        "def main(arguments):\n"
+        "    names = ('CPU', 'AS', 'STACK', 'NOFILE', 'FSIZE', 'CORE')\n"
+        "    limits = [resource.getrlimit(getattr(resource, f'RLIMIT_{name}'))[1] for name in names]\n"
+        "    raise SystemExit(f'{os.environ.get(\"HF_TOKEN\")} {limits}')\n"
+    )
+    with pytest.raises(RuntimeError, match=rf"failed: None \[1, {2**30}, {2 << 20}, 16, 0, 0\]"):
+        start(regex="never compiled before, either")
+
+
 def test_import_llguidance_loads_no_torch() -> None:
     program = "import sys, llguidance; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"False\n"

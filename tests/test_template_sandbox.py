@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-import jaxinfer.template_sandbox
+from jaxinfer import template_sandbox
 from jaxinfer.template_sandbox import SandboxLimits, TemplateSandbox
 
 TIGHT = SandboxLimits(source_chars=2000, rendered_chars=1000, seconds=0.5, memory_bytes=2**27)
@@ -191,9 +193,36 @@ def test_interrupted_wait_does_not_give_the_next_one_a_wrong_answer(sandbox) -> 
     assert render(sandbox, "b") == "b"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and another process's limits")
+def test_process_has_no_secrets_and_every_limit(monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    sandbox = TemplateSandbox(SandboxLimits(seconds=30, memory_bytes=2**28))
+    render(sandbox, "a")
+    process = sandbox._process
+
+    def limit(name: str) -> int:
+        return resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{name}"))[0]
+
+    assert b"secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    assert [limit(name) for name in ("AS", "FSIZE", "NOFILE", "CORE", "CPU")] == [2**28, 0, 16, 0, 31]
+    while limit("CPU") == 31:  # what earlier renders took is no part of the next one's time
+        render(sandbox, "{% for i in range(99999) %}{% for j in range(20) %}{% endfor %}{% endfor %}")
+    assert limit("CPU") == 32 and sandbox._process is process
+    sandbox.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_process_that_nobody_waits_for_ends_by_itself(monkeypatch) -> None:
+    sandbox = TemplateSandbox(SandboxLimits(seconds=0.01))
+    monkeypatch.setattr(threading.Timer, "start", lambda self: None)  # as if this process were gone
+    with pytest.raises(ValueError, match=r"here: the template takes more than 0\.01 s"):
+        render(sandbox, LOOPS["nested loops"])
+    sandbox.close()
+
+
 def test_process_imports_nothing_of_the_package() -> None:
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); print([m for m in sys.modules if m.startswith('jax')])"
-    command = [sys.executable, "-P", "-c", code, jaxinfer.template_sandbox.__file__]
+    command = [sys.executable, "-P", "-c", code, str(template_sandbox.RENDERER)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -6,6 +6,7 @@ Does not know: how anything is computed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -129,7 +130,7 @@ class LLM:
             tokenizer,
             defaults=defaults,
             vocab_size=model_config.vocab_size,
-            max_model_len=self.max_model_len,
+            max_model_len=self._loaded.longest_request,
             seed=config.seed,
             provenance=named(),  # asks JAX for its devices, which only the line above may start
         )
@@ -294,7 +295,8 @@ class LLM:
           messages: a conversation, which is a list of {"role", "content"}, or a list of conversations. What else a
             message holds (tool_calls, name, ...) is the template's; a content that is a list of parts like {"type":
             "text", "text": ...} reaches it as it is, entries that are None do not.
-          sampling_params: for all conversations, or one each; None samples as the checkpoint says.
+          sampling_params: for all conversations, or one each, taken as they are (SamplingParams() ends after 16
+            tokens); None samples as the checkpoint says, up to the end token or the end of the context.
           use_tqdm: show a progress bar for several conversations.
           add_generation_prompt: end the prompt with the beginning of an assistant's message.
           continue_final_message: end the prompt within the last message, which the output then continues; takes
@@ -318,7 +320,7 @@ class LLM:
           llm.chat([{"role": "user", "content": "What is a river?"}], SamplingParams(max_tokens=64)).text
         """
         conversations, is_single = as_conversations(messages)
-        params = self._params_for(conversations, sampling_params)
+        params = self._params_for(conversations, self._chat_params if sampling_params is None else sampling_params)
         prompts = [
             self._chat_renderer.render(
                 conversation,
@@ -395,7 +397,8 @@ class LLM:
         if not is_single:
             raise TypeError(f"stream_chat takes one conversation, got a list of {len(conversations)}")
         prompt = self._chat_renderer.render(conversations[0], **template)
-        return self._controller.prepare(prompt, self._params_or_default(sampling_params), add_special_tokens=False)
+        params = self._chat_params if sampling_params is None else sampling_params
+        return self._controller.prepare(prompt, self._params_or_default(params), add_special_tokens=False)
 
     def start(self, submission: Submission, *, on_news: Callable[[Ticket], None] | None = None) -> Ticket:
         """Starts a prepared request, whose outputs the ticket gives out while it runs.
@@ -447,6 +450,11 @@ class LLM:
         sources = [source for source in self._template_sources if isinstance(source, (str, Path)) and source != "byte"]
         directories = [checkpoint_directory.resolve(source) for source in sources]
         return ChatRenderer(read_chat_templates(directories), self._template_sandbox)
+
+    @property
+    def _chat_params(self) -> SamplingParams:
+        """A message ends by itself: a limit of tokens that nobody asked for would cut it."""
+        return dataclasses.replace(self.default_params, max_tokens=None)
 
     def _stream(self, submission: Submission) -> OutputStream:
         ticket = self.start(submission)

@@ -38,12 +38,18 @@ class LoadedEngine:
     def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
         self.max_model_len = context_length(config, model_config)
+        self._page_size = config.page_size
         draft = _find_draft(config, model_config, max_model_len=self.max_model_len)
         beside = None if draft is None else footprint(draft.model_config, draft.config)
         self.wrapper = assemble(model_config, store, config, beside=beside)
         self._draft_wrapper = None if draft is None else draft.load(num_pages=self.wrapper.num_pages)
         drafter = _make_drafter(config, self._draft_wrapper)
         self.engine = DynamicEngine(self.wrapper, config, max_model_len=self.max_model_len, drafter=drafter)
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of prompt and output together of the longest request there can be: max_model_len, or all pages."""
+        return min(self.max_model_len, self.wrapper.num_pages * self._page_size)
 
     def warmup(self) -> None:
         """Compiles every program that serving can need."""

@@ -54,7 +54,7 @@ class Preparation:
       tokenizer: None works on ids alone.
       defaults: of the checkpoint.
       vocab_size: of the model; prompt ids lie below it.
-      max_model_len: tokens of prompt and output together.
+      max_model_len: tokens of prompt and output together, up to which a request without max_tokens goes on.
       seed: from which the seeds of requests without one are derived.
     """
 
@@ -80,13 +80,13 @@ class Preparation:
         """A submission that samples; arguments and errors as TextGenerationController.prepare's."""
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
-        token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
+        token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)[-(params.truncate_prompt_tokens or 0) :]
         number = next(self._numbers)
-        limit = params.max_tokens if params.max_tokens is not None else self._max_model_len
+        limit = params.max_tokens if params.max_tokens is not None else self._max_model_len - len(token_ids)
         seed = self._hash(f"{self._seed}:{number}") if params.seed is None else params.seed
         first = Request(
             request_id=str(number),
-            prompt_token_ids=token_ids[-(params.truncate_prompt_tokens or 0) :],
+            prompt_token_ids=token_ids,
             max_tokens=max(limit, 1),
             stop_token_ids=self._stop_token_ids(params),
             temperature=params.temperature,

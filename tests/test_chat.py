@@ -110,7 +110,7 @@ def test_chat_without_params_samples_as_the_generation_config_says(directory, tm
     with LLM(tmp_path / "copy", **SMALL) as llm:
         assert llm.default_params == SamplingParams(temperature=0.6, top_p=0.9, top_k=0)  # unmentioned is off
         output = llm.chat([USER])
-        seeded = SamplingParams(temperature=0.6, top_p=0.9, seed=output.outputs[0].seed)
+        seeded = SamplingParams(temperature=0.6, top_p=0.9, max_tokens=None, seed=output.outputs[0].seed)
         assert output.token_ids == llm.chat([USER], seeded).token_ids
         plain = SamplingParams(seed=output.outputs[0].seed)  # an object is taken as it is
         assert llm.chat([USER], plain).token_ids == llm.generate(list(output.prompt_token_ids), plain).token_ids
@@ -118,7 +118,31 @@ def test_chat_without_params_samples_as_the_generation_config_says(directory, tm
 
 def test_chat_without_params_or_generation_config_is_greedy(llm) -> None:
     assert llm.default_params.temperature == 0
-    assert llm.chat([USER]).token_ids == llm.chat([USER], SamplingParams(temperature=0)).token_ids
+    assert llm.chat([USER]).token_ids == llm.chat([USER], SamplingParams(temperature=0, max_tokens=None)).token_ids
+
+
+def test_chat_without_params_goes_on_to_the_end_token_or_the_context(llm, directory) -> None:
+    answer = llm.chat([USER])
+    assert len(answer.token_ids) > 16
+    assert answer.finish_reason == "stop" or len(answer.prompt_token_ids) + len(answer.token_ids) == 256
+    assert list(llm.stream_chat([USER]))[-1].token_ids == answer.token_ids
+    assert llm.chat([[USER]], use_tqdm=False)[0].token_ids == answer.token_ids
+    assert len(llm.chat([USER], SamplingParams(temperature=0, ignore_eos=True)).token_ids) == 16  # taken as it is
+
+    async def main() -> tuple[int, ...]:
+        async with AsyncLLM(directory, **SMALL) as async_llm:
+            return [output async for output in async_llm.chat([USER])][-1].token_ids
+
+    assert asyncio.run(main()) == answer.token_ids
+
+
+def test_chat_without_params_ends_where_the_pages_do(directory) -> None:
+    with LLM(directory, **SMALL | {"num_kv_pages": 7}) as llm:  # 56 tokens, less than max_model_len
+        endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        for output in (llm.chat([USER], endless), llm.generate("hi", endless)):
+            assert (len(output.prompt_token_ids) + len(output.token_ids), output.finish_reason) == (56, "length")
+        with pytest.raises(ValueError, match=r"needs 8 KV pages .* raise num_kv_pages"):
+            llm.generate(list(range(2, 58)), endless)
 
 
 def test_chat_without_a_template_names_what_is_missing(tmp_path) -> None:

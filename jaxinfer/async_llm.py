@@ -78,17 +78,31 @@ class AsyncLLM:
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         **template: Any,
-    ) -> AsyncOutputStream:
-        """Generates the next message of one conversation, an output after every new token.
+    ) -> AsyncChatStream:
+        """Generates the next message of one conversation, an output after every new token; call it in a coroutine.
+
+        The template is rendered in a thread, so that the event loop goes on meanwhile, and the request starts as soon
+        as that is done, whether or not anybody waits for it yet.
 
         Args:
-          messages, sampling_params, **template: as LLM.stream_chat's. Rendering the template blocks the event loop
-            for about a millisecond, the first time for a tenth of a second.
+          messages, sampling_params, **template: as LLM.stream_chat's.
 
-        Returns, Raises:
-          As generate, and what LLM.chat raises.
+        Returns:
+          As generate.
+
+        Raises:
+          TypeError, ValueError: at the call, if messages or parameters are wrong or there is no template; in place of
+            the first output, if the template is broken or refuses the messages, or its text is too long.
+          EngineClosedError: in place of the first output: the LLM is closed.
+          RuntimeError: no event loop is running.
         """
-        return self._stream(self._llm.prepare_chat(messages, sampling_params, **template))
+        loop = asyncio.get_running_loop()
+        prepare = self._llm.check_chat(messages, sampling_params, **template)
+
+        async def open_stream() -> AsyncOutputStream:
+            return self._stream(await asyncio.to_thread(prepare))
+
+        return AsyncChatStream(loop.create_task(open_stream()), loop)
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> RequestOutput:
         """Looks for the most likely texts of one prompt; arguments, result and errors as LLM.beam_search's."""
@@ -176,3 +190,44 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
         """Aborts the request if it still runs; iterating then ends, also in a task that waits for an output."""
         self._is_done = True
         self._cancel()
+
+
+class AsyncChatStream(AsyncIterator[RequestOutput]):
+    """Outputs of one request whose prompt is still being made; to its user what AsyncOutputStream is.
+
+    Args:
+      opening: makes the prompt and starts the request. It is cancelled with whoever waits for it, with aclose(), or
+        when this is dropped; a request then never starts.
+      loop: in which it runs.
+    """
+
+    def __init__(self, opening: asyncio.Task[AsyncOutputStream], loop: asyncio.AbstractEventLoop):
+        self._opening = opening
+        self._is_done = False
+        self._drop = weakref.finalize(self, _cancel_soon, opening, loop)
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_done:
+            raise StopAsyncIteration
+        try:
+            stream = await self._opening
+        except BaseException as error:
+            if self._is_done and isinstance(error, asyncio.CancelledError):  # another task has called aclose()
+                raise StopAsyncIteration from None
+            self._is_done = True
+            raise
+        return await anext(stream)
+
+    async def aclose(self) -> None:
+        """Aborts the request if it still runs, or is still to start; iterating then ends."""
+        self._is_done = True
+        if self._opening.cancel() or self._opening.cancelled():
+            return
+        if self._opening.exception() is None:
+            await self._opening.result().aclose()
+
+
+def _cancel_soon(task: asyncio.Task[AsyncOutputStream], loop: asyncio.AbstractEventLoop) -> None:
+    """Cancels a task from whichever thread collects the garbage."""
+    with contextlib.suppress(RuntimeError):  # a closed loop has cancelled its tasks
+        loop.call_soon_threadsafe(task.cancel)

@@ -135,7 +135,11 @@ class ChatRenderer:
         self._sandbox = sandbox
         self._clock = clock
 
-    def render(
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text of one conversation; arguments and errors as check's, and what the rendering it returns raises."""
+        return self.check(messages, **options)()
+
+    def check(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -144,12 +148,15 @@ class ChatRenderer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The text of one conversation; the arguments are those of LLM.chat.
+    ) -> Callable[[], str]:
+        """Checks a conversation, as far as that takes no template; the arguments are those of LLM.chat.
+
+        Returns:
+          What renders it, in any thread; it may wait for a process. It raises ValueError when the template is broken,
+          refuses the conversation, or exceeds a limit.
 
         Raises:
-          TypeError, ValueError: the conversation is malformed, there is no template, or the template is broken, refuses
-            the conversation, or exceeds a limit.
+          TypeError, ValueError: the conversation is malformed, or there is no template.
         """
         for name, value in (
             ("add_generation_prompt", add_generation_prompt),
@@ -176,8 +183,13 @@ class ChatRenderer:
             "tools": None if tools is None else [_checked_tool(tool, i) for i, tool in enumerate(_as_list(tools))],
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._sandbox.render(template.source, variables, origin=template.origin, now=self._clock())
-        return _cut_at(text, marker, final_text, template.origin) if continue_final_message else text
+        now = self._clock()
+
+        def render() -> str:
+            text = self._sandbox.render(template.source, variables, origin=template.origin, now=now)
+            return _cut_at(text, marker, final_text, template.origin) if continue_final_message else text
+
+        return render
 
 
 def as_conversations(messages: Any) -> tuple[list[Any], bool]:

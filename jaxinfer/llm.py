@@ -393,12 +393,26 @@ class LLM:
         **template: Any,
     ) -> Submission:
         """A validated request for one conversation, for start; arguments and errors as stream_chat's."""
+        return self.check_chat(messages, sampling_params, **template)()
+
+    def check_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        **template: Any,
+    ) -> Callable[[], Submission]:
+        """Checks a request for one conversation, as far as that needs no rendering; arguments as stream_chat's.
+
+        Returns:
+          What renders the template and makes the validated request, for start. It may be called in any thread and
+          raises what only the template and the length of its text can bring about.
+        """
         conversations, is_single = as_conversations(messages)
         if not is_single:
             raise TypeError(f"stream_chat takes one conversation, got a list of {len(conversations)}")
-        prompt = self._chat_renderer.render(conversations[0], **template)
-        params = self._chat_params if sampling_params is None else sampling_params
-        return self._controller.prepare(prompt, self._params_or_default(params), add_special_tokens=False)
+        params = self._params_or_default(self._chat_params if sampling_params is None else sampling_params)
+        render = self._chat_renderer.check(conversations[0], **template)
+        return lambda: self._controller.prepare(render(), params, add_special_tokens=False)
 
     def start(self, submission: Submission, *, on_news: Callable[[Ticket], None] | None = None) -> Ticket:
         """Starts a prepared request, whose outputs the ticket gives out while it runs.

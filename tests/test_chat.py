@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 
 import pytest
 import sentencepiece
 from conftest import GOLDEN
 from test_sentencepiece import train
 
-from jaxinfer import LLM, AsyncLLM, SamplingParams
+from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
+from jaxinfer.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer import SentencePieceTokenizer
 
 CHAT = GOLDEN / "chat"
@@ -195,3 +197,146 @@ def test_stream_chat_and_async_chat_equal_chat(llm, directory) -> None:
             return "".join([output.delta async for output in async_llm.chat(messages, GREEDY)])
 
     assert asyncio.run(main()) == expected.text
+
+
+@pytest.fixture
+def door(llm):
+    """An AsyncLLM of the same engine."""
+    door = AsyncLLM.__new__(AsyncLLM)
+    door._llm = llm
+    return door
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Renders wait until this event is set; what they render is what the template makes of it."""
+    held, render = threading.Event(), TemplateSandbox.render
+
+    def wait_and_render(*arguments, **options):
+        assert held.wait(20), "the event loop stood still"
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(TemplateSandbox, "render", wait_and_render)
+    yield held
+    held.set()
+
+
+@pytest.fixture
+def started(llm, monkeypatch):
+    """The submissions that were started."""
+    started, start = [], llm.start
+    monkeypatch.setattr(
+        llm, "start", lambda submission, **options: started.append(submission) or start(submission, **options)
+    )
+    return started
+
+
+def test_async_chat_leaves_the_loop_free_while_the_template_renders(door, held) -> None:
+    async def read(stream):
+        return "".join([output.delta async for output in stream])
+
+    async def main():
+        tasks = [asyncio.create_task(read(door.chat([USER], GREEDY))) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in tasks)
+        held.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(main()) == [door._llm.chat([USER], GREEDY).text] * 2
+
+
+def test_async_chat_starts_without_being_waited_for(door, started) -> None:
+    async def main():
+        streams = [door.chat([USER], GREEDY) for _ in range(2)]
+        while len(started) < 2:
+            await asyncio.sleep(0.01)
+        for stream in streams:
+            await stream.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.mark.parametrize("how", ["aclose", "cancel", "drop", "loop"])
+def test_async_chat_left_before_the_render_ends_starts_nothing(door, held, started, how) -> None:
+    async def main():
+        stream = door.chat([USER], GREEDY)
+        reading = asyncio.create_task(anext(stream)) if how == "cancel" else None
+        await asyncio.sleep(0.02)
+        if reading is not None:
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+        if how in ("aclose", "cancel"):
+            await stream.aclose()
+            assert [output async for output in stream] == []
+        if how != "loop":
+            del stream
+            await asyncio.sleep(0.02)
+        held.set()
+        await asyncio.sleep(0.1 if how != "loop" else 0)
+
+    asyncio.run(main())
+    assert started == []
+    assert door._llm.chat([USER], GREEDY).finished
+    assert door._llm.stats().num_requests_running == door._llm.stats().num_requests_waiting == 0
+
+
+def test_async_chat_errors_of_the_template_come_with_the_first_output(door, started) -> None:
+    async def main():
+        for messages, options, message in (
+            ([USER, USER], {}, "Roles must alternate"),
+            ([USER], {"chat_template": "{{ 1 / 0 }}"}, "ZeroDivisionError"),
+            ([{"role": "user", "content": "x" * 999}], {}, "max_model_len"),
+        ):
+            stream = door.chat(messages, GREEDY, **options)
+            with pytest.raises(ValueError, match=message):
+                await anext(stream)
+            assert [output async for output in stream] == []
+
+    asyncio.run(main())
+    assert started == []
+
+
+def test_async_chat_errors_that_need_no_render_come_at_the_call(door, started) -> None:
+    async def main():
+        for messages, params, options, error, message in (
+            ([USER], {"max_tokens": 3}, {}, TypeError, "must be SamplingParams"),
+            ([[USER], [USER]], GREEDY, {}, TypeError, "takes one conversation, got a list of 2"),
+            ([], GREEDY, {}, TypeError, "takes one conversation"),
+            ([{"role": "user"}], GREEDY, {}, ValueError, 'has no "content"'),
+            ([USER], GREEDY, {"continue_final_message": True}, ValueError, "pass add_generation_prompt=False"),
+            ([USER], GREEDY, {"chat_template": 3}, TypeError, "chat_template must be"),
+            ([USER], GREEDY, {"template": "x"}, TypeError, "template"),
+        ):
+            with pytest.raises(error, match=message):
+                door.chat(messages, params, **options)
+
+    asyncio.run(main())
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        door.chat([USER], GREEDY)
+    assert started == []
+
+
+def test_async_chat_of_a_closed_llm_says_so(directory) -> None:
+    async def main():
+        async with AsyncLLM(directory, **SMALL) as async_llm:
+            pass
+        with pytest.raises(EngineClosedError, match="was closed"):
+            await anext(async_llm.chat([USER], GREEDY))
+
+    asyncio.run(main())
+
+
+def test_async_chat_closed_by_another_task_ends_the_reader(door, held) -> None:
+    async def read(stream):
+        return [output async for output in stream]
+
+    async def main():
+        stream = door.chat([USER], GREEDY)
+        reading = asyncio.create_task(read(stream))
+        await asyncio.sleep(0.02)
+        await stream.aclose()
+        assert await reading == []
+        held.set()
+
+    asyncio.run(main())

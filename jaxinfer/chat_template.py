@@ -1,12 +1,14 @@
 """Messages to prompt text: which chat template a checkpoint brings, what it is given, what it may not do.
 
 Owns: reading the template files and the names of special tokens, the checks of messages and tools, the variables of a
-template, continuing a final message.
+template, content in parts for templates that take strings, continuing a final message.
 Does not know: Jinja (template_sandbox.py renders), token ids, requests, models, jax.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,14 +16,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.template_sandbox import TemplateSandbox
+from jaxinfer.template_sandbox import TemplateSandbox, TemplateTraits
 from jaxinfer.tokenizer import read_json_object, token_name
+
+logger = logging.getLogger("jaxinfer")
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 CONFIG_FILE = "tokenizer_config.json"
 _ARGUMENTS = ("messages", "tools", "add_generation_prompt")
+_NUM_KEPT_TRAITS = 8
 _NAMED_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
 
 
@@ -134,6 +139,8 @@ class ChatRenderer:
         self._templates = templates
         self._sandbox = sandbox
         self._clock = clock
+        self._kept_traits = functools.lru_cache(_NUM_KEPT_TRAITS)(sandbox.traits)
+        self._known_to_ignore: set[str] = set()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The text of one conversation; arguments and errors as check's, and what the rendering it returns raises."""
@@ -186,10 +193,35 @@ class ChatRenderer:
         now = self._clock()
 
         def render() -> str:
-            text = self._sandbox.render(template.source, variables, origin=template.origin, now=now)
+            self._say_if_ignored(template, variables["tools"])
+            given = variables | {"messages": self._as_the_template_takes_them(checked, template)}
+            text = self._sandbox.render(template.source, given, origin=template.origin, now=now)
             return _cut_at(text, marker, final_text, template.origin) if continue_final_message else text
 
         return render
+
+    def _say_if_ignored(self, template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None) -> None:
+        if not tools or template.source in self._known_to_ignore or self._traits(template).uses_tools:
+            return
+        self._known_to_ignore.add(template.source)
+        logger.warning(
+            "%s does not use tools: the %d given are not in the prompt; take a template or a model that knows tools",
+            template.origin,
+            len(tools),
+        )
+
+    def _as_the_template_takes_them(
+        self, messages: Sequence[dict[str, Any]], template: ChatTemplate
+    ) -> Sequence[dict[str, Any]]:
+        """The messages; their text parts as one string each where the template takes strings only."""
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        if self._traits(template).reads_parts:
+            return messages
+        return [_with_joined_parts(message, number, template.origin) for number, message in enumerate(messages)]
+
+    def _traits(self, template: ChatTemplate) -> TemplateTraits:
+        return self._kept_traits(template.source, origin=template.origin)
 
 
 def as_conversations(messages: Any) -> tuple[list[Any], bool]:
@@ -330,6 +362,23 @@ def _mark_end(message: dict[str, Any], marker: str) -> str:
     text = texts[-1]["text"]
     texts[-1]["text"] = text + marker
     return text
+
+
+def _with_joined_parts(message: dict[str, Any], number: int, origin: str) -> dict[str, Any]:
+    """A message whose content is a string, also where it came as a list of text parts.
+
+    The texts follow each other without anything between them, as in templates that loop over parts.
+    """
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError(
+                f'{origin} takes text only, message {number} has the part {part!r:.200}; expected parts like {{"type": '
+                f'"text", "text": "..."}}'
+            )
+    return message | {"content": "".join(part["text"] for part in content)}
 
 
 def _cut_at(text: str, marker: str, final_text: str, origin: str) -> str:

@@ -293,15 +293,16 @@ class LLM:
 
         Args:
           messages: a conversation, which is a list of {"role", "content"}, or a list of conversations. What else a
-            message holds (tool_calls, name, ...) is the template's; a content that is a list of parts like {"type":
-            "text", "text": ...} reaches it as it is, entries that are None do not.
+            message holds (tool_calls, name, ...) is the template's; entries that are None do not reach it. A content
+            may be a list of parts like {"type": "text", "text": ...}: a template that reads parts gets them, any other
+            gets their texts as one string.
           sampling_params: for all conversations, or one each, taken as they are (SamplingParams() ends after 16
             tokens); None samples as the checkpoint says, up to the end token or the end of the context.
           use_tqdm: show a progress bar for several conversations.
           add_generation_prompt: end the prompt with the beginning of an assistant's message.
           continue_final_message: end the prompt within the last message, which the output then continues; takes
             add_generation_prompt=False.
-          tools: JSON schemas of functions that the model may call, for templates that know of tools.
+          tools: JSON schemas of functions that the model may call; a log line says so if the template ignores them.
           chat_template: a template in Jinja, or the name of one of the checkpoint's; None takes the checkpoint's (of
             several, "tool_use" if there are tools, else "default").
           chat_template_kwargs: more variables of the template, by name, such as documents or enable_thinking.
@@ -314,7 +315,8 @@ class LLM:
             messages or exceeds a limit; nothing was started.
           EngineClosedError: the LLM is closed.
 
-        Source: transformers 5, apply_chat_template, whose text it reproduces.
+        Source: transformers 5, apply_chat_template, whose text it reproduces. Deviation: to a template that takes
+          strings only, transformers gives the list of parts, which it cannot use.
 
         Example:
           llm.chat([{"role": "user", "content": "What is a river?"}], SamplingParams(max_tokens=64)).text

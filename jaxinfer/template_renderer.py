@@ -1,6 +1,6 @@
 """Program: renders Jinja templates, one request a line of JSON; template_sandbox.py runs it, in a process that may die.
 
-Owns: the Jinja environment of chat templates, what a broken template's error says.
+Owns: the Jinja environment of chat templates, what can be read off a template, what a broken template's error says.
 Does not know: jaxinfer, which takes seconds to import; messages, checkpoints.
 """
 
@@ -17,9 +17,10 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.nodes
+import jinja2.meta
 import jinja2.parser
 import jinja2.sandbox
+from jinja2 import nodes
 
 try:
     import resource
@@ -30,6 +31,7 @@ EXIT_MEMORY = 3
 _COMPILED_NAME = "<template>"  # what jinja calls the file of a template made from a string
 _MAX_MESSAGE_CHARS = 2000
 _NUM_KEPT_TEMPLATES = 8
+_FILTERS_OF_ENTRIES = ("map", "selectattr", "rejectattr", "groupby")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -37,10 +39,10 @@ class _GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own signature
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        return nodes.Scope(body, lineno=line)
 
 
 def _tojson(
@@ -86,12 +88,18 @@ def main(arguments: list[str]) -> None:
       arguments: the characters that a render may have, and its seconds of processor time.
     """
     rendered_chars, seconds = int(arguments[0]), float(arguments[1])
-    compiled = functools.lru_cache(_NUM_KEPT_TEMPLATES)(make_environment().from_string)
+    environment = make_environment()
+    compiled = functools.lru_cache(_NUM_KEPT_TEMPLATES)(environment.from_string)
     _send(b"")
     try:
         for line in sys.stdin.buffer:
             _limit_processor_time(seconds)
-            _send(json.dumps(_answer(json.loads(line), compiled, rendered_chars)).encode())
+            request = json.loads(line)
+            answer = _traits(request, environment) if request["ask"] == "traits" else _text(request, compiled)
+            if len(answer.get("text", "")) > rendered_chars:
+                num_chars = len(answer["text"])
+                answer = {"error": f": the rendered text has {num_chars} characters, the limit is {rendered_chars}"}
+            _send(json.dumps(answer).encode())
     except MemoryError:
         os._exit(EXIT_MEMORY)
 
@@ -101,18 +109,95 @@ def _send(line: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _answer(request: dict[str, Any], compiled: Any, rendered_chars: int) -> dict[str, str]:
+def _text(request: dict[str, Any], compiled: Any) -> dict[str, Any]:
     now = datetime.fromisoformat(request["now"])
     names = {"strftime_now": lambda format: now.strftime(format)} | request["variables"]
     try:
-        text = compiled(request["source"]).render(names)
+        return {"text": compiled(request["source"]).render(names)}
     except MemoryError:
         raise
     except Exception as error:  # whatever a template can do wrong concerns this request only
         return {"error": _error_line(error)}
-    if len(text) > rendered_chars:
-        return {"error": f": the rendered text has {len(text)} characters, the limit is {rendered_chars}"}
-    return {"text": text}
+
+
+def _traits(request: dict[str, Any], environment: jinja2.Environment) -> dict[str, Any]:
+    try:
+        tree = environment.parse(request["source"])
+        names = jinja2.meta.find_undeclared_variables(tree)
+        return {"uses_tools": "tools" in names, "reads_parts": reads_parts(tree)}
+    except MemoryError:
+        raise
+    except Exception as error:
+        return {"error": _error_line(error)}
+
+
+def reads_parts(tree: nodes.Template) -> bool:
+    """Whether a template expects that a message's content may be a list of parts, and takes it apart itself.
+
+    It does if it loops over a content, maps or selects by attributes of its entries, or reads the text or type of an
+    entry. The content may have come through a variable, a macro's parameter, a slice or a filter; what a method returns
+    (content.split("\\n")) is no content any more.
+
+    Source: vLLM, entrypoints/chat_utils.py (_detect_content_format). Deviations: vLLM knows loops only, and no macros.
+
+    Example:
+      >>> parse = make_environment().parse
+      >>> reads_parts(parse("{% for part in messages[0].content %}{{ part.text }}{% endfor %}"))
+      True
+      >>> reads_parts(parse("{% for message in messages %}{{ message.content + '!' }}{% endfor %}"))
+      False
+    """
+    names = _content_names(tree)
+    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+    filters = any(
+        entry.name in _FILTERS_OF_ENTRIES and _is_content(entry.node, names) for entry in tree.find_all(nodes.Filter)
+    )
+    accesses = tree.find_all((nodes.Getattr, nodes.Getitem))
+    entries = [access.node for access in accesses if _key(access) in ("text", "type")]
+    return loops or filters or any(isinstance(e, nodes.Getitem) and _is_content(e.node, names) for e in entries)
+
+
+def _content_names(tree: nodes.Template) -> frozenset[str]:
+    """Variables and parameters of macros that hold a message's content somewhere in the template."""
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    bindings = [(entry.target, entry.node) for entry in tree.find_all(nodes.Assign)]
+    for call in tree.find_all(nodes.Call):
+        macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+        if macro is not None:
+            bindings += zip(macro.args, call.args, strict=False)
+    names: frozenset[str] = frozenset()
+    while True:
+        bound = {
+            target.name for target, value in bindings if isinstance(target, nodes.Name) and _is_content(value, names)
+        }
+        if bound <= names:
+            return names
+        names |= bound
+
+
+def _is_content(node: Any, names: frozenset[str]) -> bool:
+    """Whether an expression is a message's content, or a part or a choice of it."""
+    match node:
+        case nodes.Name():
+            return node.name in names
+        case nodes.Getattr() | nodes.Getitem() if _key(node) == "content":
+            return True
+        case nodes.Call(node=nodes.Getattr(attr="get"), args=[nodes.Const(value="content"), *_]):
+            return True
+        case nodes.Filter() | nodes.Getitem(arg=nodes.Slice()):
+            return _is_content(node.node, names)
+        case nodes.CondExpr():
+            return _is_content(node.expr1, names) or _is_content(node.expr2, names)
+        case nodes.Or() | nodes.And():
+            return _is_content(node.left, names) or _is_content(node.right, names)
+    return False
+
+
+def _key(access: Any) -> Any:
+    """The name in value.name and in value["name"]; None for any other index."""
+    if isinstance(access, nodes.Getattr):
+        return access.attr
+    return access.arg.value if isinstance(access.arg, nodes.Const) else None
 
 
 def _error_line(error: Exception) -> str:

@@ -59,6 +59,19 @@ class SandboxLimits:
                 raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateTraits:
+    """What can be read off a chat template without rendering it.
+
+    Args:
+      uses_tools: it reads the variable tools.
+      reads_parts: it takes apart a message's content that is a list (template_renderer.reads_parts).
+    """
+
+    uses_tools: bool
+    reads_parts: bool
+
+
 class TemplateSandbox:
     """One process that renders templates, started with the first one; safe to use from several threads.
 
@@ -93,23 +106,38 @@ class TemplateSandbox:
           ValueError: in one line that begins with the origin: the template is broken, refuses what it was given
             (raise_exception), does what the sandbox forbids, or exceeds a limit.
         """
-        limits = self._limits
-        if len(source) > limits.source_chars:
-            raise ValueError(f"{origin}: the template has {len(source)} characters, the limit is {limits.source_chars}")
         now = now or datetime.now()
-        request = {"source": source, "variables": dict(variables), "now": now.isoformat()}
-        with self._lock:
-            answer = self._ask(json.dumps(request).encode() + b"\n")
-        if "error" in answer:
-            raise ValueError(f"{origin}{answer['error']}")
-        return answer["text"]
+        request = {"ask": "text", "source": source, "variables": dict(variables), "now": now.isoformat()}
+        return self._answer(request, origin)["text"]
+
+    def traits(self, source: str, *, origin: str) -> TemplateTraits:
+        """What can be read off a template.
+
+        Args:
+          source: the template.
+          origin: where the template is from, for error messages.
+
+        Raises:
+          ValueError: as render's, of a template that is broken or exceeds a limit.
+        """
+        return TemplateTraits(**self._answer({"ask": "traits", "source": source}, origin))
 
     def close(self) -> None:
         """Ends the process; a later render starts another."""
         self._end_process()
         self._process = None
 
-    def _ask(self, request: bytes) -> dict[str, str]:
+    def _answer(self, request: Mapping[str, Any], origin: str) -> dict[str, Any]:
+        num_chars, limit = len(request["source"]), self._limits.source_chars
+        if num_chars > limit:
+            raise ValueError(f"{origin}: the template has {num_chars} characters, the limit is {limit}")
+        with self._lock:
+            answer = self._ask(json.dumps(request).encode() + b"\n")
+        if "error" in answer:
+            raise ValueError(f"{origin}{answer['error']}")
+        return answer
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
         process = self._running()
         requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
         late = threading.Event()

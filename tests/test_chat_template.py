@@ -38,9 +38,21 @@ def render(renderer: ChatRenderer, *messages: Any, **options: Any) -> str:
     return renderer.render(list(messages), **{"chat_template": PLAIN} | options)
 
 
-@pytest.mark.parametrize(
-    "record", RENDERS["renders"], ids=lambda record: f"{record['template']}-{record['conversation']}"
-)
+def has_parts(record: dict[str, Any]) -> bool:
+    messages = RENDERS["conversations"][record["conversation"]]["messages"]
+    return any(isinstance(message.get("content"), list) for message in messages)
+
+
+TEXT_ONLY = ("gemma.jinja", "llama3.jinja", "mistral.jinja")
+"""Templates that take no parts; transformers lets them write Python's view of a list, or fail."""
+OF_TEXT_ONLY = [record for record in RENDERS["renders"] if has_parts(record) and record["template"] in TEXT_ONLY]
+
+
+def named(record: dict[str, Any]) -> str:
+    return f"{record['template']}-{record['conversation']}"
+
+
+@pytest.mark.parametrize("record", [record for record in RENDERS["renders"] if record not in OF_TEXT_ONLY], ids=named)
 def test_render_golden_conversations_equal_transformers(record, sandbox) -> None:
     templates = ChatTemplates(special_tokens=RENDERS["special_tokens"])
     renderer = ChatRenderer(templates, sandbox, clock=lambda: datetime.fromisoformat(RENDERS["now"]))
@@ -53,6 +65,19 @@ def test_render_golden_conversations_equal_transformers(record, sandbox) -> None
         assert "\n" not in str(raised.value)
     else:
         assert renderer.render(**arguments, chat_template=template) == record["text"]
+
+
+@pytest.mark.parametrize("record", OF_TEXT_ONLY, ids=named)
+def test_render_golden_conversations_in_parts_of_a_template_for_text_equal_those_in_strings(record, sandbox) -> None:
+    templates = ChatTemplates(special_tokens=RENDERS["special_tokens"])
+    renderer = ChatRenderer(templates, sandbox)
+    arguments = {"chat_template": (CHAT / record["template"]).read_text(encoding="utf-8")}
+    arguments |= RENDERS["conversations"][record["conversation"]]
+    strings = [
+        {"role": message["role"], "content": "".join(part["text"] for part in message["content"])}
+        for message in arguments["messages"]
+    ]
+    assert renderer.render(**arguments) == renderer.render(**arguments | {"messages": strings})
 
 
 def write(directory: Path, files: dict[str, Any]) -> Path:
@@ -238,6 +263,83 @@ def test_innocent_template_works_on_its_own_copies(renderer) -> None:
     before = copy.deepcopy(messages)
     assert renderer.render(messages, chat_template=template) == "1B2A"
     assert messages == before
+
+
+PARTS = {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}
+ADDING = "{% for m in messages %}{{ '[' + m.role + ']' + m['content'] }}{% endfor %}"
+READERS = {
+    "a loop": "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}",
+    "a loop over a name": (
+        "{% for m in messages %}{% set c = m['content'] %}{% if c is not string %}{% for p in c %}{{ p.text }}|"
+        "{% endfor %}{% endif %}{% endfor %}"
+    ),
+    "a loop in a macro": (
+        "{% macro show(content, n) %}{% for p in content %}{{ p['text'] }}|{% endfor %}{% endmacro %}"
+        "{% for m in messages %}{{ show(m.content, 1) }}{% endfor %}"
+    ),
+    "a loop over a choice": (
+        "{% for m in messages %}{% for p in (m.get('content') or [])[:9] %}{{ p.text }}|{% endfor %}{% endfor %}"
+    ),
+    "a filter": "{% for m in messages %}{{ m.content | map(attribute='text') | join('|') }}|{% endfor %}",
+    "the number of a part": "{{ messages[0]['content'][0]['text'] }}|{{ messages[0].content[1].text }}|",
+}
+STRINGS = {
+    "addition": ADDING,
+    "a test": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}",
+    "a method": "{{ messages[0].content.strip() }}{{ messages[0].content.split('</think>')[-1] }}",
+    "a loop over lines": "{% for line in messages[0].content.split('\n') %}{{ line }}{% endfor %}",
+    "a character": "{{ messages[0].content[0] }}{% for c in messages[0].content.upper() %}{{ c }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", READERS.values(), ids=READERS)
+def test_parts_reach_a_template_that_reads_them(template, renderer) -> None:
+    assert render(renderer, PARTS, chat_template=template) == "one |two|"
+
+
+@pytest.mark.parametrize("template", STRINGS.values(), ids=STRINGS)
+def test_parts_are_one_string_to_a_template_that_takes_strings(template, renderer) -> None:
+    before = copy.deepcopy(PARTS)
+    expected = render(renderer, {"role": "user", "content": "one two"}, chat_template=template)
+    assert render(renderer, PARTS, chat_template=template) == expected
+    assert before == PARTS
+
+
+def test_parts_continued_as_the_final_message_end_within_it(renderer) -> None:
+    final = {"role": "assistant", "content": [{"type": "text", "text": "so "}, {"type": "text", "text": "far"}]}
+    assert render(renderer, USER, final, chat_template=ADDING, **FINAL) == "[user]hi[assistant]so far"
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "url": "x"}, "text", {"type": "text"}, {"text": 3}])
+def test_parts_that_are_no_text_are_refused_by_a_template_for_text(part, renderer) -> None:
+    expected = r"chat_template argument takes text only, message 1 has the part .*; expected parts like"
+    with pytest.raises(ValueError, match=expected):
+        render(renderer, USER, {"role": "user", "content": [{"type": "text", "text": "a"}, part]}, chat_template=ADDING)
+
+
+def test_tools_that_a_template_ignores_are_said_once(sandbox, caplog) -> None:
+    renderer = ChatRenderer(ChatTemplates(), sandbox)
+    for template in (PLAIN, PLAIN, "{% set tools = [] %}" + PLAIN):
+        assert render(renderer, USER, tools=[TOOL, TOOL], chat_template=template) == "user:hi;>"
+    assert len(caplog.records) == 2
+    expected = "chat_template argument does not use tools: the 2 given are not in the prompt"
+    assert caplog.records[0].getMessage().startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ tools | length }}",
+        "{% if tools is defined %}{% endif %}",
+        "{% if not tools is defined %}{% set tools = none %}{% endif %}",
+        "{% macro f() %}{{ tools }}{% endmacro %}",
+        "{% for m in messages %}{% if tools %}{% endif %}{% endfor %}",
+    ],
+)
+def test_tools_that_a_template_uses_are_no_news(template, renderer, caplog) -> None:
+    render(renderer, USER, tools=[TOOL], chat_template=template)
+    render(renderer, USER, tools=[], chat_template=PLAIN)
+    assert not caplog.records
 
 
 FINAL = {"add_generation_prompt": False, "continue_final_message": True}

@@ -2,12 +2,12 @@
 
 from importlib.metadata import version
 
-from jaxinfer.api import generate
-from jaxinfer.async_llm import AsyncLLM
+from jaxinfer.api.async_llm import AsyncLLM
+from jaxinfer.api.generate import generate
+from jaxinfer.api.llm import LLM
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.errors import EngineClosedError, RequestFailedError
-from jaxinfer.llm import LLM
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
 from jaxinfer.request import Request, TokenEvent

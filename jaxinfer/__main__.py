@@ -1,6 +1,6 @@
 """`python -m jaxinfer` is the command `jaxinfer`."""
 
-from jaxinfer.cli import main
+from jaxinfer.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxinfer.output_html import OutputView, TokenView, render
-from jaxinfer.record import JsonRecord, Provenance
+from jaxinfer.records.html import OutputView, TokenView, render
+from jaxinfer.records.record import JsonRecord, Provenance
 from jaxinfer.request import FinishReason
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxinfer.config import require_int
-from jaxinfer.constraint import TokenConstraint
+from jaxinfer.constraints.constraint import TokenConstraint
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20

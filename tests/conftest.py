@@ -20,7 +20,6 @@ if importlib.util.find_spec("beartype"):
         "engine",
         "kernels",
         "layers",
-        "logit_edits",
         "models",
         "sampling",
         "wrappers",

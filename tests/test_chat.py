@@ -13,8 +13,8 @@ from conftest import GOLDEN
 from test_sentencepiece import train
 
 from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
-from jaxinfer.template_sandbox import TemplateSandbox
-from jaxinfer.tokenizer import SentencePieceTokenizer
+from jaxinfer.sandbox.template_sandbox import TemplateSandbox
+from jaxinfer.tokenizer.tokenizer import SentencePieceTokenizer
 
 CHAT = GOLDEN / "chat"
 RENDERS = json.loads((CHAT / "renders.json").read_text(encoding="utf-8"))

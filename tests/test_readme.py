@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jaxinfer import cli
-from jaxinfer.api import split_settings
-from jaxinfer.flags import SETTINGS, read_settings
+from jaxinfer.api.generate import split_settings
+from jaxinfer.cli import main as cli
+from jaxinfer.cli.flags import SETTINGS, read_settings
 from jaxinfer.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]

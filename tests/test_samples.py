@@ -21,7 +21,7 @@ from scipy.special import softmax
 from scipy.stats import chisquare
 
 from jaxinfer import LLM, CompletionOutput, RequestOutput, SamplingParams
-from jaxinfer.driver import Ticket
+from jaxinfer.api.driver import Ticket
 
 pytestmark = pytest.mark.usefixtures("one_shape")
 

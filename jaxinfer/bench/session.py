@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.bench.random_weights import DeviceRandomStore, RandomStore
 from jaxinfer.bench.rehearsal import RecordingWrapper
 from jaxinfer.bench.workload import random_prompts
@@ -27,7 +28,6 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
-from jaxinfer.loaded_engine import LoadedEngine
 from jaxinfer.request import Request
 from jaxinfer.wrappers.step_batch import pages_for
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from jaxinfer.constraint import ConstraintError, ConstraintState, allows_beside
+from jaxinfer.constraints.constraint import ConstraintError, ConstraintState, allows_beside
 from jaxinfer.engine.schedule import SequenceState
 from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import FinishReason, Request

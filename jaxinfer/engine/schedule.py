@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
-from jaxinfer.constraint import ConstraintState
+from jaxinfer.constraints.constraint import ConstraintState
 from jaxinfer.request import FinishReason, Request, TokenLogprobs
 from jaxinfer.wrappers.step_batch import num_blocks
 

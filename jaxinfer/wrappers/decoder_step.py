@@ -20,14 +20,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxinfer import logit_edits, sampling
 from jaxinfer.communication.collectives import share_from_last_stage
 from jaxinfer.layers.attention import Segment, TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
-from jaxinfer.logit_edits import EditState
 from jaxinfer.models.registry import Decoder
-from jaxinfer.sampling import SamplingNumbers
+from jaxinfer.sampling import logit_edits, sampling
+from jaxinfer.sampling.logit_edits import EditState
+from jaxinfer.sampling.sampling import SamplingNumbers
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.pipeline import Flight, LogitRows, Ring, SegmentRows
 from jaxinfer.wrappers.step_batch import (

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxinfer.logit_edits import EditEntries
+from jaxinfer.sampling.logit_edits import EditEntries
 from jaxinfer.wrappers.step_batch import AllowedTokens, SlotEdits
 
 NUM_ENTRIES = 1024

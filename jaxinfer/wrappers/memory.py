@@ -14,7 +14,7 @@ import jax
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.layers.moe import EXPERT_BLOCK
-from jaxinfer.logit_edits import EditState
+from jaxinfer.sampling.logit_edits import EditState
 from jaxinfer.wrappers.jax_start import card_bytes
 from jaxinfer.wrappers.step_batch import StepShapes
 

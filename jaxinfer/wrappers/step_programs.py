@@ -22,7 +22,7 @@ from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
-from jaxinfer.logit_edits import EditState, set_allowed, set_slot
+from jaxinfer.sampling.logit_edits import EditState, set_allowed, set_slot
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decoder_step import (
     DecoderStep,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fake_wrapper import VOCAB_SIZE, next_token
 
-from jaxinfer.constraint import pack_ids
+from jaxinfer.constraints.constraint import pack_ids
 
 
 def right(position):

@@ -7,7 +7,7 @@ from engine_tools import assert_own_texts, finish, make_engine, request, run_all
 from fake_policies import Panic, Raising, Residues, ResidueState
 from fake_wrapper import continuation, text_of
 
-from jaxinfer.constraint import ConstraintError
+from jaxinfer.constraints.constraint import ConstraintError
 
 
 class DeadEnd(Residues):

@@ -18,7 +18,7 @@ from engine_tools import (
 from fake_policies import Scripted, partly, right, wrong
 from fake_wrapper import VOCAB_SIZE, continuation, logprobs
 
-from jaxinfer.constraint import OnlyThese
+from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.drafting import PromptLookup
 from jaxinfer.engine.schedule import SequenceState
 from jaxinfer.sampling_params import BeamSearchParams

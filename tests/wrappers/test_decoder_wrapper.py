@@ -11,7 +11,7 @@ from conftest import load_golden
 from wrapper_tools import FakeProgram, decode_step, make_random_wrapper, make_wrapper, prefill_step
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.constraint import OnlyThese
+from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request
 from jaxinfer.wrappers import decoder_wrapper

@@ -9,8 +9,8 @@ import pytest
 from jax._src import xla_bridge
 
 from jaxinfer import LLM, loaded_engine
+from jaxinfer.cli.info import system_facts
 from jaxinfer.config import EngineConfig
-from jaxinfer.info import system_facts
 from jaxinfer.wrappers import jax_start, memory
 
 GIB = 2**30

@@ -19,7 +19,7 @@ from jaxinfer.communication.sharding import KV_PAGES
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
-from jaxinfer.sampling import NUM_CANDIDATES
+from jaxinfer.sampling.sampling import NUM_CANDIDATES
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
 from jaxinfer.wrappers.decoder_step import SCORE_BLOCK
 from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes

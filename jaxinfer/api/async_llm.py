@@ -1,0 +1,234 @@
+"""The user's door for asyncio: AsyncLLM.
+
+Owns: the way from the driver's thread into an event loop, cancellation.
+Does not know: more of generation than LLM shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.api.arguments import score_params
+from jaxinfer.api.driver import Ticket
+from jaxinfer.api.llm import LLM
+from jaxinfer.checkpoint.directory import DEMO
+from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
+from jaxinfer.text.preparation import Prompt, Submission
+from jaxinfer.tokenizer.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """An LLM for asyncio: any number of tasks, in any number of event loops, generate at the same time.
+
+    Args:
+      model, tokenizer, **engine: as LLM's. Loading blocks the calling thread.
+
+    Raises:
+      As LLM.
+
+    Example:
+      async with AsyncLLM("path/to/checkpoint") as llm:
+          async for output in llm.generate("In the beginning", SamplingParams(max_tokens=32)):
+              print(output.delta, end="", flush=True)
+    """
+
+    def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
+        self._llm = LLM(model, tokenizer=tokenizer, **engine)
+
+    @classmethod
+    def from_params(
+        cls,
+        config: Mapping[str, Any],
+        params: Mapping[str, Any],
+        tokenizer: str | Path | Tokenizer | None = None,
+        **engine: Any,
+    ) -> AsyncLLM:
+        """An AsyncLLM from weights that are already in memory; arguments and errors as LLM.from_params."""
+        llm = cls.__new__(cls)
+        llm._llm = LLM.from_params(config, params, tokenizer, **engine)
+        return llm
+
+    def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncOutputStream:
+        """Generates for one prompt, an output after every new token; call it in a coroutine.
+
+        Args:
+          prompt: a string or a list of token ids.
+          sampling_params: None samples as the checkpoint says.
+
+        Returns:
+          An async iterator of RequestOutput: text grows, delta is what is new, the last one is finished. Cancelling
+          the task that waits for it, closing it or dropping it aborts the request.
+
+        Raises:
+          TypeError, ValueError: at the call, as LLM.generate.
+          EngineClosedError: the LLM is closed.
+          RuntimeError: no event loop is running.
+        """
+        return self._stream(self._llm.prepare(prompt, sampling_params))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        **template: Any,
+    ) -> AsyncChatStream:
+        """Generates the next message of one conversation, an output after every new token; call it in a coroutine.
+
+        The template is rendered in a thread, so that the event loop goes on meanwhile, and the request starts as soon
+        as that is done, whether or not anybody waits for it yet.
+
+        Args:
+          messages, sampling_params, **template: as LLM.stream_chat's.
+
+        Returns:
+          As generate.
+
+        Raises:
+          TypeError, ValueError: at the call, if messages or parameters are wrong or there is no template; in place of
+            the first output, if the template is broken or refuses the messages, or its text is too long.
+          EngineClosedError: in place of the first output: the LLM is closed.
+          RuntimeError: no event loop is running.
+        """
+        loop = asyncio.get_running_loop()
+        prepare = self._llm.check_chat(messages, sampling_params, **template)
+
+        async def open_stream() -> AsyncOutputStream:
+            return self._stream(await asyncio.to_thread(prepare))
+
+        return AsyncChatStream(loop.create_task(open_stream()), loop)
+
+    async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> RequestOutput:
+        """Looks for the most likely texts of one prompt; arguments, result and errors as LLM.beam_search's."""
+        return await self._last(self._llm.prepare_beam_search(prompt, params))
+
+    async def score(self, prompt: Prompt, *, prompt_logprobs: int = 0) -> RequestOutput:
+        """Scores one prompt; arguments, result and errors as LLM.score's."""
+        return await self._last(self._llm.prepare(prompt, score_params(prompt_logprobs)))
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The checkpoint's own way of sampling, used where no SamplingParams are given."""
+        return self._llm.default_params
+
+    def _stream(self, submission: Submission) -> AsyncOutputStream:
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def on_news(ticket: Ticket) -> None:
+            try:
+                loop.call_soon_threadsafe(news.set)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._llm.cancel(ticket)
+
+        ticket = self._llm.start(submission, on_news=on_news)
+        return AsyncOutputStream(ticket, news, lambda: self._llm.cancel(ticket))
+
+    async def _last(self, submission: Submission) -> RequestOutput:
+        """The finished output of a request; cancelling the task aborts it."""
+        outputs = [output async for output in self._stream(submission)]
+        return outputs[-1]
+
+    async def warmup(self) -> None:
+        """Compiles every program that serving can need; the event loop goes on."""
+        await asyncio.to_thread(self._llm.warmup)
+
+    def stats(self) -> EngineStats:
+        """As LLM.stats."""
+        return self._llm.stats()
+
+    def close(self) -> None:
+        """As LLM.close; waiting tasks get an EngineClosedError."""
+        self._llm.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.close)
+
+
+class AsyncOutputStream(AsyncIterator[RequestOutput]):
+    """Outputs of one request as they come; aclose(), dropping it or cancelling who waits for it aborts the request.
+
+    Every output is the state at the time it is asked for: who reads more slowly than tokens come gets several at once.
+
+    Args:
+      ticket: where they come from.
+      news: set when the ticket may have something new.
+      cancel: ends the request.
+    """
+
+    def __init__(self, ticket: Ticket, news: asyncio.Event, cancel: Callable[[], None]):
+        self._ticket = ticket
+        self._news = news
+        self._cancel = weakref.finalize(self, cancel)
+        self._is_done = False
+
+    async def __anext__(self) -> RequestOutput:
+        try:
+            while not self._is_done:
+                output = self._ticket.take()
+                if output is not None:
+                    self._is_done = output.finished
+                    return output
+                await self._news.wait()
+                self._news.clear()
+        except CancelledError:  # the request's, by aclose() maybe in another task
+            self._is_done = True
+        except BaseException:
+            await self.aclose()
+            raise
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Aborts the request if it still runs; iterating then ends, also in a task that waits for an output."""
+        self._is_done = True
+        self._cancel()
+
+
+class AsyncChatStream(AsyncIterator[RequestOutput]):
+    """Outputs of one request whose prompt is still being made; to its user what AsyncOutputStream is.
+
+    Args:
+      opening: makes the prompt and starts the request. It is cancelled with whoever waits for it, with aclose(), or
+        when this is dropped; a request then never starts.
+      loop: in which it runs.
+    """
+
+    def __init__(self, opening: asyncio.Task[AsyncOutputStream], loop: asyncio.AbstractEventLoop):
+        self._opening = opening
+        self._is_done = False
+        self._drop = weakref.finalize(self, _cancel_soon, opening, loop)
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_done:
+            raise StopAsyncIteration
+        try:
+            stream = await self._opening
+        except BaseException as error:
+            if self._is_done and isinstance(error, asyncio.CancelledError):  # another task has called aclose()
+                raise StopAsyncIteration from None
+            self._is_done = True
+            raise
+        return await anext(stream)
+
+    async def aclose(self) -> None:
+        """Aborts the request if it still runs, or is still to start; iterating then ends."""
+        self._is_done = True
+        if self._opening.cancel() or self._opening.cancelled():
+            return
+        if self._opening.exception() is None:
+            await self._opening.result().aclose()
+
+
+def _cancel_soon(task: asyncio.Task[AsyncOutputStream], loop: asyncio.AbstractEventLoop) -> None:
+    """Cancels a task from whichever thread collects the garbage."""
+    with contextlib.suppress(RuntimeError):  # a closed loop has cancelled its tasks
+        loop.call_soon_threadsafe(task.cancel)

@@ -1,0 +1,103 @@
+"""The user's door in one call: generate().
+
+Owns: the one LLM that generate() keeps between calls; telling sampling fields from engine settings.
+Does not know: more of generation than LLM shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.api.llm import LLM
+from jaxinfer.checkpoint.directory import DEMO
+from jaxinfer.config import EngineConfig, unknown_keyword
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.text.preparation import Prompt
+from jaxinfer.tokenizer.tokenizer import Tokenizer
+
+_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+_ENGINE_FIELDS = {field.name for field in dataclasses.fields(EngineConfig)}
+
+
+class _KeptLLM:
+    """The one LLM that generate() keeps between calls."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[Any, ...] | None = None
+        self._llm: LLM | None = None
+
+    def get(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> LLM:
+        """The LLM of these settings; other settings close the old one, and one that no longer runs is replaced."""
+        key = (str(model), tokenizer, config)
+        with self._lock:
+            if self._key != key or self._llm is None or not self._llm.is_running:
+                if self._llm is not None:
+                    self._llm.close()
+                self._key, self._llm = None, None
+                self._llm = LLM(model, tokenizer=tokenizer, **dataclasses.asdict(config))
+                self._key = key
+            return self._llm
+
+
+_kept = _KeptLLM()
+
+
+def generate(
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    model: str | Path = DEMO,
+    tokenizer: str | Path | Tokenizer | None = None,
+    use_tqdm: bool = True,
+    **fields: Any,
+) -> Any:
+    """Generates in one call; the LLM stays loaded for the next call with the same model and engine settings.
+
+    Args:
+      prompts: a string, a list of token ids, or a list of either.
+      sampling_params: taken as it is; without it the checkpoint's defaults, changed field by field by keywords.
+      model, tokenizer: as LLM's.
+      use_tqdm: show a progress bar for several prompts.
+      **fields: fields of SamplingParams and EngineConfig by name. `seed` is the sampling seed.
+
+    Returns:
+      One RequestOutput for one prompt, a list in the same order for a list.
+
+    Raises:
+      TypeError: an unknown keyword (the message names the nearest), or sampling keywords beside sampling_params.
+      As LLM and LLM.generate.
+    """
+    sampling, config = split_settings(fields, also_known=("model", "tokenizer", "use_tqdm"))
+    if sampling_params is not None and sampling:
+        raise TypeError(f"pass sampling_params or {', '.join(sorted(sampling))}, not both")
+    llm = _kept.get(model, tokenizer, config)
+    if sampling_params is None:
+        sampling_params = dataclasses.replace(llm.default_params, **sampling)
+    return llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+
+def split_settings(fields: Mapping[str, Any], *, also_known: Sequence[str] = ()) -> tuple[dict[str, Any], EngineConfig]:
+    """Sampling fields and engine settings that came together by name; `seed` is the sampling seed.
+
+    Args:
+      fields: of SamplingParams and EngineConfig.
+      also_known: further names that an error may suggest.
+
+    Returns:
+      The fields of SamplingParams, checked but not completed, and the EngineConfig.
+
+    Raises:
+      TypeError, ValueError: a field is unknown or has a wrong value.
+    """
+    known = _SAMPLING_FIELDS | _ENGINE_FIELDS
+    for name in fields:
+        if name not in known:
+            raise unknown_keyword(name, sorted({*known, *also_known}))
+    sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
+    SamplingParams.from_keywords(sampling)  # a wrong value must not cost the loading of a model
+    return sampling, EngineConfig.from_keywords({name: fields[name] for name in fields if name not in sampling})

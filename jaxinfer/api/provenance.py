@@ -1,0 +1,44 @@
+"""Where the outputs of an LLM come from, found out once for each LLM.
+
+Owns: which packages' versions are kept, how model and tokenizer are named.
+Does not know: what is done with it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import jax
+
+from jaxinfer.checkpoint.directory import fingerprint
+from jaxinfer.config import EngineConfig
+from jaxinfer.records.record import Provenance
+
+PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy")
+
+
+def find_provenance(
+    config: EngineConfig, *, model: str | Path | None, tokenizer: object, directory: Path | None
+) -> Provenance:
+    """The provenance of an LLM; starts JAX's backend.
+
+    Args:
+      config: the engine's settings.
+      model, tokenizer: as given to LLM; model is None for weights in memory.
+      directory: the model's files; None for weights in memory.
+    """
+    device = jax.devices()[0]
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    is_named = tokenizer is None or isinstance(tokenizer, (str, Path))
+    return Provenance(
+        model=None if model is None else str(model),
+        fingerprint=None if directory is None else fingerprint(directory),
+        tokenizer=None if tokenizer is None else str(tokenizer) if is_named else f"<{type(tokenizer).__name__}>",
+        engine=config,
+        versions={"python": platform.python_version(), **packages},
+        platform=device.platform,
+        device_kind=device.device_kind,
+        mesh=(config.pipeline_parallel_size, config.tensor_parallel_size),
+    )

@@ -1,0 +1,374 @@
+"""The commands of `jaxinfer bench`: arguments to measurements, results to table, JSON and plot.
+
+Owns: flags and their defaults. Each command measures in its own file, which also renders.
+Does not know: how anything is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from jaxinfer.bench import compare as compare_bench
+from jaxinfer.bench import compare_apart as apart_bench
+from jaxinfer.bench import golden as golden_bench
+from jaxinfer.bench import gpu as gpu_bench
+from jaxinfer.bench import kernels as kernels_bench
+from jaxinfer.bench import latency as latency_bench
+from jaxinfer.bench import marks, peers, report, workload
+from jaxinfer.bench import roofline as roofline_bench
+from jaxinfer.bench import startup as startup_bench
+from jaxinfer.bench import throughput as throughput_bench
+from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
+from jaxinfer.bench.session import Session, Target, engine_config
+from jaxinfer.checkpoint.directory import DEMO
+from jaxinfer.cli.flags import takes_settings
+from jaxinfer.config import EngineConfig, require_int
+from jaxinfer.models.registry import parse_model_config
+from jaxinfer.wrappers.assembly import choose_dtype
+
+app = typer.Typer(no_args_is_help=True, help="Measures the engine on this machine.")
+
+Model = Annotated[str, typer.Option(help="checkpoint directory, hub id, or demo")]
+RandomWeights = Annotated[
+    Path | None, typer.Option(help="config.json (or a directory with one) to measure with random weights instead")
+]
+JsonFile = Annotated[str, typer.Option("--json", help="write the result with versions and settings; - for stdout")]
+Plot = Annotated[Path | None, typer.Option(help="write a PNG (needs matplotlib)")]
+BatchSizes = Annotated[str, typer.Option("--batch-size", help="requests at once; several separated by commas")]
+PromptLen = Annotated[int, typer.Option(min=1, help="tokens of each prompt")]
+OutputLen = Annotated[int, typer.Option(min=1, help="new tokens of each request")]
+Repeats = Annotated[int, typer.Option(min=1, help="timed runs, after one that is not")]
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a command that also takes EngineConfig's fields."""
+    return app.command()(takes_settings(EngineConfig)(function))
+
+
+@_command
+def latency(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    batch_sizes: BatchSizes = "1,8,32",
+    prompt_len: PromptLen = 128,
+    output_len: OutputLen = 64,
+    repeats: Repeats = 3,
+    json_file: JsonFile = "",
+    plot: Plot = None,
+    **fields: Any,
+) -> None:
+    """Prefill and decode times of fixed batches: medians, warm-up outside, end token ignored."""
+    sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
+        result = latency_bench.measure(
+            session, sizes, prompt_len=prompt_len, output_len=output_len, repeats=repeats, seed=target.seed
+        )
+        _emit(latency_bench, result, _settings(target, session.config), json_file, plot)
+
+
+@_command
+def throughput(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    trace: Annotated[
+        Path | None, typer.Option(help='JSONL, one {"prompt_len", "output_len"[, "arrival_time"]} a line')
+    ] = None,
+    num_requests: Annotated[int, typer.Option(min=1, help="requests drawn where no trace is given")] = 128,
+    distribution: Annotated[str, typer.Option(help="of the lengths: uniform, lognormal")] = "uniform",
+    prompt_len: PromptLen = 128,
+    output_len: OutputLen = 64,
+    spread: Annotated[float, typer.Option(help="of the lengths: half width over mean, or lognormal's sigma")] = 0.5,
+    prefix_len: Annotated[int, typer.Option(min=0, help="leading tokens that all prompts share")] = 0,
+    request_rate: Annotated[
+        float | None, typer.Option(help="Poisson arrivals per second; without it the trace's own, or all at once")
+    ] = None,
+    json_file: JsonFile = "",
+    plot: Plot = None,
+    **fields: Any,
+) -> None:
+    """A trace of requests: rates, time to first token, between tokens and end to end; prompt_len and output_len are
+    the means."""
+    target = _target(model, random_weights, fields)
+    drawn = {"distribution": distribution, "prompt_len": prompt_len, "output_len": output_len, "spread": spread}
+    entries = workload.read_trace(trace) if trace else workload.draw_trace(num_requests, seed=target.seed, **drawn)
+    if request_rate is not None:
+        entries = workload.with_poisson_arrivals(entries, request_rate, target.seed)
+    longest = max(entry.prompt_len + entry.output_len for entry in entries)
+    with _session(target, fields, plot, num_seqs=EngineConfig().max_num_seqs, num_tokens=longest) as session:
+        result = throughput_bench.measure(session, entries, prefix_len=prefix_len, seed=target.seed)
+        workload_settings = {"trace": trace, "request_rate": request_rate, "prefix_len": prefix_len}
+        workload_settings |= {} if trace else {"num_requests": num_requests} | drawn
+        _emit(throughput_bench, result, _settings(target, session.config) | workload_settings, json_file, plot)
+
+
+@_command
+def startup(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    prompt_len: PromptLen = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="pairs of processes")] = 1,
+    warmup: Annotated[bool, typer.Option(help="also compile every program, as LLM.warmup does")] = False,
+    json_file: JsonFile = "",
+    **fields: Any,
+) -> None:
+    """Import, load, compile and first token in fresh processes, with an empty and a full compilation cache."""
+    target = _target(model, random_weights, fields)
+    target.fields()  # a wrong path must not cost a process
+    EngineConfig.from_keywords(fields)
+    report.warn_if_busy()
+    result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
+    settings = {**target.record(), "engine": fields, "prompt_len": prompt_len}
+    _emit(startup_bench, result, settings, json_file)
+
+
+@_command
+def roofline(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    batch_sizes: BatchSizes = "1,8,32",
+    context: Annotated[int, typer.Option(min=1, help="KV positions a decode step reads per row")] = 256,
+    prefill_lens: Annotated[
+        str, typer.Option("--prefill-len", help="tokens of a prompt that is prefilled alone; several with commas")
+    ] = "256",
+    num_steps: Annotated[int, typer.Option(min=1, help="decode steps timed at once")] = 16,
+    repeats: Repeats = 3,
+    read_mib: Annotated[int, typer.Option(min=0, help="MiB read for the bandwidth; 0: 512 on CPU, 4096 elsewhere")] = 0,
+    matmul_size: Annotated[
+        int, typer.Option(min=0, help="rows of the square product; 0: 2048 on CPU, 8192 elsewhere")
+    ] = 0,
+    profile: Annotated[
+        bool | None, typer.Option(help="record some steps with the profiler; on all but CPU unless told otherwise")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for the profiler's files")] = None,
+    json_file: JsonFile = "",
+    plot: Plot = None,
+    **fields: Any,
+) -> None:
+    """Decode step and prefill against the floor that the device's measured bandwidth and matmul rate set."""
+    sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    lengths = _whole_numbers("prefill_len", prefill_lens)
+    is_cpu = jax.default_backend() == "cpu"
+    longest = max(context + num_steps * repeats + roofline_bench.PROFILED_STEPS, max(lengths) + 1)
+    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=longest) as session:
+        result = roofline_bench.measure(
+            session,
+            sizes,
+            context=context,
+            prefill_lens=lengths,
+            num_steps=num_steps,
+            repeats=repeats,
+            read_bytes=(read_mib or (512 if is_cpu else 4096)) * 2**20,
+            matmul_size=matmul_size or (2048 if is_cpu else 8192),
+            seed=target.seed,
+            profiled=not is_cpu if profile is None else profile,
+            keep=keep,
+        )
+        _emit(roofline_bench, result, _settings(target, session.config), json_file, plot)
+
+
+@_command
+def compare(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    peer: Annotated[str, typer.Option(help="transformers")] = "transformers",
+    batch_sizes: BatchSizes = "1,8,32",
+    prompt_len: PromptLen = 64,
+    output_len: OutputLen = 64,
+    repeats: Repeats = 3,
+    apart: Annotated[
+        bool, typer.Option(help="the peer first, in a process of its own, each side with random weights of its own")
+    ] = False,
+    peer_limit: Annotated[float, typer.Option(help="with --apart: seconds after which the peer is stopped")] = 600,
+    trace: Annotated[
+        int, typer.Option(min=0, help="with --apart, instead of batches: requests served by continuous batching")
+    ] = 0,
+    json_file: JsonFile = "",
+    plot: Plot = None,
+    **fields: Any,
+) -> None:
+    """The same prompts and weights through another engine and through this one, in turns, greedy."""
+    sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    if apart:
+        # This process must leave the device's memory to the peer's.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        works = [
+            apart_bench.Work(num_requests=count, is_trace=bool(trace), prompt_len=prompt_len, output_len=output_len)
+            for count in ([trace] if trace else sizes)
+        ]
+        max_num_seqs = fields.get("max_num_seqs") or max(work.num_requests for work in works)
+        order = apart_bench.PeerOrder(
+            peer=peer,
+            fields=target.fields(),
+            dtype=choose_dtype(EngineConfig.from_keywords(fields).dtype, jax.default_backend()).name,
+            platform=jax.default_backend(),
+            works=tuple(works),
+            max_num_seqs=max_num_seqs,
+            repeats=repeats,
+            seed=target.seed,
+            limit_s=peer_limit,
+        )
+        size = {"num_seqs": max_num_seqs, "num_tokens": prompt_len + output_len}
+        result = apart_bench.measure(order, lambda: _session(target, fields, plot, **size))
+        _emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
+        return
+    dtype = choose_dtype(EngineConfig.from_keywords(fields).dtype, jax.default_backend()).name
+    with tempfile.TemporaryDirectory(prefix="jaxinfer-compare-") as folder:
+        shared = target
+        if random_weights is not None:
+            write_checkpoint(
+                RandomStore(parse_model_config(target.fields()), target.seed), target.fields(), Path(folder)
+            )
+            shared = Target(model=folder, seed=target.seed)
+        other = peers.load_peer(peer, shared.path(), dtype=dtype, platform=jax.default_backend())
+        with _session(shared, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
+            result = compare_bench.measure(
+                session,
+                other,
+                sizes,
+                dtype=dtype,
+                prompt_len=prompt_len,
+                output_len=output_len,
+                repeats=repeats,
+                seed=target.seed,
+            )
+            _emit(compare_bench, result, _settings(target, session.config), json_file, plot)
+
+
+@app.command()
+def kernels(
+    *,
+    backend: Annotated[str, typer.Option(help="of paged attention; several with commas, none for all")] = "",
+    decode_rows: Annotated[int, typer.Option(min=0, help="of the timed decode step; 0: 4 on CPU, 128 elsewhere")] = 0,
+    context: Annotated[int, typer.Option(min=0, help="KV positions of each; 0: 128 on CPU, 1024 elsewhere")] = 0,
+    num_cases: Annotated[int, typer.Option(min=0, help="of the small ones, evenly spread; 0: all")] = 0,
+    prompt_len: Annotated[int, typer.Option(min=0, help="of the timed prefill; 0: 256 on CPU, 8192 elsewhere")] = 0,
+    json_file: JsonFile = "",
+) -> None:
+    """Paged attention's backends on this device: equal to the oracle, and how fast; exit status 1 if one is wrong."""
+    is_cpu = jax.default_backend() == "cpu"
+    large = {
+        "num_rows": decode_rows or (4 if is_cpu else 128),
+        "context": context or (128 if is_cpu else 1024),
+        "prompt_len": prompt_len or (256 if is_cpu else 8192),
+    }
+    backends = backend.split(",") if backend else []
+    report.warn_if_busy()
+    cases = kernels_bench.small_cases()
+    cases = cases[:: -(-len(cases) // num_cases)] if num_cases else cases
+    result = kernels_bench.measure(cases, kernels_bench.large_cases(**large), backends=backends)
+    _emit(kernels_bench, result, {"backends": backends, **large}, json_file)
+    if not result.is_ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def golden(
+    directory: Annotated[Path, typer.Argument(help="folder of golden checkpoints")] = Path("tests/golden"),
+    budget_seconds: Annotated[float, typer.Option(help="no further case is begun after that")] = 540,
+    dtype: Annotated[str, typer.Option(help="ours: float32, bfloat16 or both with a comma")] = "float32",
+    cases: Annotated[str, typer.Option(help="folders in it, with commas; none for all")] = "",
+    json_file: JsonFile = "",
+) -> None:
+    """This device's tokens and log-probabilities against transformers' in float32; exit status 1 if a case fails.
+
+    In bfloat16 tokens may differ where two are nearly as likely."""
+    names = cases.split(",") if cases else []
+    result = golden_bench.measure(directory, budget_seconds, dtypes=dtype.split(","), names=names)
+    _emit(golden_bench, result, {"directory": directory}, json_file)
+    if not result.is_ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gpu(
+    golden_directory: Annotated[Path, typer.Option("--golden", help="folder of golden checkpoints")] = Path(
+        "tests/golden"
+    ),
+    configs: Annotated[Path, typer.Option(help="folder with the bench-*.json shapes")] = Path("configs"),
+    budget_seconds: Annotated[float, typer.Option(help="what no longer fits is skipped, and said so")] = 330,
+    sections: Annotated[str, typer.Option(help="their names with commas, in the order to run; none for all")] = "",
+    tiny: Annotated[
+        bool, typer.Option(help="a rehearsal with the smallest sizes, for a machine without a GPU")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="folder for tables, the profiler's files and XLA's description of the GPU")
+    ] = None,
+    json_file: Annotated[
+        str, typer.Option("--json", help="all results, written again after each section")
+    ] = "bench-gpu.json",
+) -> None:
+    """Correctness, roofline, transformers beside us and startup on a GPU within a time budget, short tables last."""
+    plan = gpu_bench.tiny_plan(golden_directory) if tiny else gpu_bench.full_plan(golden_directory, configs)
+    chosen = gpu_bench.choose(plan, sections.split(",") if sections else [])
+    outcomes = gpu_bench.run(
+        chosen,
+        budget_seconds,
+        typer.echo,
+        save=lambda outcomes: report.write_json(gpu_bench.to_json(outcomes), json_file),
+        keep=keep,
+    )
+    records = {outcome.name: outcome.record for outcome in outcomes if outcome.record is not None}
+    tables = f"{gpu_bench.render(outcomes)}\n\n{marks.render(records)}"
+    typer.echo("\n" + tables)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / "summary.txt").write_text(tables + "\n", encoding="utf-8")
+        typer.echo(gpu_bench.keep_target_config(keep))
+
+
+def _sizes(text: str) -> list[int]:
+    return _whole_numbers("batch_size", text)
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        return [require_int(name, int(part), 1) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name} must be whole numbers >= 1 separated by commas, got {text!r}") from error
+
+
+def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> Target:
+    return Target(model=model, random_weights=random_weights, seed=EngineConfig.from_keywords(fields).seed)
+
+
+@contextlib.contextmanager
+def _session(
+    target: Target, fields: dict[str, Any], plot: Path | None, *, num_seqs: int, num_tokens: int
+) -> Iterator[Session]:
+    if plot is not None:
+        report.require_matplotlib()  # before minutes of measuring
+    model_config = parse_model_config(target.fields())
+    config = engine_config(fields, model_config, num_seqs=num_seqs, num_tokens=num_tokens)
+    report.warn_if_busy()
+    with Session(model_config, target.store(model_config), config) as session:
+        yield session
+
+
+def _settings(target: Target, config: EngineConfig) -> dict[str, Any]:
+    return {**target.record(), "engine": dataclasses.asdict(config)}
+
+
+def _emit(bench: Any, result: Any, settings: dict[str, Any], json_file: str, plot: Path | None = None) -> None:
+    """Shows a result: a table, unless standard output is for JSON, and the files asked for."""
+    if json_file != "-":
+        typer.echo(bench.render(result))
+    if json_file:
+        command = bench.__name__.rpartition(".")[2]
+        report.write_json(report.to_json(command, result, settings, report.environment()), json_file)
+    if plot is not None:
+        report.save_plot(functools.partial(bench.draw, result), plot)

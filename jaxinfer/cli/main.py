@@ -1,0 +1,346 @@
+"""The command `jaxinfer`: generate, replay, score, chat, info and bench, over the Python API.
+
+Owns: commands, reading prompts, printing, one-line errors.
+Does not know: how anything is computed. Flags come from the settings dataclasses (flags.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from jaxinfer.api.generate import split_settings
+from jaxinfer.api.llm import LLM
+from jaxinfer.api.output_stream import OutputStream
+from jaxinfer.checkpoint.directory import DEMO
+from jaxinfer.cli import info as facts
+from jaxinfer.cli.bench import app as bench
+from jaxinfer.cli.flags import SETTINGS, takes_settings
+from jaxinfer.cli.replay import read_records, replay_records
+from jaxinfer.config import EngineConfig
+from jaxinfer.errors import EngineClosedError, RequestFailedError
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.sampling_params import SamplingParams
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DIFFERENT = 1
+MAX_TOKENS = 128
+MAX_REPLY_TOKENS = 1024
+"""Of generate and of chat, where neither flags nor a settings file say otherwise."""
+# typer carries a click of its own or uses the installed one; this is the base of usage errors in either.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError, RequestFailedError)
+
+app = typer.Typer(
+    help="LLM text generation in JAX and Flax.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+Model = Annotated[str | None, typer.Option(help=f"checkpoint directory or hub id (default: {DEMO}, the bundled model)")]
+TokenizerFrom = Annotated[str | None, typer.Option(help='another tokenizer\'s directory or hub id, or "byte"')]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one line on standard error."""
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except _UsageError as error:
+        print(f"jaxinfer: {error.format_message()} (see --help)", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:  # the reader has seen enough; Python must not flush into the pipe again
+        sys.stdout = None
+        return EXIT_ERROR
+    except _USER_ERRORS as error:
+        print(f"jaxinfer: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+
+
+@app.command()
+@takes_settings(*SETTINGS, defaults={"max_tokens": MAX_TOKENS})
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; none reads one from --file or a pipe")] = None,
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    file: Annotated[Path | None, typer.Option(help="file whose whole text is the prompt")] = None,
+    lines: Annotated[bool, typer.Option(help="every line of the file or pipe is a prompt")] = False,
+    stream: Annotated[bool, typer.Option(help="print text while it is made, one prompt after the other")] = False,
+    as_json: AsJson = False,
+    echo: Annotated[bool, typer.Option(help="print the prompt in front of its text")] = True,
+    record: Annotated[Path | None, typer.Option(help="add a line a prompt to this file, for jaxinfer replay")] = None,
+    **fields: Any,
+) -> None:
+    """Continue prompts."""
+    texts = _read_prompts(prompts or [], file, lines=lines)
+    sampling, config = split_settings(fields)
+    with _opened(record) as records, LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+        params = dataclasses.replace(llm.default_params, **sampling)
+        if stream:
+            if params.n > 1 and not as_json:
+                raise ValueError(f"--stream prints one text as it is made, got n {params.n}; use --json or n 1")
+            for text in texts:
+                _print_stream(llm, text, params, records, as_json=as_json, echo=echo)
+            return
+        for output in llm.generate(texts, params):
+            print(_as_json(output) if as_json else _as_text(output, echo=echo), flush=True)
+            _write_record(output, records)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="records, as generate --record writes them")],
+    *,
+    model: Annotated[str | None, typer.Option(help="use this model instead of the recorded ones")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="use this tokenizer instead of the recorded ones")] = None,
+) -> int:
+    """Generate again what was recorded and compare the tokens; exits with 1 if any differ."""
+    replays = replay_records(read_records(file), model=model, tokenizer=tokenizer)
+    for warning in dict.fromkeys(itertools.chain.from_iterable(entry.warnings for entry in replays)):
+        print(f"jaxinfer: {warning}", file=sys.stderr)
+    for number, entry in enumerate(replays, start=1):
+        print(f"record {number}: {entry}")
+    return EXIT_DIFFERENT if any(entry.differences for entry in replays) else 0
+
+
+@app.command()
+@takes_settings(EngineConfig)
+def score(
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text; none reads a pipe")] = None,
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    window: Annotated[
+        int | None, typer.Option(help="tokens that see each other (default: as many as the model's context takes)")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="tokens from window to window (default: half a window)")] = None,
+    as_json: AsJson = False,
+    **fields: Any,
+) -> None:
+    """Say how well a model predicts a text: its log-probability, perplexity and bits a byte."""
+    text = _read_text(file, missing="no text: name a file or use a pipe")
+    config = EngineConfig.from_keywords(fields)
+    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+        found = llm.perplexity(text, window=window, stride=stride)
+    numbers = {
+        "tokens": found.num_tokens,
+        "logprob": found.logprob,
+        "perplexity": found.value,
+        "bits_per_byte": found.bits_per_byte,
+    }
+    if as_json:
+        print(json.dumps(numbers))
+    else:
+        sizes = f"{found.num_tokens:,} tokens, log-probability {found.logprob:,.2f}"
+        print(f"{sizes}, perplexity {found.value:,.3f} a token, {found.bits_per_byte:.3f} bits a byte")
+
+
+@app.command()
+@takes_settings(*SETTINGS, defaults={"max_tokens": MAX_REPLY_TOKENS})
+def chat(
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    template: Annotated[Path | None, typer.Option(help="Jinja file to use instead of the model's own template")] = None,
+    **fields: Any,
+) -> None:
+    """Talk to a model: one message a line; /reset forgets the conversation, /quit or the end of input leaves, Ctrl-C
+    ends a reply."""
+    sampling, config = split_settings(fields)
+    source = None if template is None else template.read_text(encoding="utf-8")
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+        params = dataclasses.replace(llm.default_params, **sampling)
+        messages = list(beginning)
+        while (line := _read_message()) is not None:
+            if line == "/reset":
+                messages = list(beginning)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                reply = _print_reply(llm.stream_chat(messages, params, chat_template=source))
+                messages.append({"role": "assistant", "content": reply})
+
+
+@app.command()
+@takes_settings(EngineConfig)
+def info(
+    *,
+    model: Model = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="pipeline stages x tensor shards, such as 2x4; needs no such devices")
+    ] = None,
+    as_json: AsJson = False,
+    **fields: Any,
+) -> None:
+    """Show versions, devices, memory; with --model, a model's size and what fits; with --mesh, what each device holds
+    and sends."""
+    if mesh is not None:
+        if model is None:
+            raise ValueError("--mesh needs --model")
+        for name, size in _parallel_sizes(mesh).items():
+            if fields.setdefault(name, size) != size:
+                raise ValueError(f"--mesh {mesh} contradicts {name} {fields[name]}; pass one of them")
+    config = EngineConfig.from_keywords(fields)
+    system = facts.system_facts(config)
+    found = None if model is None else facts.model_facts(model, config, system)
+    if as_json:
+        record = dataclasses.asdict(system) | {"model": None if found is None else dataclasses.asdict(found)}
+        print(json.dumps(record))
+        return
+    print("\n".join([*_system_lines(system), *([] if found is None else _model_lines(found))]))
+
+
+def _parallel_sizes(mesh: str) -> dict[str, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", mesh)
+    if match is None:
+        raise ValueError(f"--mesh must be pipeline stages x tensor shards, such as 2x4, got {mesh!r}")
+    return {"pipeline_parallel_size": int(match[1]), "tensor_parallel_size": int(match[2])}
+
+
+def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list[str]:
+    """The prompts from arguments, a file or a pipe, of which there must be exactly one kind."""
+    if prompts and file is not None:
+        raise ValueError("pass prompts as arguments or with --file, not both")
+    if prompts:
+        return prompts
+    text = _read_text(file, missing="no prompt: pass one as an argument, with --file or through a pipe")
+    return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
+
+
+def _read_text(file: Path | None, *, missing: str) -> str:
+    """The text of a file, or of a pipe; an error where there is neither."""
+    if file is None and sys.stdin.isatty():
+        raise ValueError(missing)
+    try:
+        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file or 'standard input'} is not UTF-8 text: {error}") from error
+
+
+def _opened(record: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
+    """The file to add records to, if any; a wrong path must not cost the loading of a model."""
+    return contextlib.nullcontext() if record is None else Path(record).open("a", encoding="utf-8")
+
+
+def _write_record(output: RequestOutput, records: TextIO | None) -> None:
+    if records is not None:
+        print(output.record.to_json(), file=records, flush=True)
+
+
+def _print_stream(
+    llm: LLM, prompt: str, params: SamplingParams, records: TextIO | None, *, as_json: bool, echo: bool
+) -> None:
+    print(prompt if echo and not as_json else "", end="", flush=True)
+    for output in llm.stream(prompt, params):
+        if output.finished:
+            _write_record(output, records)
+        if as_json:
+            print(_as_json(output), flush=True)
+        else:
+            print(_shown(output.delta, output), end="", flush=True)
+    print(end="" if as_json else "\n", flush=True)
+
+
+def _read_message() -> str | None:
+    """The next line of a conversation; None at its end."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" else line
+
+
+def _print_reply(stream: OutputStream) -> str:
+    """Prints a reply as it comes and returns it, cut where Ctrl-C ended it."""
+    text = ""
+    try:
+        for output in stream:
+            delta = _shown(output.delta, output)
+            text += delta
+            print(delta, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    print(flush=True)
+    return text
+
+
+def _as_text(output: RequestOutput, *, echo: bool) -> str:
+    prompt = (output.prompt or "") if echo else ""
+    return "\n".join(prompt + _shown(completion.text, output) for completion in output.outputs)
+
+
+def _shown(text: str | None, output: RequestOutput) -> str:
+    """The text; token ids where the model has no tokenizer."""
+    return str(list(output.token_ids)) if text is None else text
+
+
+def _as_json(output: RequestOutput) -> str:
+    return json.dumps(output.as_dict(), ensure_ascii=False)
+
+
+def _system_lines(system: facts.SystemFacts) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in system.versions.items())
+    kinds = sorted(set(system.devices))
+    devices = ", ".join(f"{system.devices.count(kind)} x {kind}" for kind in kinds)
+    return [
+        f"versions       Python {system.python}, {versions}",
+        f"devices        {devices} ({system.platform})",
+        f"memory         {_size(system.free_bytes)} for weights, KV pages and activations on the first device",
+        f"architectures  {', '.join(system.architectures)}",
+    ]
+
+
+def _model_lines(model: facts.ModelFacts) -> list[str]:
+    heads = f"{model.num_heads} heads, {model.num_kv_heads} kv heads of {model.head_dim}"
+    fits = f"{model.kv_tokens:,} tokens, {model.full_requests:,} requests of {model.max_model_len:,}"
+    return [
+        "",
+        f"model          {model.architecture}, {model.num_parameters / 1e6:,.1f} million parameters",
+        f"shape          {model.num_layers} layers of {model.hidden_size}, {heads}, {model.vocab_size} tokens",
+        f"weights        {_size(model.weight_bytes)} in {model.dtype}",
+        f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
+        f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
+        *([] if model.mesh is None else _mesh_lines(model.mesh)),
+    ]
+
+
+def _mesh_lines(mesh: facts.MeshFacts) -> list[str]:
+    volumes = [
+        f"  {volume.name:<22} {volume.count:>4} x over {volume.num_devices:>3}   {_size(volume.sent_bytes):>10}"
+        for volume in mesh.volumes
+    ]
+    return [
+        "",
+        f"mesh           {mesh.num_stages} pipeline stages x {mesh.num_shards} tensor shards; of these, a device holds",
+        f"weights        {_size(mesh.weight_bytes)}",
+        f"KV cache       {mesh.kv_bytes_per_token / 2**10:,.1f} KiB a token",
+        f"and sends, in a decode step of {mesh.rows} rows",
+        *volumes,
+        f"  {'in all':<22} {sum(volume.count for volume in mesh.volumes):>4}"
+        f"              {_size(sum(volume.sent_bytes for volume in mesh.volumes)):>10}",
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 2**exponent:
+            return f"{num_bytes / 2**exponent:,.1f} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,1 @@
+"""Which tokens may come next: grammars, choices, bad words, each as a packed mask over the vocabulary."""

@@ -1,0 +1,241 @@
+"""One text while its tokens arrive.
+
+Owns: detokenisation, stop strings, the state from which a CompletionOutput is made.
+Does not know: prompts, the engine, devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from jaxinfer.outputs import CompletionOutput, Logprob
+from jaxinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.tokenizer.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class StopMatcher:
+    """Finds stop strings in text that arrives in pieces, and holds back what may begin one.
+
+    Args:
+      stop_strings: none of them empty.
+      include: leave the match in the text.
+    """
+
+    def __init__(self, stop_strings: Sequence[str], *, include: bool):
+        self._stop_strings = tuple(stop_strings)
+        self._include = include
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str, *, suspended: bool = False) -> str:
+        """Takes new text; returns what is certain not to belong to a stop string, up to the first match.
+
+        Args:
+          text: what is new.
+          suspended: a stop string that ends in it does not count.
+        """
+        self._held += text
+        stop_strings = () if suspended else self._stop_strings
+        found = [(self._held.find(stop), stop) for stop in stop_strings if stop in self._held]
+        if found:
+            start, self.matched = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
+            released = self._held[: start + len(self.matched) * self._include]
+            self._held = ""
+            return released
+        keep = max((self._overlap(stop) for stop in self._stop_strings), default=0)
+        released = self._held[: len(self._held) - keep]
+        self._held = self._held[len(released) :]
+        return released
+
+    def finish(self) -> str:
+        """Returns what was held back: no stop string will come any more."""
+        released, self._held = self._held, ""
+        return released
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+class GrowingText:
+    """The text of one completion, token by token.
+
+    Args:
+      tokenizer: decodes.
+      prompt_token_ids: what the text follows.
+      params: its stop strings, and which tokens it shows.
+      stop_token_ids: ids that end the text and are no part of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_token_ids: frozenset[int],
+    ):
+        self._min_tokens = params.min_tokens
+        self._stop_token_ids = stop_token_ids
+        self._matcher = StopMatcher(params.stop_strings, include=params.include_stop_str_in_output)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        self.pieces: list[str] = []
+        """What each token made certain; finish adds one more."""
+        self.num_tokens = 0
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._matcher.matched
+
+    def push(self, token_id: int) -> None:
+        """Takes the next token."""
+        self.num_tokens += 1
+        piece = ""
+        if token_id not in self._stop_token_ids:
+            too_early = self.num_tokens < self._min_tokens
+            piece = self._matcher.push(self._detokenizer.push([token_id]), suspended=too_early)
+        self.pieces.append(piece)
+
+    def finish(self) -> None:
+        """Ends the text; what was held back becomes the last piece. A second call changes nothing."""
+        if len(self.pieces) == self.num_tokens:
+            rest = "" if self.matched else self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+            self.pieces.append(rest)
+
+
+class GrowingCompletion:
+    """One text of one prompt. One thread lets it grow (push, complete, finish) while another one reads it (output).
+
+    Neither waits for the other. What grows is only appended to: of one token first its log-probabilities, then its
+    text, then its id; and finish_reason is set after all tokens are there. A reader looks in the opposite order, so
+    that what it sees belongs together. Each position is turned into text and Logprobs once: by the reader, or, if stop
+    strings have to be looked for, into text as soon as it comes.
+
+    Args:
+      index: which of the prompt's texts.
+      request: what the engine was asked for.
+      params: how its text ends and reads.
+      tokenizer: None works on ids alone.
+      eos_token_ids: the end tokens of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        params: SamplingParams,
+        *,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+    ):
+        self.request = request
+        self.finish_reason: FinishReason | None = None
+        self.token_ids: list[int] = []
+        self._index = index
+        self._params = params
+        self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self._found: list[TokenLogprobs] = []
+        self._stop_reason: str | int | None = None
+        self._score: float | None = None
+        # Of the reader: what its last snapshot held.
+        self._text = ""
+        self._num_pieces = 0
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._cumulative_logprob = 0.0
+
+    def push(self, event: TokenEvent) -> None:
+        """Takes its next token; it may end by that or by a stop string in its text."""
+        if event.logprobs is not None:
+            self._found.append(event.logprobs)
+        if self._params.stop_strings and self._growing_text is not None:
+            self._growing_text.push(event.token_id)
+            self._stop_reason = self._growing_text.matched
+        self.token_ids.append(event.token_id)
+        if self._stop_reason is not None:
+            self.finish("stop")
+        elif event.finish_reason is not None:
+            self.finish(event.finish_reason)
+
+    def complete(self, token_ids: Sequence[int], reason: FinishReason, score: float) -> None:
+        """Takes all its tokens at once, with beam search's score."""
+        self.token_ids.extend(token_ids)
+        self._score = score
+        self.finish(reason)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends it."""
+        last = self.token_ids[-1] if self.token_ids else None
+        if last in self.request.stop_token_ids and last not in self._eos_token_ids and self._stop_reason is None:
+            self._stop_reason = last
+        self.finish_reason = reason
+
+    def output(self) -> CompletionOutput:
+        """A snapshot; its delta is the text since the last one."""
+        reason = self.finish_reason  # read first: once it is there, nothing grows any more
+        num_tokens = len(self.token_ids)
+        delta = self._read_text(num_tokens, has_ended=reason is not None)
+        wants_logprobs = self._params.logprobs is not None
+        if wants_logprobs:
+            self._read_logprobs(num_tokens)
+        return CompletionOutput(
+            index=self._index,
+            text=None if delta is None else self._text,
+            token_ids=tuple(self.token_ids[:num_tokens]),
+            delta=delta,
+            logprobs=tuple(self._logprobs) if wants_logprobs else None,
+            cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,
+            finish_reason=reason,
+            stop_reason=None if reason is None else self._stop_reason,
+            seed=self.request.seed,
+            score=self._score,
+        )
+
+    @cached_property
+    def _growing_text(self) -> GrowingText | None:
+        """Made by whoever turns tokens into text."""
+        if self._tokenizer is None:
+            return None
+        request = self.request
+        return GrowingText(
+            self._tokenizer, request.prompt_token_ids, self._params, stop_token_ids=request.stop_token_ids
+        )
+
+    def _read_text(self, num_tokens: int, *, has_ended: bool) -> str | None:
+        """Takes the text of the leading tokens; returns what is new of it, or None without a tokenizer."""
+        text = self._growing_text
+        if text is None:
+            return None
+        for token_id in self.token_ids[text.num_tokens : num_tokens]:
+            text.push(token_id)
+        if has_ended:
+            text.finish()
+        end = len(text.pieces) if has_ended else num_tokens
+        delta = "".join(text.pieces[self._num_pieces : end])
+        self._text, self._num_pieces = self._text + delta, end
+        return delta
+
+    def _read_logprobs(self, num_tokens: int) -> None:
+        first = len(self._logprobs)
+        pairs = zip(self.token_ids[first:num_tokens], self._found[first:num_tokens], strict=True)
+        for token_id, found in pairs:
+            self._logprobs.append(as_logprobs(token_id, found, self._tokenizer))
+            self._cumulative_logprob += found.logprob
+
+
+def as_logprobs(token_id: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """What was found at one position, as users see it: the token of that position first, then the most likely ones."""
+
+    def entry(token_id: int, logprob: float, rank: int) -> Logprob:
+        text = None if tokenizer is None else tokenizer.token_text(token_id)
+        return Logprob(logprob=logprob, rank=rank, decoded_token=text)
+
+    pairs = enumerate(zip(found.top_ids, found.top_logprobs, strict=True), start=1)
+    top = {top_id: entry(top_id, logprob, rank) for rank, (top_id, logprob) in pairs}
+    return {token_id: entry(token_id, found.logprob, found.rank), **top}

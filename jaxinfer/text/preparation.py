@@ -1,0 +1,214 @@
+"""From a prompt and wishes to validated requests for the engine.
+
+Owns: tokenising a prompt, the sampling policy (defaults, seeds, end tokens, constraints), every check that needs the
+model's numbers.
+Does not know: devices, schedules, how texts grow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from jaxinfer.config import GenerationDefaults
+from jaxinfer.constraints.bad_words import BadWords
+from jaxinfer.constraints.constraint import AllOf, OnlyThese, TokenConstraint
+from jaxinfer.constraints.structured import GrammarCompiler
+from jaxinfer.constraints.structured_output import StructuredOutput
+from jaxinfer.request import Request
+from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
+from jaxinfer.tokenizer.tokenizer import Tokenizer
+from jaxinfer.tokenizer.vocabulary import token_bytes
+
+Prompt = str | Sequence[int]
+NUM_KEPT_WORDS = 64
+"""Lists of bad words kept with their masks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A validated prompt, ready for the engine.
+
+    Args:
+      prompt: the text asked with; None when asked with ids.
+      params: as asked; for a beam search what its texts and their ends have in common with samples.
+      requests: for the engine, one a sample; their max_tokens are at least 1 even when nothing is to be generated.
+      beam_search: how beams are searched; None samples.
+    """
+
+    prompt: str | None
+    params: SamplingParams
+    requests: tuple[Request, ...]
+    beam_search: BeamSearchParams | None = None
+
+
+class Preparation:
+    """Turns prompts into submissions; safe to use from several threads.
+
+    Args:
+      tokenizer: None works on ids alone.
+      defaults: of the checkpoint.
+      vocab_size: of the model; prompt ids lie below it.
+      max_model_len: tokens of prompt and output together, up to which a request without max_tokens goes on.
+      seed: from which the seeds of requests without one are derived.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        defaults: GenerationDefaults,
+        vocab_size: int,
+        max_model_len: int,
+        seed: int,
+    ):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._seed = seed
+        self._numbers = itertools.count()  # next() is atomic, so that threads may prepare at the same time
+        eos = defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
+        self.eos_token_ids = frozenset(eos)
+        self._bad_words = lru_cache(NUM_KEPT_WORDS)(self._make_bad_words)
+
+    def samples(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Submission:
+        """A submission that samples; arguments and errors as TextGenerationController.prepare's."""
+        if params.stop_strings and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
+        token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)[-(params.truncate_prompt_tokens or 0) :]
+        number = next(self._numbers)
+        limit = params.max_tokens if params.max_tokens is not None else self._max_model_len - len(token_ids)
+        seed = self._hash(f"{self._seed}:{number}") if params.seed is None else params.seed
+        first = Request(
+            request_id=str(number),
+            prompt_token_ids=token_ids,
+            max_tokens=max(limit, 1),
+            stop_token_ids=self._stop_token_ids(params),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=seed,
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            priority=params.priority,
+            edits=params.edits,
+            constraint=self._constraint(params),
+        )
+        self._check_edits(params, first)
+        others = (
+            dataclasses.replace(
+                first, request_id=f"{number}.{index}", seed=self._hash(f"{seed}:{index}"), prompt_logprobs=None
+            )
+            for index in range(1, params.n)
+        )
+        return Submission(prompt=_text(prompt), params=params, requests=(first, *others))
+
+    def beam_search(self, prompt: Prompt, params: BeamSearchParams) -> Submission:
+        """A submission that searches with beams; errors as samples'."""
+        ends = SamplingParams(
+            temperature=0.0,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            ignore_eos=params.ignore_eos,
+            skip_special_tokens=params.skip_special_tokens,
+            priority=params.priority,
+        )
+        submission = self.samples(prompt, ends)
+        return dataclasses.replace(submission, beam_search=params)
+
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt, at least one, all in the vocabulary; errors as samples'."""
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("a text prompt needs a tokenizer, this LLM has none; pass token ids or tokenizer=...")
+            encode = self._tokenizer.encode if add_special_tokens else self._tokenizer.encode_plain
+            token_ids = tuple(encode(prompt))
+        else:
+            token_ids = _as_token_ids(prompt)
+        if not token_ids:
+            raise ValueError("the prompt is empty: at least one token is needed")
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(
+                    f"prompt token {position} is {token_id}, expected an id in 0..{self._vocab_size - 1} (the model's "
+                    f"vocabulary)"
+                )
+        return token_ids
+
+    def _check_edits(self, params: SamplingParams, request: Request) -> None:
+        """Refuses token ids outside the vocabulary, and masks that leave no token."""
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            beyond = [token_id for token_id in getattr(params, name) or () if token_id >= self._vocab_size]
+            if beyond:
+                raise ValueError(
+                    f"{name} has token {beyond[0]}, expected ids in 0..{self._vocab_size - 1} (the model's vocabulary)"
+                )
+        allowed = params.allowed_token_ids
+        if params.min_tokens and allowed is not None and request.stop_token_ids.issuperset(allowed):
+            raise ValueError(
+                f"min_tokens {params.min_tokens} holds back all of allowed_token_ids, which are stop tokens; allow more"
+            )
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        own = frozenset(params.stop_token_ids or ())
+        return own if params.ignore_eos else own | self.eos_token_ids
+
+    def _constraint(self, params: SamplingParams) -> TokenConstraint | None:
+        """What params say of which tokens may come, as far as it takes more than a fixed mask."""
+        constraints: list[TokenConstraint] = []
+        if params.bad_words:
+            self._require_tokenizer("bad_words")
+            constraints.append(self._bad_words(tuple(params.bad_words)))
+        if isinstance(params.structured, StructuredOutput):
+            self._require_tokenizer("structured")
+            constraints.append(self._grammars.compile(params.structured))
+        if not constraints:
+            return None
+        if params.allowed_token_ids is not None:  # so that together they are seen to leave no token
+            inside = [token_id for token_id in params.allowed_token_ids if token_id < self._vocab_size]
+            constraints.append(OnlyThese(inside, self._vocab_size))
+        return constraints[0] if len(constraints) == 1 else AllOf(constraints)
+
+    def _require_tokenizer(self, name: str) -> None:
+        if self._tokenizer is None:
+            raise ValueError(f"{name} needs a tokenizer, this LLM has none; pass tokenizer=...")
+
+    @cached_property
+    def _token_bytes(self) -> tuple[bytes, ...]:
+        return () if self._tokenizer is None else token_bytes(self._tokenizer)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self._tokenizer is None:
+            raise ValueError("structured needs a tokenizer")
+        return GrammarCompiler(self._tokenizer, vocab_size=self._vocab_size, eos_token_ids=self.eos_token_ids)
+
+    def _make_bad_words(self, words: tuple[str, ...]) -> BadWords:
+        return BadWords(words, self._token_bytes, self._vocab_size)
+
+    @staticmethod
+    def _hash(text: str) -> int:
+        """A seed, 0 .. 2**63 - 1."""
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def _text(prompt: Prompt) -> str | None:
+    return prompt if isinstance(prompt, str) else None
+
+
+def _as_token_ids(prompt: Any) -> tuple[int, ...]:
+    if not hasattr(prompt, "__iter__"):
+        raise TypeError(f"a prompt must be a string or a sequence of token ids, got {type(prompt).__name__}")
+    token_ids = []
+    for entry in prompt:
+        if isinstance(entry, bool) or not hasattr(entry, "__index__"):
+            raise TypeError(f"prompt token ids must be integers, got {entry!r} of type {type(entry).__name__}")
+        token_ids.append(operator.index(entry))
+    return tuple(token_ids)

@@ -1,0 +1,314 @@
+"""Every command end to end with the smallest sizes; no time decides anything here."""
+
+import contextlib
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN, load_golden
+from typer.testing import CliRunner
+
+from jaxinfer.bench import commands, report
+from jaxinfer.bench import kernels as kernels_bench
+from jaxinfer.bench.golden import GoldenCase, GoldenResult
+from jaxinfer.bench.latency import timed_runs
+from jaxinfer.bench.report import Summary
+from jaxinfer.bench.session import Session, Target, engine_config
+from jaxinfer.models.registry import parse_model_config
+
+GQA = str(load_golden("gqa").path)
+LENGTHS = ("--prompt-len", 12, "--output-len", 6)
+SMALL = ("--repeats", 1, "--batch-size", "2")
+RATES = ("--read-mib", 1, "--matmul-size", 64)
+
+
+@pytest.fixture
+def run():
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(commands.app, [*map(str, arguments)], env={"COLUMNS": "200"})
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """One session for all tests: its programs are compiled once."""
+    target = Target(model=GQA)
+    config = parse_model_config(target.fields())
+    engine = engine_config({"max_num_batched_tokens": 64}, config, num_seqs=2, num_tokens=96)
+    with Session(config, target.store(config), engine) as session:
+        yield session
+
+
+@pytest.fixture
+def session(kept, monkeypatch):
+    monkeypatch.setattr(commands, "Session", lambda *_: contextlib.nullcontext(kept))
+    return kept
+
+
+def is_png(file):
+    return file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_latency_json_has_versions_device_settings_and_rows(run, tmp_path):
+    file, plot = tmp_path / "result.json", tmp_path / "plot.png"
+    shown = run("latency", "--random-weights", GQA, *LENGTHS, *SMALL, "--json", file, "--plot", plot, "--page-size", 16)
+    assert "decode ms/step" in shown.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"command", "versions", "device", "load_average", "command_line", "settings", "result"}
+    assert record["command"] == "latency" and record["versions"]["jax"] == jax.__version__
+    assert record["device"]["platform"] == "cpu" and record["settings"]["random_weights"] == GQA
+    assert record["settings"]["engine"]["page_size"] == 16 and record["settings"]["engine"]["max_num_seqs"] == 2
+    (row,) = record["result"]["rows"]
+    assert (row["batch_size"], row["prompt_len"], row["output_len"]) == (2, 12, 6)
+    assert row["total_ms"] == pytest.approx(row["prefill_ms"] + 5 * row["decode_ms"])
+    assert row["decode_tokens_per_s"] == pytest.approx(2e3 / row["decode_ms"])
+    assert is_png(plot)
+
+
+def test_latency_dash_prints_json_only(run, session):
+    assert json.loads(run("latency", "--model", GQA, *LENGTHS, *SMALL, "--json", "-").stdout)["command"] == "latency"
+
+
+def test_throughput_counts_are_the_traces(run, session, tmp_path):
+    trace, plot = tmp_path / "trace.jsonl", tmp_path / "plot.png"
+    trace.write_text('{"prompt_len": 9, "output_len": 4}\n{"prompt_len": 15, "output_len": 2}\n')
+    arguments = ("--model", GQA, "--trace", trace, "--json", "-", "--plot", plot)
+    result = json.loads(run("throughput", *arguments).stdout)["result"]
+    assert (result["num_requests"], result["prompt_tokens"], result["output_tokens"]) == (2, 24, 6)
+    assert result["num_compilations"] == result["num_preemptions"] == 0
+    assert result["prefix_cache_queries"] == 24 and result["prefix_cache_hits"] == 0
+    assert set(result["ttft_ms"]) == {"mean", "p50", "p90", "p99"}
+    assert is_png(plot)
+
+
+def test_throughput_arrivals_warm_up_everything_and_prefixes_hit(run, session, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(session, "warmup", lambda: warmed.append(True))
+    arguments = ("--model", GQA, "--num-requests", 3, "--spread", 0, *LENGTHS, "--prompt-len", 70, "--prefix-len", 64)
+    record = json.loads(run("throughput", *arguments, "--request-rate", 500, "--json", "-").stdout)
+    assert warmed and record["result"]["output_tokens"] == 18
+    assert record["result"]["prefix_cache_hits"] >= 64
+    assert record["settings"]["request_rate"] == 500
+
+
+def test_roofline_shows_rates_and_shares(run, session, tmp_path):
+    plot = tmp_path / "plot.png"
+    arguments = ("--model", GQA, *SMALL, *RATES, "--context", 14, "--num-steps", 4, "--plot", plot)
+    compiled = session.engine.stats().num_compilations
+    shown = run("roofline", *arguments, "--prefill-len", "9,40", "--profile", "--keep", tmp_path).stdout
+    assert "GB/s measured" in shown and "of floor" in shown and "prefill ms" in shown
+    assert shown.count("a step under the profiler") == len(list(tmp_path.glob("*.xplane.pb.gz"))) == 3
+    assert session.engine.stats().num_compilations > compiled
+    assert is_png(plot)
+
+
+def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_path):
+    class EqualPeer:
+        name = "equal"
+
+        def __init__(self, checkpoint, **_):
+            assert (checkpoint / "model.safetensors").exists()
+            self.generate = session.generate
+
+        def tune(self, prompts):
+            return 3
+
+    monkeypatch.setattr(commands.peers, "TransformersPeer", EqualPeer)
+    arguments = ("--random-weights", GQA, *SMALL, *LENGTHS, "--json", "-", "--plot", tmp_path / "plot.png")
+    result = json.loads(run("compare", *arguments).stdout)["result"]
+    assert result["peer"] == "equal" and result["dtype"] == "float32"
+    assert result["rows"][0]["peer_threads"] == 3
+    assert [row["equal_rows"] for row in result["rows"]] == [1.0]
+    assert result["rows"][0]["ratio"] == result["rows"][0]["peer_s"] / result["rows"][0]["ours_s"]
+    assert is_png(tmp_path / "plot.png")
+
+
+def test_startup_parts_sum_to_total(run):
+    result = json.loads(run("startup", "--model", GQA, "--prompt-len", 12, "--json", "-").stdout)["result"]
+    for times in (result["cold"], result["warm"]):
+        assert times.pop("warmup_s") is None
+        assert sum(times.values()) == pytest.approx(2 * times["total_s"])
+
+
+def test_golden_agrees_and_failing_case_sets_the_status(run, tmp_path, monkeypatch):
+    (tmp_path / "gqa").symlink_to(GQA)
+    assert run("golden", tmp_path, "--dtype", "float32,bfloat16").stdout.count("OK") == 2
+    assert "skipped" in run("golden", tmp_path, "--budget-seconds", -1).stdout
+    monkeypatch.setattr(
+        commands.golden_bench, "measure", lambda *_, **__: GoldenResult(cases=(golden_case(),), skipped=())
+    )
+    assert "FAIL" in run("golden", tmp_path, code=1).stdout
+
+
+def golden_case(**changes):
+    about = {"name": "a", "dtype": "float32", "num_tokens": 72, "num_diverged": 0, "num_texts": 3, "max_margin": 0.0}
+    return GoldenCase(**about | {"max_logprob_error": 0.1, "mean_logprob_error": 0.0, "seconds": 0.0} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_ok"),
+    [
+        ({"max_logprob_error": 1e-5}, True),
+        ({"max_logprob_error": 1e-5, "num_diverged": 1, "max_margin": 1e-6}, False),  # float32 has no near-ties
+        ({"dtype": "bfloat16", "num_diverged": 1, "max_margin": 0.05}, True),
+        ({"dtype": "bfloat16", "num_diverged": 1, "max_margin": 1.0}, False),
+        ({"dtype": "bfloat16", "max_logprob_error": 1.0}, False),
+    ],
+)
+def test_golden_case_may_part_at_near_ties_in_bfloat16(changes, is_ok):
+    assert golden_case(**changes).is_right == is_ok
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("latency", "--model", "nowhere"), "no such checkpoint directory: nowhere"),
+        (("latency", "--model", GQA, "--batch-size", "1,x"), "batch_size must be whole numbers >= 1 separated"),
+        (("latency", "--model", GQA, "--output-len", 1), "output_len must be >= 2"),
+        (("latency", "--model", GQA, "--page-size", 9), "page_size must be a power of two, got 9"),
+        (("latency", "--random-weights", "none.json"), "none.json does not exist"),
+        (
+            ("roofline", "--model", GQA, "--context", 3, *RATES),
+            "context must be above half of the 64 steps of all runs, got 3",
+        ),
+        (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, got 'other'"),
+        (("golden", str(GOLDEN), "--cases", "gqa,none"), "has no case none; cases must name its folders"),
+        (("golden", "nowhere"), "nowhere has no \\*/expected.npz"),
+    ],
+)
+def test_wrong_arguments_name_the_argument(run, arguments, message):
+    """The command line makes one line of each (test_main.py)."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("matplotlib", ("latency", "--plot", "x.png")), ("torch", ("compare",))]
+)
+def test_missing_package_is_named(run, monkeypatch, module, arguments):
+    monkeypatch.setitem(sys.modules, module, None)
+    if module == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=f"{module}.*pip install|pip install.*{module}"):
+        run(*arguments, "--model", GQA)
+
+
+def test_time_steps_context_and_tokens_are_what_they_say(session):
+    times = timed_runs(session, 2, 12, 4, repeats=2, seed=0)
+    # The first tokens are read when 13 are known; the steps that follow read 13, 14, 15 and 16 positions.
+    assert [entry.mean_context for entry in times] == [14.5, 14.5]
+    assert not session.engine.has_unfinished() and session.engine.stats().num_requests_running == 0
+    before = session.generate([(1, 2, 3)], 8)
+    assert before == session.generate([(1, 2, 3)], 8) and len(before[0]) == 8
+
+
+def test_compile_for_finds_what_the_work_then_needs(kept):
+    work = lambda session: session.time_steps(session.prompts(2, 33, 8), 3)  # noqa: E731
+    kept.compile_for(work)
+    before = kept.engine.stats().num_compilations
+    work(kept)
+    assert kept.engine.stats().num_compilations == before
+
+
+def test_time_steps_batch_that_ends_or_waits_names_the_knobs(session):
+    with pytest.raises(ValueError, match=r"not all 2 rows decode together .* raise max_model_len or num_kv_pages"):
+        session.time_steps(session.prompts(2, 12, 0), 300)
+    assert not session.engine.has_unfinished()
+
+
+@pytest.mark.parametrize(("load", "warned"), [(0.0, False), (99.0, True)])
+def test_warn_if_busy_says_so(monkeypatch, capsys, load, warned):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    report.warn_if_busy()
+    assert ("load 99.0 on 2 cores" in capsys.readouterr().err) == warned
+
+
+def test_summary_percentiles_interpolate():
+    assert Summary.of(list(range(101))) == Summary(mean=50.0, p50=50.0, p90=90.0, p99=99.0)
+    assert Summary.of([2.0]) == Summary(mean=2.0, p50=2.0, p90=2.0, p99=2.0)
+    assert np.isclose(Summary.of([0.0, 1.0]).p90, 0.9)
+
+
+def test_gpu_rehearsal_sections_budget_and_files(run, tmp_path):
+    (tmp_path / "gqa").symlink_to(GQA)
+    file, keep = tmp_path / "all.json", tmp_path / "kept"
+    arguments = ("gpu", "--golden", tmp_path, "--tiny", "--json", file)
+    shown = run(*arguments, "--sections", "golden", "--keep", keep).stdout
+    assert "2 of 2 cases right" in shown and "golden right, % of cases" in shown
+    (outcome,) = json.loads(file.read_text())
+    assert outcome["status"] == "ok" and outcome["record"]["result"]["cases"][0]["name"] == "gqa"
+    assert "OK" in (keep / "golden.txt").read_text()
+    assert "skipped" in run(*arguments, "--budget-seconds", 1).stdout
+    with pytest.raises(ValueError, match=r"sections must be one of kernels, .*got 'none'"):
+        run(*arguments, "--sections", "golden,none")
+
+
+def test_kernels_right_and_wrong_backends(run, monkeypatch):
+    small = ("--num-cases", 2, "--decode-rows", 2, "--context", 64, "--prompt-len", 32)
+    result = json.loads(run("kernels", *small, "--backend", "xla", "--json", "-").stdout)["result"]
+    assert [row["max_error"] < 1e-4 for row in result["rows"] if row["ms"] is None] == [True, True]
+    assert len([row for row in result["rows"] if row["ms"] is not None]) == 2
+
+    def broken(*arguments, **keywords):
+        raise NotImplementedError("no head of 128")
+
+    monkeypatch.setitem(kernels_bench.BACKENDS, "zeros", lambda q, *arguments, **keywords: 0 * q)
+    monkeypatch.setitem(kernels_bench.BACKENDS, "broken", broken)
+    shown = run("kernels", *small, "--backend", "zeros,broken", code=1).stdout
+    assert "WRONG: broken float32 decode head 64: NotImplementedError: no head of 128" in shown
+    assert "WRONG: zeros float32 decode head 64: off by" in shown
+
+
+def test_kernel_cost_counts_a_shared_text_once():
+    decode, prefill = kernels_bench.large_cases(num_rows=2, context=100, prompt_len=32)
+    num_bytes, num_ops = kernels_bench.cost(decode, kernels_bench.make_inputs(decode))
+    assert num_bytes == 2 * (2 * 200 * 8 * 128 + 2 * 2 * 32 * 128) and num_ops == 4 * 200 * 32 * 128
+    num_bytes, num_ops = kernels_bench.cost(prefill, kernels_bench.make_inputs(prefill))
+    assert num_bytes == 2 * (2 * 32 * 8 * 128 + 2 * 32 * 32 * 128)
+    assert num_ops == 4 * (32 * 33 // 2) * 32 * 128  # causal: 1 + 2 + .. + 32 scores
+
+
+def test_compare_apart_peer_that_fails_leaves_our_times(run, session, monkeypatch):
+    found = {"name": "other 1.0", "load_s": 1.0, "works": [{"first_s": 9.0, "seconds": 4.0}, "OutOfMemoryError: big"]}
+    monkeypatch.setattr(commands.apart_bench, "_peer_times", lambda order: found)
+    arguments = ("compare", "--apart", "--random-weights", GQA, *LENGTHS, "--repeats", 1, "--batch-size", "1,2")
+    rows = json.loads(run(*arguments, "--json", "-").stdout)["result"]["rows"]
+    assert rows[0]["peer"]["seconds"] == 4.0 and rows[1]["peer"] is None and rows[1]["ours"]["seconds"] > 0
+    assert rows[1]["failure"] == "OutOfMemoryError: big"
+    shown = run(*arguments).stdout
+    assert "the peer failed in the batch of 2: OutOfMemoryError: big" in shown and "peer: other 1.0" in shown
+
+
+def test_compare_apart_peer_that_is_stopped_leaves_what_it_has_written():
+    done = {"first_s": 1.0, "seconds": 2.0, "is_whole": True}
+    lines = [
+        {"name": "other 1.0", "load_s": 3.0},
+        {"number": 0, "began_at": 10.0, "first_s": 1.0},
+        {"number": 0, "result": done},
+        {"number": 1, "began_at": 20.0, "first_s": 5.0},
+    ]
+    found = commands.apart_bench._read_lines(lines, 3, "other", 62.0, 70.0)
+    assert found["name"] == "other 1.0" and found["works"][0] == done
+    assert found["works"][1] == {"first_s": 5.0, "seconds": 42.0, "is_whole": False}
+    assert found["works"][2] == "stopped after 70 s; raise peer_limit"
+
+
+def test_compare_apart_trace_is_one_work_with_more_requests_than_slots(run, session, monkeypatch):
+    orders = []
+
+    def peer_times(order):
+        orders.append(order)
+        return {"name": "other", "load_s": 1.0, "works": [{"first_s": 9.0, "seconds": 4.0}]}
+
+    monkeypatch.setattr(commands.apart_bench, "_peer_times", peer_times)
+    arguments = ("--random-weights", GQA, *LENGTHS, "--repeats", 1, "--trace", 5, "--max-num-seqs", 2)
+    assert "trace of 5" in run("compare", "--apart", *arguments).stdout
+    assert orders[0].max_num_seqs == 2 and [work.num_requests for work in orders[0].works] == [5]

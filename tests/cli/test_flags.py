@@ -1,0 +1,101 @@
+"""Flags and settings files: every field is there, what is not given is not passed, errors name the setting."""
+
+import dataclasses
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jaxinfer.cli.flags import SETTINGS, field_help, read_settings, takes_settings
+
+app = typer.Typer()
+received: dict = {}
+
+
+@app.command()
+@takes_settings(*SETTINGS)
+def command(
+    words: Annotated[list[str] | None, typer.Argument()] = None,
+    *,
+    model: Annotated[str | None, typer.Option()] = None,
+    stream: Annotated[bool, typer.Option()] = False,
+    **fields,
+) -> None:
+    received.update(fields, words=words, model=model, stream=stream)
+
+
+@pytest.fixture
+def run():
+    def run(*arguments):
+        received.clear()
+        result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+def test_takes_settings_flags_become_fields(run):
+    assert run("a b", "--top-k", 3, "--stop", "x", "--stop", "y", "--no-run-ahead").exit_code == 0
+    assert received == {
+        "words": ["a b"],
+        "model": None,
+        "stream": False,
+        "top_k": 3,
+        "stop": ["x", "y"],
+        "run_ahead": False,
+    }
+
+
+def test_takes_settings_mapping_is_repeated_pairs(run):
+    run("--logit-bias", "3=-1.5", "--logit-bias", "4=2")
+    assert received["logit_bias"] == {3: -1.5, 4: 2.0}
+    with pytest.raises(ValueError, match="logit_bias must be TOKEN_ID=BIAS, got 3:4"):
+        run("--logit-bias", "3:4")
+
+
+def test_takes_settings_structured_is_json(run):
+    run("--structured", '{"regex": "[0-9]+"}')
+    assert received["structured"] == {"regex": "[0-9]+"}
+    for wrong in ("[0-9]+", "[1]"):
+        with pytest.raises(ValueError, match=r"structured must be a JSON object such as .*, got \["):
+            run("--structured", wrong)
+
+
+def test_takes_settings_flags_win_over_the_file(run, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: here\ntop_k: 7\nstop: [a]\nmax_tokens: null\n")
+    run("--config", file, "--top-k", 8)
+    assert received == {"words": None, "model": "here", "stream": False, "top_k": 8, "stop": ["a"], "max_tokens": None}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_takes_settings_every_field_is_a_flag_with_help(run, settings):
+    texts = field_help(settings)
+    shown = run("--help").stdout
+    for field in dataclasses.fields(settings):
+        assert len(texts[field.name]) > 5
+        assert f"--{field.name.replace('_', '-')} " in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("temprature: 1", TypeError, "unknown argument 'temprature'; did you mean 'temperature'"),
+        ("[1, 2]", ValueError, "must hold a mapping of settings to values, got list"),
+        ("a: [", ValueError, "is not valid YAML"),
+        ("1: 2", ValueError, "must hold a mapping"),
+    ],
+)
+def test_read_settings_wrong_file_raises(tmp_path, text, error, message):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(error, match=message):
+        read_settings(file, ["temperature", "top_k"])
+
+
+def test_read_settings_missing_file_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such settings file"):
+        read_settings(tmp_path / "none.yaml", [])

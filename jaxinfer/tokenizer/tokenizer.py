@@ -171,8 +171,8 @@ class FileTokenizer:
         self._bos_token_id, self._eos_token_id = (
             None if name is None else self._tokenizer.token_to_id(name) for name in names[:2]
         )
-        has_plain_texts = _reads_tokenwise(self._tokenizer.decoder)
-        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if has_plain_texts else None
+        decodes_tokenwise = type(self).decode is FileTokenizer.decode and _reads_tokenwise(self._tokenizer.decoder)
+        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if decodes_tokenwise else None
 
     @property
     def vocab_size(self) -> int:
@@ -259,7 +259,8 @@ class SentencePieceTokenizer:
         self._special_ids = {self._model.id_to_piece(token_id): token_id for token_id in self.special_token_ids}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise)
+        decodes_tokenwise = type(self).decode is SentencePieceTokenizer.decode
+        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if decodes_tokenwise else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, between the BOS and EOS that tokenizer_config.json asks for."""
@@ -333,7 +334,8 @@ class ByteTokenizer:
 
     def __init__(self, *, add_bos: bool = False) -> None:
         self._prefix = [self.bos_token_id] if add_bos else []
-        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise)
+        decodes_tokenwise = type(self).decode is ByteTokenizer.decode
+        self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if decodes_tokenwise else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: its bytes, after BOS if the tokenizer was made with add_bos."""

@@ -107,6 +107,16 @@ def test_detokenizer_decoder_that_looks_at_neighbours_has_no_plain_tokens(name: 
     assert (tokenizer_named(name).plain_texts is not None) == DECODERS[name][1]
 
 
+def test_subclass_that_decodes_otherwise_is_asked_for_every_text() -> None:
+    class Shouting(ByteTokenizer):
+        def decode(self, token_ids, *, skip_special_tokens=True):
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens).replace("ab", "aB")
+
+    detokenizer = IncrementalDetokenizer(Shouting(), [99], skip_special_tokens=True)
+    assert "".join(detokenizer.push([byte]) for byte in b"cab") + detokenizer.finish() == "caB"
+    assert Shouting().plain_texts is None
+
+
 def test_plain_texts_by_decoder() -> None:
     def plain(name: str, piece: str) -> tuple[str, str] | None:
         found = tokenizer_named(name).plain_texts[PIECES.index(piece)]

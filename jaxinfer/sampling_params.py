@@ -17,6 +17,8 @@ from jaxinfer.constraints.structured_output import StructuredOutput
 from jaxinfer.request import MAX_LOGPROBS, LogitEdits
 
 EarlyStopping = bool | Literal["never"]
+MAX_SAMPLES = 16_384
+"""Of one prompt; each is a request of its own from the start."""
 MAX_BEAM_WIDTH = 32
 MAX_LENGTH_PENALTY = 50.0
 """Beyond it, the length of a text to that power may leave the range of floats."""
@@ -78,10 +80,10 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     Args:
-      n: samples of one prompt, >= 1.
+      n: samples of one prompt, >= 1, at most 16,384.
       temperature: >= 0; 0 is greedy.
       top_p: keep the most likely tokens until their mass reaches it, (0, 1]; 1 is off.
-      top_k: keep the k most likely tokens, ties included, >= -1; 0 and -1 are off.
+      top_k: keep the k most likely tokens, ties included, >= -1; 0 and -1 are off, and so is the vocabulary's size.
       min_p: keep tokens of at least this probability relative to the most likely, [0, 1].
       seed: 0 .. 2**63 - 1; None lets the LLM derive one.
       max_tokens: new tokens at most, >= 0; None goes on to the end of the context, or of the KV pages where these
@@ -136,6 +138,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         keep, keep_unless_none = partial(_keep, self), partial(_keep_unless_none, self)
         keep("n", require_int, 1)
+        if self.n > MAX_SAMPLES:
+            raise ValueError(f"n must be <= {MAX_SAMPLES}, got {self.n}; ask several times, with seeds of your own")
         keep("temperature", require_float, ">= 0", 0, math.inf)
         keep("top_p", require_float, "in (0, 1]", 0, 1, open_low=True)
         keep("top_k", require_int, -1)

@@ -178,7 +178,7 @@ def _edits(sequence: SequenceState) -> SlotEdits | None:
     return SlotEdits(
         bias_of_others=0.0 if edits.allowed_token_ids is None else -math.inf,
         penalties=np.array([edits.repetition_penalty, edits.presence_penalty, edits.frequency_penalty], np.float32),
-        min_position=num_prompt + edits.min_tokens,
+        min_position=min(num_prompt + edits.min_tokens, sequence.limit),
         kinds=np.repeat(np.array(list(tokens), np.int32), list(map(len, tokens.values()))),
         token_ids=np.array([token_id for ids in tokens.values() for token_id in ids], np.int32),
         values=values,

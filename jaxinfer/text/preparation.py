@@ -91,7 +91,7 @@ class Preparation:
             max_tokens=max(limit, 1),
             stop_token_ids=self._stop_token_ids(params),
             temperature=params.temperature,
-            top_k=params.top_k,
+            top_k=params.top_k if params.top_k < self._vocab_size else 0,  # keeps all, which is cheaper left undone
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed,

@@ -234,9 +234,10 @@ class AllowedTokens:
 
 
 def pack_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> Int32[np.ndarray, " F"]:
-    """A slot's sampling numbers as int32 words."""
+    """A slot's sampling numbers as int32 words; a top_k beyond them exceeds every vocabulary and stays the largest."""
     floats = np.array([temperature, top_p, min_p], np.float32).view(np.int32)
-    integers = np.array([max(top_k, 0), seed & 0xFFFFFFFF, seed >> 32], np.int64).astype(np.uint32).view(np.int32)
+    top_k = min(max(top_k, 0), np.iinfo(np.int32).max)
+    integers = np.array([top_k, seed & 0xFFFFFFFF, seed >> 32], np.int64).astype(np.uint32).view(np.int32)
     return np.concatenate([floats, integers])
 
 

@@ -409,11 +409,9 @@ class GenerationDefaults:
     Args:
       temperature, top_k, top_p: for calls that bring no SamplingParams; 0 / off without sampling.
       eos_token_ids: tokens that end a text.
-      bos_token_id: token that begins one, if any.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None

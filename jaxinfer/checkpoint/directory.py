@@ -146,16 +146,12 @@ def generation_defaults(directory: Path, config_fields: Mapping[str, Any]) -> Ge
     sampled = fields.get("do_sample") or False
     if not isinstance(sampled, bool):
         raise ValueError(f"generation_config.json: do_sample must be true or false, got {sampled!r}")
-    eos, bos = (
-        _token_ids(name, config_fields.get(name) if fields.get(name) is None else fields[name])
-        for name in ("eos_token_id", "bos_token_id")
-    )
+    eos = config_fields.get("eos_token_id") if fields.get("eos_token_id") is None else fields["eos_token_id"]
     return GenerationDefaults(
         temperature=float(_number(fields, "temperature", 1.0)) if sampled else 0.0,
         top_k=int(_number(fields, "top_k", 0)) if sampled else 0,
         top_p=float(_number(fields, "top_p", 1.0)) if sampled else 1.0,
-        eos_token_ids=eos,
-        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=_token_ids("eos_token_id", eos),
     )
 
 

@@ -9,24 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_ROOT = b""
-
-
-def page_hashes(token_ids: Sequence[int], page_size: int) -> Iterator[bytes]:
-    """The hash chain over the full pages of a text; equal hashes mean equal text up to the page's end."""
-    previous = _ROOT
-    for start in range(0, len(token_ids) - page_size + 1, page_size):
-        previous = next_page_hash(previous, token_ids[start : start + page_size])
-        yield previous
-
 
 def next_page_hash(previous: bytes, page_token_ids: Sequence[int]) -> bytes:
-    """Hash of one more full page after a chain; b"" begins one."""
+    """Hash of one more full page after a chain; b"" begins one. Equal hashes mean equal text up to the page's end."""
     return hashlib.sha256(previous + np.asarray(page_token_ids, np.int64).tobytes()).digest()
 
 

@@ -45,7 +45,6 @@ class Tokenizer(Protocol):
 
     Attributes:
       vocab_size: one more than the largest token id.
-      bos_token_id: the token that begins a text, or None.
       eos_token_ids: the tokens that end a text, as the tokenizer's own files name them; a checkpoint's
         generation_config may say otherwise and then counts.
       special_token_ids: the tokens that decode leaves out when skip_special_tokens is True.
@@ -54,11 +53,6 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        ...
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a text, or None."""
         ...
 
     @property
@@ -168,9 +162,8 @@ class FileTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_size = max([self._tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
-        self._bos_token_id, self._eos_token_id = (
-            None if name is None else self._tokenizer.token_to_id(name) for name in names[:2]
-        )
+        eos = names[SPECIAL_TOKEN_FIELDS.index("eos_token")]
+        self._eos_token_id = None if eos is None else self._tokenizer.token_to_id(eos)
         decodes_tokenwise = type(self).decode is FileTokenizer.decode and _reads_tokenwise(self._tokenizer.decoder)
         self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if decodes_tokenwise else None
 
@@ -178,11 +171,6 @@ class FileTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id; a model's padded vocabulary may be larger."""
         return self._vocab_size
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The id of tokenizer_config.json's bos_token, or None."""
-        return self._bos_token_id
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -249,10 +237,10 @@ class SentencePieceTokenizer:
         config_file = directory / "tokenizer_config.json"
         config = read_json_object(config_file) if config_file.exists() else {}
         _refuse_added_tokens(directory, config, self.vocab_size)
-        self.bos_token_id = _id_or_none(self._model.bos_id())
+        bos = _id_or_none(self._model.bos_id())
         eos = _id_or_none(self._model.eos_id())
         self.eos_token_ids = () if eos is None else (eos,)
-        self._prefix = [] if self.bos_token_id is None or config.get("add_bos_token") is False else [self.bos_token_id]
+        self._prefix = [] if bos is None or config.get("add_bos_token") is False else [bos]
         self._suffix = list(self.eos_token_ids) if config.get("add_eos_token") is True else []
         is_special = (i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i))
         self.special_token_ids = frozenset(is_special)

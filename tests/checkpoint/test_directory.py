@@ -149,7 +149,7 @@ NUMBERS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9}
     ("generation", "config", "expected"),
     [
         (None, {}, {}),
-        (None, {"eos_token_id": 2, "bos_token_id": 1}, {"eos_token_ids": (2,), "bos_token_id": 1}),
+        (None, {"eos_token_id": 2, "bos_token_id": 1}, {"eos_token_ids": (2,)}),
         (NUMBERS, {}, {}),
         (NUMBERS | {"do_sample": False}, {}, {}),
         (NUMBERS | {"do_sample": None}, {}, {}),
@@ -160,7 +160,6 @@ NUMBERS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9}
         ({"eos_token_id": 0}, {"eos_token_id": 2}, {"eos_token_ids": (0,)}),
         ({"eos_token_id": [3, 4]}, {"eos_token_id": 2}, {"eos_token_ids": (3, 4)}),
         ({"eos_token_id": None}, {"eos_token_id": [2, 5]}, {"eos_token_ids": (2, 5)}),
-        ({"bos_token_id": 0}, {"bos_token_id": 7}, {"bos_token_id": 0}),
     ],
 )
 def test_generation_defaults_fields_become_defaults(generation, config, expected, tmp_path: Path) -> None:
@@ -180,7 +179,6 @@ def test_generation_defaults_fields_become_defaults(generation, config, expected
         ({"eos_token_id": [2, None]}, "eos_token_id"),
         ({"eos_token_id": True}, "eos_token_id"),
         ({"eos_token_id": -1}, "eos_token_id"),
-        ({"bos_token_id": 1.5}, "bos_token_id"),
     ],
 )
 def test_generation_defaults_wrong_value_names_field(generation, field: str, tmp_path: Path) -> None:

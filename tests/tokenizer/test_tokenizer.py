@@ -65,7 +65,6 @@ def test_decode_golden_ids_equals_transformers(name: str) -> None:
 def test_properties_golden_equal_transformers(name: str) -> None:
     tokenizer, record = tokenizer_named(name), golden_texts(name)["transformers"]
     assert tokenizer.vocab_size == record["vocab_size"]
-    assert tokenizer.bos_token_id == record["bos_token_id"]
     assert tokenizer.eos_token_ids == (record["eos_token_id"],)
     assert sorted(tokenizer.special_token_ids) == record["all_special_ids"]
 
@@ -79,14 +78,14 @@ def test_encode_add_bos_token_in_config_leaves_tokenizer_json_in_charge(tmp_path
 
 def test_config_token_as_object_is_read(tmp_path: Path) -> None:
     directory = copy_checkpoint("byte_level", tmp_path, bos_token={"content": "<s>"}, eos_token={"content": "</s>"})
-    assert (FileTokenizer(directory).bos_token_id, FileTokenizer(directory).eos_token_ids) == (0, (1,))
+    assert FileTokenizer(directory).eos_token_ids == (1,)
 
 
 def test_config_absent_or_token_unknown_means_no_such_token(tmp_path: Path) -> None:
     directory = copy_checkpoint("byte_level", tmp_path, bos_token="<nowhere>", eos_token=None)
-    assert (FileTokenizer(directory).bos_token_id, FileTokenizer(directory).eos_token_ids) == (None, ())
+    assert FileTokenizer(directory).eos_token_ids == ()
     (directory / "tokenizer_config.json").unlink()
-    assert (FileTokenizer(directory).bos_token_id, FileTokenizer(directory).eos_token_ids) == (None, ())
+    assert FileTokenizer(directory).eos_token_ids == ()
 
 
 @pytest.mark.parametrize("extra", [["he"], {"thing": {"content": "he"}}])

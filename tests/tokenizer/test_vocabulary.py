@@ -42,7 +42,6 @@ class Foreign:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
-        self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_ids = tokenizer.eos_token_ids
         self.special_token_ids = tokenizer.special_token_ids
         self.encode, self.encode_plain = tokenizer.encode, tokenizer.encode_plain

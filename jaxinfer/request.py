@@ -17,6 +17,10 @@ FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 
 
+class RequestTooLongError(ValueError):
+    """A request can never run: its prompt leaves no room in the context, or prompt and output exceed the KV pages."""
+
+
 class EditKind(enum.IntEnum):
     """What the device is told of a token of a slot: its bias; that it must not come yet; that it is in the prompt; that
     it was sampled once."""

@@ -32,7 +32,7 @@ from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.record import Provenance
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
-from jaxinfer.text.chat_template import ChatRenderer, as_conversations, read_chat_templates
+from jaxinfer.text.chat_template import ChatRenderer, ChatTemplates, as_conversations, read_chat_templates
 from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.text.preparation import Prompt, Submission
 from jaxinfer.tokenizer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -463,9 +463,7 @@ class LLM:
 
     @functools.cached_property
     def _chat_renderer(self) -> ChatRenderer:
-        sources = [source for source in self._template_sources if isinstance(source, (str, Path)) and source != "byte"]
-        directories = [checkpoint_directory.resolve(source) for source in sources]
-        return ChatRenderer(read_chat_templates(directories), self._template_sandbox)
+        return ChatRenderer(find_chat_templates(*self._template_sources), self._template_sandbox)
 
     @property
     def _chat_params(self) -> SamplingParams:
@@ -500,6 +498,20 @@ def _logprob(output: RequestOutput, window: Window) -> float:
     pairs = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
     counted = itertools.islice(pairs, window.first - window.start, None)
     return sum(found[token_id].logprob for token_id, found in counted if found is not None)
+
+
+def find_chat_templates(*sources: str | Path | Tokenizer | None) -> ChatTemplates:
+    """The chat templates of an LLM, without loading it.
+
+    Args:
+      sources: its tokenizer and its model, as LLM takes them.
+
+    Raises:
+      FileNotFoundError: no such directory or hub id.
+      ValueError: a file cannot be read; the message names it.
+    """
+    named = [source for source in sources if isinstance(source, (str, Path)) and source != "byte"]
+    return read_chat_templates([checkpoint_directory.resolve(source) for source in named])
 
 
 def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:

@@ -18,17 +18,19 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from jaxinfer.api.generate import split_settings
-from jaxinfer.api.llm import LLM
-from jaxinfer.api.output_stream import OutputStream
+from jaxinfer.api.llm import LLM, find_chat_templates
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli import info as facts
 from jaxinfer.cli.bench import app as bench
+from jaxinfer.cli.conversation import HELP, Conversation
 from jaxinfer.cli.flags import SETTINGS, takes_settings
 from jaxinfer.cli.replay import read_records, replay_records
+from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.text.chat_template import ChatTemplates
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_DIFFERENT = 1
@@ -159,24 +161,24 @@ def chat(
     model: Model = None,
     tokenizer: TokenizerFrom = None,
     system: Annotated[str | None, typer.Option(help="system message")] = None,
-    template: Annotated[Path | None, typer.Option(help="Jinja file to use instead of the model's own template")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Jinja file, or one of the model's templates by name, instead of its default one")
+    ] = None,
     **fields: Any,
-) -> None:
-    """Talk to a model: one message a line; /reset forgets the conversation, /quit or the end of input leaves, Ctrl-C
-    ends a reply."""
+) -> int:
+    """Talk to a model: one message a line, or a pasted text; /reset forgets the conversation, /quit or the end of input
+    leaves, Ctrl-C ends a reply. The oldest turns are forgotten when the context is full."""
     sampling, config = split_settings(fields)
-    source = None if template is None else template.read_text(encoding="utf-8")
-    beginning = [] if system is None else [{"role": "system", "content": system}]
+    chosen = _chosen_template(template, find_chat_templates(tokenizer, model or DEMO))
+    is_terminal = sys.stdin.isatty()
     with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
         params = dataclasses.replace(llm.default_params, **sampling)
-        messages = list(beginning)
-        while (line := _read_message()) is not None:
-            if line == "/reset":
-                messages = list(beginning)
-            elif line:
-                messages.append({"role": "user", "content": line})
-                reply = _print_reply(llm.stream_chat(messages, params, chat_template=source))
-                messages.append({"role": "assistant", "content": reply})
+        conversation = Conversation(llm, params, system=system, chat_template=chosen)
+        if is_terminal:
+            enable_line_editing()
+            remark(HELP)
+        all_answered = conversation.run(read_message, is_terminal=is_terminal)
+    return 0 if all_answered or is_terminal else EXIT_ERROR
 
 
 @app.command()
@@ -259,27 +261,23 @@ def _print_stream(
     print(end="" if as_json else "\n", flush=True)
 
 
-def _read_message() -> str | None:
-    """The next line of a conversation; None at its end."""
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+def _chosen_template(template: str | None, found: ChatTemplates) -> str | None:
+    """The chat_template of --template: a name, or the text of a file. A missing one must not cost the loading of a
+    model."""
+    if template is None:
+        found.select(None, has_tools=False, knob="--template FILE")
         return None
-    return None if line == "/quit" else line
-
-
-def _print_reply(stream: OutputStream) -> str:
-    """Prints a reply as it comes and returns it, cut where Ctrl-C ended it."""
-    text = ""
+    if template in found.templates:
+        return template
     try:
-        for output in stream:
-            delta = _shown(output.delta, output)
-            text += delta
-            print(delta, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-    print(flush=True)
-    return text
+        return Path(template).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        names = ", ".join(sorted(found.templates)) or "none"
+        raise ValueError(
+            f"--template must be a file or the name of one of the model's templates ({names}), got {template}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--template {template} is not UTF-8 text: {error}") from error
 
 
 def _as_text(output: RequestOutput, *, echo: bool) -> str:

@@ -23,7 +23,7 @@ from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.engine.sequence_pages import SequencePages
 from jaxinfer.engine.waiting import WaitingQueue
-from jaxinfer.request import FinishReason, Request
+from jaxinfer.request import FinishReason, Request, RequestTooLongError
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
 MAX_SKIPS = 16
@@ -124,11 +124,11 @@ class Scheduler:
           num_sequences: how many of its kind have to run at the same time.
 
         Raises:
-          ValueError: the prompt leaves no room for a token, or the request needs more pages than there are.
+          RequestTooLongError: the prompt leaves no room for a token, or the request needs more pages than there are.
         """
         num_prompt = len(request.prompt_token_ids)
         if num_prompt >= self._max_model_len:
-            raise ValueError(
+            raise RequestTooLongError(
                 f"prompt has {num_prompt} tokens, the limit is {self._max_model_len - 1} (max_model_len "
                 f"{self._max_model_len} less one for the output); shorten it, set truncate_prompt_tokens or raise "
                 f"max_model_len"
@@ -136,7 +136,7 @@ class Scheduler:
         needed = pages_for(self.limit(request), self._config.page_size) * num_sequences
         if needed > self.pages.num_pages:
             times = "" if num_sequences == 1 else f"{num_sequences} x "
-            raise ValueError(
+            raise RequestTooLongError(
                 f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
                 f"{self.pages.num_pages}; lower max_tokens, shorten the prompt or raise num_kv_pages"
             )

@@ -57,12 +57,13 @@ class ChatTemplates:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     directories: tuple[Path, ...] = ()
 
-    def select(self, chat_template: str | None, *, has_tools: bool) -> ChatTemplate:
+    def select(self, chat_template: str | None, *, has_tools: bool, knob: str = "chat_template=...") -> ChatTemplate:
         """The template to use.
 
         Args:
           chat_template: a template, or the name of one of these; None takes the checkpoint's choice.
           has_tools: whether the caller gave tools, be it an empty list.
+          knob: how the caller can pass a template, for the error.
 
         Raises:
           TypeError: chat_template is not a string.
@@ -72,7 +73,7 @@ class ChatTemplates:
             name = TOOL_USE if has_tools and TOOL_USE in self.templates else DEFAULT
             if name in self.templates:
                 return self.templates[name]
-            raise ValueError(self._missing())
+            raise ValueError(f"{self._missing()}; pass {knob}")
         if not isinstance(chat_template, str):
             raise TypeError(
                 f"chat_template must be a template or the name of one, as a string, got {type(chat_template).__name__}"
@@ -81,15 +82,12 @@ class ChatTemplates:
 
     def _missing(self) -> str:
         if not self.directories:
-            return "an LLM without a checkpoint directory has no chat template of its own; pass chat_template=..."
+            return "an LLM without a checkpoint directory has no chat template of its own"
         places = " or ".join(map(str, self.directories))
         if self.templates:
             names = ", ".join(sorted(self.templates))
-            return f"{places} has several chat templates and none is {DEFAULT!r}; pass chat_template= one of {names}"
-        return (
-            f"no chat template in {places}: neither {TEMPLATE_FILE} nor chat_template in {CONFIG_FILE}; pass "
-            "chat_template=..."
-        )
+            return f"{places} has no chat template {DEFAULT!r}, only {names}"
+        return f"no chat template in {places}: neither {TEMPLATE_FILE} nor chat_template in {CONFIG_FILE}"
 
 
 def read_chat_templates(directories: Sequence[Path]) -> ChatTemplates:

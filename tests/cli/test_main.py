@@ -3,9 +3,9 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import load_golden
@@ -302,24 +302,37 @@ def test_chat_keeps_the_conversation_until_reset(run, tmp_path):
     assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
 
 
-def test_chat_without_a_template_says_so(run):
-    code, out, err = run("chat", *FLAGS, stdin="hello\n")
-    assert (code, out) == (1, "")
-    assert "chat template" in err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"no chat template in .*gqa: neither chat_template.jinja nor .*; pass --template FILE$"),
+        (["--template", "none"], r"--template must be a file or the name of .* templates \(none\), got none$"),
+        (["--template", sys.executable], "is not UTF-8 text"),
+    ],
+)
+def test_chat_without_its_template_says_so_before_the_model_is_loaded(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(cli, "LLM", None)
+    code, out, err = run("chat", *FLAGS, *arguments, stdin="hello\n")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.search(message, err.strip())
 
 
-def test_print_reply_interrupt_ends_the_reply_and_not_the_chat(capsys):
-    class Stream:
-        closed = False
+def test_chat_template_by_name_is_the_models(run, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "plain.jinja").write_text(TEMPLATE)
+    named = run("chat", *FLAGS, *GREEDY, "--model", tmp_path / "model", "--template", "plain", stdin="one\n")
+    file = tmp_path / "model" / "additional_chat_templates" / "plain.jinja"
+    assert named[:2] == run("chat", *FLAGS, *GREEDY, "--template", file, stdin="one\n")[:2] and named[0] == 0
 
-        def __iter__(self):
-            yield SimpleNamespace(delta="so far", token_ids=())
-            raise KeyboardInterrupt
 
-        def close(self):
-            self.closed = True
-
-    stream = Stream()
-    assert cli._print_reply(stream) == "so far"
-    assert stream.closed
-    assert capsys.readouterr().out == "so far\n"
+def test_chat_failed_message_is_forgotten_and_the_next_one_answered(run, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}" + TEMPLATE)
+    code, out, err = run("chat", *FLAGS, *GREEDY, "--template", file, stdin=f"{'x' * 99}\none\ntwo\n/what\n")
+    assert (code, out.count("\n")) == (1, 1)
+    too_long, cut, refused, command = err.splitlines()[-4:]
+    assert "prompt has " in too_long and too_long.endswith("; this message is forgotten")
+    assert cut == "[cut at max_tokens 4; --max-tokens sets it]"
+    assert "one only" in refused and refused.endswith("; this message is forgotten")
+    assert command.startswith("no command /what: /reset forgets the conversation, /quit or Ctrl-D leaves")

@@ -142,7 +142,7 @@ def test_special_tokens_are_variables(sandbox, tmp_path) -> None:
     ("files", "message"),
     [
         ({}, r"no chat template in .*chat_template\.jinja.*tokenizer_config\.json; pass chat_template="),
-        ({"additional_chat_templates/rag.jinja": ""}, r"none is 'default'; pass chat_template= one of rag"),
+        ({"additional_chat_templates/rag.jinja": ""}, r"no chat template 'default', only rag; pass chat_template="),
         ({"tokenizer_config.json": {"chat_template": 7}}, r"tokenizer_config\.json: chat_template must be a string"),
         (
             {"tokenizer_config.json": {"chat_template": [{"name": "x"}]}},

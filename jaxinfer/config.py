@@ -351,6 +351,7 @@ class ModelConfig:
             )
         if self.rope is not None:
             self._check_rotation(self.rope)
+        self._refuse_together()
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows must have one entry a layer, {self.num_layers}, got {len(self.windows)}")
         if self.num_experts:
@@ -359,6 +360,21 @@ class ModelConfig:
         for window in self.windows:
             if window is not None:
                 require_int("window", window, 1)
+
+    def _refuse_together(self) -> None:
+        """Refuses what no layer computes."""
+        refused = {
+            "norm_kind 'layer' has no norm_offset": self.norm_kind == "layer" and self.norm_offset != 0,
+            "norm_kind 'layer' has no qk_norm": self.norm_kind == "layer" and self.qk_norm != "none",
+            "local_rope needs rope": self.rope is None and self.local_rope is not None,
+            "experts have a gate": self.num_experts > 0 and not self.mlp_gate,
+            "experts have no bias (mlp_bias)": self.num_experts > 0 and self.mlp_bias,
+        }
+        for rule, is_broken in refused.items():
+            if is_broken:
+                raise ValueError(
+                    f"{self.architecture}: {rule}, but the ModelConfig asks for it; write a module of its own"
+                )
 
     def _check_rotation(self, rope: RopeConfig) -> None:
         rotated = rope.rotated_dims(self.head_dim)

@@ -31,6 +31,7 @@ from jaxinfer.demo import corpus
 from jaxinfer.layers.attention import Segment, TokenBatch
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models import llama
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import parse_model_config
 
@@ -106,7 +107,7 @@ def sequence_batch(token_ids: Int[Array, "R Q"]) -> TokenBatch:
 
 
 def token_losses(
-    model: llama.Llama, token_ids: Int[Array, "R L"], dropout_key: PRNGKeyArray | None = None
+    model: TransformerDecoder, token_ids: Int[Array, "R L"], dropout_key: PRNGKeyArray | None = None
 ) -> Float[Array, " T"]:
     """Negative log-probability in nats of every token but each row's first, per shard.
 
@@ -144,7 +145,7 @@ class Trainer:
             attention_backend="reference",  # the differentiable one
         )
         config = parse_model_config(CONFIG)
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, layout)))
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: TransformerDecoder(config, layout)))
         self.step = 0
         self.parameters = initial_parameters(abstract, jax.random.key(SEED))
         decayed = jax.tree_util.tree_map_with_path(

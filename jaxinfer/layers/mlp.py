@@ -89,6 +89,8 @@ class MLP(nnx.Module):
         self.up = ColumnParallelLinear(hidden_size, (Rows(ffn_size),), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(self, x: Float[Array, "T D"], *, norm: Norm) -> Float[Array, "T D"]:
-        """x + mlp(norm(x)), x the residual stream."""
-        return self.down(_ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x)
+    def __call__(
+        self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
+    ) -> Float[Array, "T D"]:
+        """x + post_norm(mlp(norm(x))), x the residual stream."""
+        return self.down(_ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x, norm=post_norm)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig, require_float
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
-from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
 GEMMA2_TENSOR_NAMES = TENSOR_NAMES | {
@@ -68,4 +69,4 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     return parse_gemma(caps | dict(fields), slide=slide)
 
 
-FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=GEMMA2_TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=parse_config, build=TransformerDecoder, tensor_names=GEMMA2_TENSOR_NAMES)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.gemma2 import GEMMA2_TENSOR_NAMES, parse_gemma
 from jaxinfer.models.hf_config import parse_rope, require_count
-from jaxinfer.models.llama import Llama
 from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
@@ -49,4 +49,4 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     return parse_gemma({"sliding_window": 4096} | everywhere, slide=slide, qk_norm="head", local_rope=parse_rope(local))
 
 
-FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=GEMMA3_TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=parse_config, build=TransformerDecoder, tensor_names=GEMMA3_TENSOR_NAMES)

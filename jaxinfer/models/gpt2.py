@@ -1,26 +1,18 @@
 """GPT-2: LayerNorm, learned positions, a feed-forward without a gate, biases everywhere; Megatron's classic GPT.
 
-Owns: the family's layer order, its config.json fields and its checkpoint names.
-Does not know: files, batches' origin, sampling.
+Owns: the family's config.json fields and its checkpoint names.
+Does not know: how a layer computes (decoder.py), files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-from jaxtyping import Array, Float, Int
-
 from jaxinfer.config import ACTIVATIONS, ModelConfig, require_choice, require_float
-from jaxinfer.layers.attention import Attention, TokenBatch
-from jaxinfer.layers.embedding import PositionEmbedding, VocabularyEmbedding
-from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.mlp import MLP
-from jaxinfer.layers.norm import LayerNorm
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import require, require_count
-from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import ModelFamily
 
 _PREFIX = "transformer."
@@ -91,91 +83,9 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-class GPT2Layer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); arguments as GPT2's."""
-
-    def __init__(self, config: ModelConfig, layout: Layout):
-        size, stages, dtype = config.hidden_size, layout.num_stages, layout.dtype
-        self.attention_norm = LayerNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
-        self.attention = Attention(
-            config,
-            num_stages=stages,
-            num_shards=layout.num_shards,
-            kv_copies=layout.kv_copies(config),
-            windows=(None,),
-            backend=layout.attention_backend,
-            dtype=dtype,
-        )
-        self.mlp_norm = LayerNorm(size, eps=config.norm_eps, num_stages=stages, dtype=dtype)
-        self.mlp = MLP(
-            size,
-            config.ffn_size,
-            num_stages=stages,
-            dtype=dtype,
-            bias=config.mlp_bias,
-            activation=config.activation,
-            backend=layout.attention_backend,
-        )
-
-    def __call__(
-        self, x: Float[Array, "T D"], cache: LayerCache, batch: TokenBatch
-    ) -> tuple[Float[Array, "T D"], LayerCache]:
-        """One layer of one stage; returns the new residual stream and the written cache."""
-        x, cache = self.attention(x, cache, batch, None, norm=self.attention_norm)
-        return self.mlp(x, norm=self.mlp_norm), cache
-
-
-class GPT2(nnx.Module):
-    """A GPT-2 model whose local layer j of every stage is stacked in layers[j].
-
-    Args:
-      config: the model's numbers.
-      layout: mesh sizes, dtype and attention backend.
-
-    Source: as parse_config's.
-    """
-
-    def __init__(self, config: ModelConfig, layout: Layout):
-        num_devices = layout.num_stages * layout.num_shards
-
-        def table() -> VocabularyEmbedding:
-            return VocabularyEmbedding(
-                config.vocab_size, config.hidden_size, num_shards=num_devices, dtype=layout.dtype
-            )
-
-        self.embedding = table()
-        self.positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size, dtype=layout.dtype)
-        self.layers = nnx.List([GPT2Layer(config, layout) for _ in range(layout.layers_per_stage(config))])
-        self.norm = LayerNorm(config.hidden_size, eps=config.norm_eps, num_stages=None, dtype=layout.dtype)
-        self.lm_head = None if config.tie_word_embeddings else table()
-
-    def embed(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token ids and positions to the residual stream."""
-        return self.embedding.embed(token_ids) + self.positions(positions)
-
-    def run_layers(
-        self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
-    ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
-        """This stage's layers; caches are one a local layer and come back written."""
-        written = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, cache, batch)
-            written.append(cache)
-        return x, written
-
-    def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        """The norm in front of the head."""
-        return self.norm(x)
-
-    @property
-    def head(self) -> VocabularyEmbedding:
-        """The module that scores hidden states; the embedding itself when tied."""
-        return self.embedding if self.lm_head is None else self.lm_head
-
-
 FAMILY = ModelFamily(
     parse_config=parse_config,
-    build=GPT2,
+    build=TransformerDecoder,
     tensor_names=TENSOR_NAMES,
     transposed=frozenset(f"layers.{{layer}}.{ours}.weight" for ours in _LINEARS),
     base_prefix=_PREFIX,

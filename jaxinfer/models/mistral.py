@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder, parse_windows
-from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
 
@@ -27,4 +28,4 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     return parse_decoder(fields, windows=windows)
 
 
-FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=parse_config, build=TransformerDecoder, tensor_names=TENSOR_NAMES)

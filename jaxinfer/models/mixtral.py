@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder, parse_rope, parse_windows, require_count
-from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
 _EXPERTS = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
@@ -40,4 +41,4 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=MIXTRAL_TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=parse_config, build=TransformerDecoder, tensor_names=MIXTRAL_TENSOR_NAMES)

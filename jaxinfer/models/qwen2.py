@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig, require_int
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder, parse_windows, require
-from jaxinfer.models.llama import TENSOR_NAMES, Llama
+from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
 
@@ -41,4 +42,4 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     return parse_decoder(fields, attention_bias=True, windows=parse_upper_windows(fields))
 
 
-FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=parse_config, build=TransformerDecoder, tensor_names=TENSOR_NAMES)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
-from jaxinfer.models.llama import Llama
 from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
@@ -54,4 +54,4 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-FAMILY = ModelFamily(parse_config=parse_config, build=Llama, tensor_names=QWEN3_MOE_TENSOR_NAMES)
+FAMILY = ModelFamily(parse_config=parse_config, build=TransformerDecoder, tensor_names=QWEN3_MOE_TENSOR_NAMES)

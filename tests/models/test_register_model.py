@@ -11,11 +11,12 @@ import pytest
 
 from jaxinfer import LLM, ModelFamily, SamplingParams, register_model
 from jaxinfer.models import llama, registry
+from jaxinfer.models.decoder import TransformerDecoder
 
 NAME = "BackwardsForCausalLM"
 
 
-class Backwards(llama.Llama):
+class Backwards(TransformerDecoder):
     """Llama that finds token v where Llama has token V - 1 - v."""
 
     def embed(self, token_ids, positions):

@@ -1,0 +1,177 @@
+"""The one decoder that every family is built as: what differs between families is numbers in ModelConfig.
+
+Owns: the order of what a layer does, and where embedding, positions, layers, final norm and head stand.
+Does not know: files, config.json, checkpoint names, batches' origin, sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.communication.collectives import stage_value
+from jaxinfer.config import ModelConfig
+from jaxinfer.layers import rope
+from jaxinfer.layers.attention import Attention, TokenBatch
+from jaxinfer.layers.embedding import PositionEmbedding, VocabularyEmbedding
+from jaxinfer.layers.kv_cache import LayerCache
+from jaxinfer.layers.linear import Norm
+from jaxinfer.layers.mlp import MLP, GatedMLP
+from jaxinfer.layers.moe import MixtureOfExperts
+from jaxinfer.layers.norm import LayerNorm, RMSNorm
+from jaxinfer.layers.rope import RotaryTables
+from jaxinfer.models.layout import Layout
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With norms in both places (ModelConfig.norm_places), each block's output is normalised once more before it is added;
+    with norms behind, only then. The feed-forward has a gate or none, or is a mixture of experts.
+
+    Args:
+      config, layout: as TransformerDecoder's.
+      index: the local layer's number; layer `index` of every stage is stacked in it.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout, index: int):
+        stages, dtype = layout.num_stages, layout.dtype
+
+        def norm(place: str) -> Norm | None:
+            return make_norm(config, layout, num_stages=stages) if config.norm_places in (place, "both") else None
+
+        self.attention_norm, self.mlp_norm = norm("before"), norm("before")
+        self.attention_post_norm, self.mlp_post_norm = norm("behind"), norm("behind")
+        self.attention = Attention(
+            config,
+            num_stages=stages,
+            num_shards=layout.num_shards,
+            kv_copies=layout.kv_copies(config),
+            windows=layout.windows(config, index),
+            backend=layout.attention_backend,
+            dtype=dtype,
+        )
+        if layout.has_experts(config, index):
+            self.mlp = MixtureOfExperts(config, num_stages=stages, num_shards=layout.num_shards, dtype=dtype)
+        else:
+            self.mlp = (GatedMLP if config.mlp_gate else MLP)(
+                config.hidden_size,
+                config.ffn_size,
+                num_stages=stages,
+                dtype=dtype,
+                bias=config.mlp_bias,
+                activation=config.activation,
+                backend=layout.attention_backend,
+            )
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        cache: LayerCache,
+        batch: TokenBatch,
+        rotary: RotaryTables | None,
+    ) -> tuple[Float[Array, "T D"], LayerCache]:
+        """One layer of one stage; returns the new residual stream and the written cache."""
+        x, cache = self.attention(x, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm)
+        if isinstance(self.mlp, MixtureOfExperts):
+            fed = self.mlp(_normalised(x, self.mlp_norm), batch.live)
+            return x + _normalised(fed, self.mlp_post_norm), cache
+        return self.mlp(x, norm=self.mlp_norm, post_norm=self.mlp_post_norm), cache
+
+
+class TransformerDecoder(nnx.Module):
+    """A decoder-only transformer whose local layer j of every stage is stacked in layers[j].
+
+    Args:
+      config: the model's numbers; every field is heeded.
+      layout: mesh sizes, dtype, context length and attention backend.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout):
+        self.config = config
+        self.max_model_len = layout.max_model_len
+        num_devices = layout.num_stages * layout.num_shards
+
+        def table() -> VocabularyEmbedding:
+            return VocabularyEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                num_shards=num_devices,
+                dtype=layout.dtype,
+                logit_softcap=config.logit_softcap,
+            )
+
+        self.embedding = table()
+        learned = config.rope is None
+        self.positions = (
+            PositionEmbedding(config.max_position_embeddings, config.hidden_size, dtype=layout.dtype)
+            if learned
+            else None
+        )
+        self.layers = nnx.List(
+            [DecoderLayer(config, layout, index) for index in range(layout.layers_per_stage(config))]
+        )
+        self.norm = make_norm(config, layout, num_stages=None)
+        self.lm_head = None if config.tie_word_embeddings else table()
+
+    def embed(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token ids to the residual stream; positions are added where they are learned, else layers rotate by them."""
+        x = self.embedding.embed(token_ids)
+        # The scale is rounded to x's dtype first, as the checkpoints were trained with it.
+        x = x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x if self.positions is None else x + self.positions(positions)
+
+    def run_layers(
+        self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
+    ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
+        """This stage's layers; caches are one a local layer and come back written."""
+        rotary, written = self._rotary(batch.positions), []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, cache, batch, rotary(layer.attention.windows))
+            written.append(cache)
+        return x, written
+
+    def _rotary(self, positions: Int[Array, " T"]) -> Callable[[Sequence[int | None]], RotaryTables | None]:
+        """The rotary tables of a layer with these windows by stage; None where positions are learned."""
+        if self.config.rope is None:
+            return lambda windows: None
+        rules = list(dict.fromkeys([self.config.rope_for(None), self.config.rope_for(1)]))  # without and with a window
+        tables = [
+            rope.rotary_tables(
+                positions, *rope.rotary_frequencies(rule, self.config.head_dim, max_model_len=self.max_model_len)
+            )
+            for rule in rules
+        ]
+
+        def of(windows: Sequence[int | None]) -> RotaryTables:
+            chosen = stage_value([rules.index(self.config.rope_for(window)) for window in windows])
+            if isinstance(chosen, int):
+                return tables[chosen]
+            return jax.tree.map(lambda *options: jnp.stack(options)[chosen], *tables)
+
+        return of
+
+    def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """The norm in front of the head."""
+        return self.norm(x)
+
+    @property
+    def head(self) -> VocabularyEmbedding:
+        """The module that scores hidden states; the embedding itself when tied."""
+        return self.embedding if self.lm_head is None else self.lm_head
+
+
+def make_norm(config: ModelConfig, layout: Layout, *, num_stages: int | None) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream; num_stages as RMSNorm's."""
+    options = {"eps": config.norm_eps, "num_stages": num_stages, "dtype": layout.dtype}
+    if config.norm_kind == "layer":
+        return LayerNorm(config.hidden_size, **options)
+    return RMSNorm(config.hidden_size, offset=config.norm_offset, **options)
+
+
+def _normalised(x: Float[Array, "T D"], norm: Norm | None) -> Float[Array, "T D"]:
+    return x if norm is None else norm(x)

@@ -128,10 +128,14 @@ class Scheduler:
         """
         num_prompt = len(request.prompt_token_ids)
         if num_prompt >= self._max_model_len:
+            is_models_own = self._config.max_model_len is None
+            context = "the model's context of" if is_models_own else "max_model_len"
+            ways_out = "shorten it or set truncate_prompt_tokens"
+            if not is_models_own:
+                ways_out = "shorten it, set truncate_prompt_tokens or raise max_model_len, up to the model's context"
             raise RequestTooLongError(
-                f"prompt has {num_prompt} tokens, the limit is {self._max_model_len - 1} (max_model_len "
-                f"{self._max_model_len} less one for the output); shorten it, set truncate_prompt_tokens or raise "
-                f"max_model_len"
+                f"prompt has {num_prompt} tokens, the limit is {self._max_model_len - 1} ({context} "
+                f"{self._max_model_len} less one for the output); {ways_out}"
             )
         needed = pages_for(self.limit(request), self._config.page_size) * num_sequences
         if needed > self.pages.num_pages:

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 from engine_tools import assert_own_texts, finish, make_engine, request, run_all
-from fake_wrapper import continuation
+from fake_wrapper import FakeWrapper, continuation
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.request import RequestTooLongError
 
 
 def test_engine_tight_pool_preempts_every_request_and_keeps_output():
@@ -96,6 +100,23 @@ def test_engine_duplicate_id_is_refused():
     engine.add_request(request(0, [1]))
     with pytest.raises(ValueError, match="already in use"):
         engine.add_request(request(0, [1]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (None, r"the limit is 31 \(the model's context of 32 less one .*\); shorten it or set truncate_prompt_tokens$"),
+        (
+            32,
+            r"\(max_model_len 32 less one .*truncate_prompt_tokens or raise max_model_len, up to the model's context$",
+        ),
+    ],
+)
+def test_engine_prompt_too_long_names_the_limit_that_can_be_moved(asked, message):
+    config = EngineConfig(max_model_len=asked, max_num_seqs=4, page_size=8, num_kv_pages=8, max_num_batched_tokens=64)
+    engine = DynamicEngine(FakeWrapper(config, max_model_len=32), config, max_model_len=32)
+    with pytest.raises(RequestTooLongError, match=message):
+        engine.check_request(request("a", range(32)))
 
 
 def test_engine_output_ends_at_max_model_len():

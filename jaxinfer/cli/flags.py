@@ -21,11 +21,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from jaxinfer.config import EngineConfig, unknown_keyword
+from jaxinfer.config import EngineConfig, GenerationDefaults, unknown_keyword
 from jaxinfer.sampling_params import SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)
 """A field of both (seed) is the first one's, as in generate()."""
+_OF_THE_CHECKPOINT = {entry.name for entry in dataclasses.fields(GenerationDefaults)}
+"""Among them are the sampling fields that a command without their flags takes from generation_config.json."""
 _ENTRY = re.compile(r" {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*)")
 
 
@@ -119,11 +121,17 @@ def _options(settings: Sequence[type], defaults: Mapping[str, Any]) -> dict[str,
     for one in settings:
         hints, texts = typing.get_type_hints(one), field_help(one)
         for entry in dataclasses.fields(one):
-            default = defaults.get(entry.name, entry.default)
-            shown = "" if default is None else f" (default: {default})"
-            option = _parameter(entry.name, _flag_type(hints[entry.name]), texts[entry.name] + shown, one.__name__)
+            text = texts[entry.name] + _default_help(one, entry, defaults)
+            option = _parameter(entry.name, _flag_type(hints[entry.name]), text, one.__name__)
             options.setdefault(entry.name, option)
     return options
+
+
+def _default_help(settings: type, entry: dataclasses.Field[Any], defaults: Mapping[str, Any]) -> str:
+    if settings is SamplingParams and entry.name in _OF_THE_CHECKPOINT and entry.name not in defaults:
+        return " (default: from the checkpoint's generation_config, greedy without one)"
+    default = defaults.get(entry.name, entry.default)
+    return "" if default is None else f" (default: {default})"
 
 
 def _parameter(name: str, kind: Any, text: str, panel: str | None = None) -> inspect.Parameter:

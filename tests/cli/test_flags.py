@@ -80,6 +80,16 @@ def test_takes_settings_every_field_is_a_flag_with_help(run, settings):
         assert f"--{field.name.replace('_', '-')} " in shown
 
 
+def test_takes_settings_help_does_not_state_what_the_checkpoint_decides(run):
+    shown = " ".join(run("--help").stdout.replace("│", "").split())
+    for name in ("temperature", "top-p", "top-k"):
+        entry = shown[shown.index(f"--{name} ") :]
+        assert entry[: entry.index(")", entry.index("(default"))].endswith(
+            "(default: from the checkpoint's generation_config, greedy without one"
+        )
+    assert "(default: 16)" in shown[shown.index("--max-tokens ") : shown.index("--min-tokens ")]
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [

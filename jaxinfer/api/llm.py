@@ -21,11 +21,11 @@ from jaxinfer.api.driver import Driver, Ticket
 from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.api.output_stream import OutputStream, wait_for
 from jaxinfer.api.provenance import find_provenance
-from jaxinfer.api.scoring import Perplexity, Window, sliding_windows
+from jaxinfer.api.scoring import Perplexity, Window, check_windows, sliding_windows
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
-from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig, require_int
+from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
@@ -257,9 +257,7 @@ class LLM:
           TypeError, ValueError: the text has less than two tokens, or a number is outside its range.
           EngineClosedError: the LLM is closed.
         """
-        longest = self.max_model_len - 1
-        window = longest if window is None else require_int("window", window, 2, longest)
-        stride = max(window // 2, 1) if stride is None else require_int("stride", stride, 1, window - 1)
+        window, stride = check_windows(window, stride, max_model_len=self.max_model_len)
         token_ids = self._controller.encode(text)
         if len(token_ids) < 2:
             raise ValueError(f"a text of at least 2 tokens has a perplexity, got {len(token_ids)}")

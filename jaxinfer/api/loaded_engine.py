@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
@@ -39,10 +40,14 @@ class LoadedEngine:
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
         self.max_model_len = context_length(config, model_config)
         self._page_size = config.page_size
-        draft = _find_draft(config, model_config, max_model_len=self.max_model_len)
+        draft = find_draft(config, model_config, max_model_len=self.max_model_len)
+        draft_store = None if draft is None else draft.open()  # a missing file must not cost the loading of the model
         beside = None if draft is None else footprint(draft.model_config, draft.config)
         self.wrapper = assemble(model_config, store, config, beside=beside)
-        self._draft_wrapper = None if draft is None else draft.load(num_pages=self.wrapper.num_pages)
+        self._draft_wrapper: DecoderWrapper | None = None
+        if draft is not None and draft_store is not None:  # with pages beside those of the model it drafts for
+            draft_config = dataclasses.replace(draft.config, num_kv_pages=self.wrapper.num_pages)
+            self._draft_wrapper = assemble(draft.model_config, draft_store, draft_config, role="draft model")
         drafter = _make_drafter(config, self._draft_wrapper)
         self.engine = DynamicEngine(self.wrapper, config, max_model_len=self.max_model_len, drafter=drafter)
 
@@ -72,25 +77,35 @@ class LoadedEngine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Draft:
+class Draft:
     """A draft model that is not loaded yet.
 
     Args:
+      path: its directory.
       model_config: its numbers.
-      store: its tensors.
       config: the engine's settings, for this model.
     """
 
+    path: Path
     model_config: ModelConfig
-    store: SafetensorsStore
     config: EngineConfig
 
-    def load(self, *, num_pages: int) -> DecoderWrapper:
-        """Its wrapper, with pages beside those of the model it drafts for."""
-        return assemble(self.model_config, self.store, dataclasses.replace(self.config, num_kv_pages=num_pages))
+    def open(self) -> SafetensorsStore:
+        """Its tensors, of which none is read yet."""
+        return SafetensorsStore(directory.weight_files(self.path))
 
 
-def _find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int) -> _Draft | None:
+def find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int) -> Draft | None:
+    """The draft model that the settings name; None if they name none, or prompt lookup.
+
+    Args:
+      config: the engine's settings.
+      model: the model to draft for.
+      max_model_len: its context.
+
+    Raises:
+      FileNotFoundError, ValueError: as LoadedEngine, but for missing weights.
+    """
     if config.draft_model is None or config.draft_model == PROMPT_LOOKUP:
         return None
     try:
@@ -108,7 +123,7 @@ def _find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int)
         context_length(config, draft)
     except ValueError as error:
         raise ValueError(f"draft_model {config.draft_model}: {error}; lower max_model_len") from error
-    return _Draft(model_config=draft, store=SafetensorsStore(directory.weight_files(path)), config=config)
+    return Draft(path=path, model_config=draft, config=config)
 
 
 def _make_drafter(config: EngineConfig, draft_wrapper: DecoderWrapper | None) -> Drafter | None:

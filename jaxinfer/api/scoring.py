@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jaxinfer.config import require_int
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perplexity:
@@ -48,6 +50,14 @@ class Window:
     start: int
     end: int
     first: int
+
+
+def check_windows(window: int | None, stride: int | None, *, max_model_len: int) -> tuple[int, int]:
+    """Window and stride of a model, with its defaults for what is None; arguments and errors as LLM.perplexity's."""
+    longest = max_model_len - 1
+    window = longest if window is None else require_int("window", window, 2, longest)
+    stride = max(window // 2, 1) if stride is None else require_int("stride", stride, 1, window - 1)
+    return window, stride
 
 
 def sliding_windows(num_tokens: int, *, window: int, stride: int) -> Iterator[Window]:

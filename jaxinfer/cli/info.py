@@ -13,14 +13,14 @@ from pathlib import Path
 
 import jax
 
+from jaxinfer.api.loaded_engine import find_draft
 from jaxinfer.checkpoint import directory
 from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.communication.volume import CollectiveVolume
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.engine.drafting import PROMPT_LOOKUP
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
-from jaxinfer.wrappers.assembly import abstract_model, lay_out
+from jaxinfer.wrappers.assembly import abstract_model, context_length, lay_out
 from jaxinfer.wrappers.jax_start import start_jax
 from jaxinfer.wrappers.memory import free_bytes
 from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes
@@ -64,6 +64,7 @@ class ModelFacts:
       kv_tokens: positions for which keys and values fit beside the weights; negative when the weights do not fit.
       full_requests: requests of max_model_len tokens that fit at once.
       mesh: facts of the mesh it is spread over; None for one device.
+      draft: the model that drafts for it, whose weights and pages kv_tokens leaves room for; None without.
     """
 
     architecture: str
@@ -81,6 +82,24 @@ class ModelFacts:
     kv_tokens: int
     full_requests: int
     mesh: MeshFacts | None
+    draft: DraftFacts | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftFacts:
+    """A draft model beside the model.
+
+    Args:
+      architecture: by name.
+      num_parameters: tied ones counted once.
+      held_bytes: of its weights over all devices, a mesh's copies and padding included.
+      kv_bytes_per_token: as ModelFacts'; it has as many pages as the model.
+    """
+
+    architecture: str
+    num_parameters: int
+    held_bytes: int
+    kv_bytes_per_token: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +136,12 @@ def system_facts(config: EngineConfig) -> SystemFacts:
     )
 
 
+def context(model: str | Path, config: EngineConfig) -> int:
+    """Tokens of prompt and output together that a checkpoint takes with these settings; errors as model_facts'."""
+    fields = directory.read_json(directory.resolve(model) / "config.json")
+    return context_length(config, parse_model_config(fields))
+
+
 def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) -> ModelFacts:
     """Facts of a checkpoint.
 
@@ -126,21 +151,20 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
       system: where.
 
     Raises:
-      FileNotFoundError, TypeError, ValueError: as LLM; or a draft model, whose memory is not counted.
+      FileNotFoundError, TypeError, ValueError: as LLM.
     """
-    if config.draft_model not in (None, PROMPT_LOOKUP):
-        raise ValueError(f"info counts one model, got draft_model {config.draft_model!r} as well; ask for each alone")
     model_config = parse_model_config(directory.read_json(directory.resolve(model) / "config.json"))
     layout = lay_out(model_config, config, system.platform)
-    page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
-    page_bytes = page.page_bytes(layout.dtype.itemsize)
-    weight_bytes = model_config.num_parameters * layout.dtype.itemsize
     mesh = _mesh_facts(model_config, layout, config)
+    held, page_bytes = _memory(model_config, layout, config, mesh)
+    draft = _draft_facts(model_config, layout, config, system)
     num_devices = layout.num_stages * layout.num_shards
     # CPU devices share one memory.
     free = system.free_bytes * (1 if system.platform == "cpu" else num_devices)
-    held = weight_bytes if mesh is None else mesh.weight_bytes * num_devices
-    kv_tokens = (free - held) // page_bytes * config.page_size
+    all_held, all_page_bytes = held, page_bytes
+    if draft is not None:
+        all_held, all_page_bytes = held + draft.held_bytes, page_bytes + draft.kv_bytes_per_token * config.page_size
+    kv_tokens = (free - all_held) // all_page_bytes * config.page_size
     return ModelFacts(
         architecture=model_config.architecture,
         dtype=layout.dtype.name,
@@ -152,11 +176,38 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
         head_dim=model_config.head_dim,
         vocab_size=model_config.vocab_size,
         max_model_len=layout.max_model_len,
-        weight_bytes=weight_bytes,
+        weight_bytes=model_config.num_parameters * layout.dtype.itemsize,
         kv_bytes_per_token=page_bytes // config.page_size,
         kv_tokens=kv_tokens,
         full_requests=max(kv_tokens, 0) // layout.max_model_len,
         mesh=mesh,
+        draft=draft,
+    )
+
+
+def _memory(model_config: ModelConfig, layout: Layout, config: EngineConfig, mesh: MeshFacts | None) -> tuple[int, int]:
+    """Bytes of a model's weights and of one of its KV pages, over all devices."""
+    page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
+    num_devices = layout.num_stages * layout.num_shards
+    weights = model_config.num_parameters * layout.dtype.itemsize if mesh is None else mesh.weight_bytes * num_devices
+    return weights, page.page_bytes(layout.dtype.itemsize)
+
+
+def _draft_facts(
+    model_config: ModelConfig, layout: Layout, config: EngineConfig, system: SystemFacts
+) -> DraftFacts | None:
+    draft = find_draft(config, model_config, max_model_len=layout.max_model_len)
+    if draft is None:
+        return None
+    layout = lay_out(draft.model_config, draft.config, system.platform)
+    held, page_bytes = _memory(
+        draft.model_config, layout, draft.config, _mesh_facts(draft.model_config, layout, draft.config)
+    )
+    return DraftFacts(
+        architecture=draft.model_config.architecture,
+        num_parameters=draft.model_config.num_parameters,
+        held_bytes=held,
+        kv_bytes_per_token=page_bytes // config.page_size,
     )
 
 

@@ -19,6 +19,7 @@ import typer
 
 from jaxinfer.api.generate import split_settings
 from jaxinfer.api.llm import LLM, find_chat_templates
+from jaxinfer.api.scoring import check_windows
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli import info as facts
 from jaxinfer.cli.bench import app as bench
@@ -137,8 +138,11 @@ def score(
     **fields: Any,
 ) -> None:
     """Say how well a model predicts a text: its log-probability, perplexity and bits a byte."""
-    text = _read_text(file, missing="no text: name a file or use a pipe")
+    text = _read_text(file, missing="no text: name a file or use a pipe", name="FILE")
+    if not text:
+        raise ValueError(f"there is nothing to score: {file or 'standard input'} is empty")
     config = EngineConfig.from_keywords(fields)
+    check_windows(window, stride, max_model_len=facts.context(model or DEMO, config))
     with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
         found = llm.perplexity(text, window=window, stride=stride)
     numbers = {
@@ -223,18 +227,21 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
         raise ValueError("pass prompts as arguments or with --file, not both")
     if prompts:
         return prompts
-    text = _read_text(file, missing="no prompt: pass one as an argument, with --file or through a pipe")
+    text = _read_text(file, missing="no prompt: pass one as an argument, with --file or through a pipe", name="--file")
     return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
 
 
-def _read_text(file: Path | None, *, missing: str) -> str:
-    """The text of a file, or of a pipe; an error where there is neither."""
+def _read_text(file: Path | None, *, missing: str, name: str) -> str:
+    """The text of a file, which the argument or flag of that name gave, or of a pipe; an error where there is
+    neither."""
     if file is None and sys.stdin.isatty():
         raise ValueError(missing)
     try:
         return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file or 'standard input'} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{name} {file} cannot be read: {error.strerror}") from error
 
 
 def _opened(record: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
@@ -316,8 +323,15 @@ def _model_lines(model: facts.ModelFacts) -> list[str]:
         f"weights        {_size(model.weight_bytes)} in {model.dtype}",
         f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
         f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
+        *([] if model.draft is None else [_draft_line(model.draft)]),
         *([] if model.mesh is None else _mesh_lines(model.mesh)),
     ]
+
+
+def _draft_line(draft: facts.DraftFacts) -> str:
+    sizes = f"{draft.num_parameters / 1e6:,.1f} million parameters, weights {_size(draft.held_bytes)}"
+    pages = f"KV cache {draft.kv_bytes_per_token / 2**10:,.1f} KiB a token"
+    return f"draft model    {draft.architecture}, {sizes}, {pages}; counted in what fits"
 
 
 def _mesh_lines(mesh: facts.MeshFacts) -> list[str]:

@@ -50,6 +50,7 @@ def assemble(
     config: EngineConfig,
     *,
     beside: Footprint | None = None,
+    role: str = "model",
     progress: bool = True,
 ) -> DecoderWrapper:
     """Builds the wrapper of a model whose tensors are in a store.
@@ -59,6 +60,7 @@ def assemble(
       store: its tensors, by checkpoint name.
       config: the engine's settings.
       beside: of a second model that will be loaded on the same devices, with as many pages.
+      role: what it is here, for the line in the log.
       progress: show a bar while loading.
 
     Raises:
@@ -82,7 +84,9 @@ def assemble(
         model, parameters, model_config=model_config, config=config, layout=layout, mesh=mesh, beside=beside
     )
     logger.info(
-        "%s, %.1fM parameters, mesh %s on %s, %s, attention %s, weights %.0f MiB, KV %d pages of %d tokens (%.0f MiB)",
+        "%s %s, %.1fM parameters, mesh %s on %s, %s, attention %s, weights %.0f MiB, "
+        "KV %d pages of %d tokens (%.0f MiB)",
+        role,
         model_config.architecture,
         model_config.num_parameters / 1e6,
         "x".join(map(str, mesh.devices.shape)),

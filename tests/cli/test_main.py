@@ -12,6 +12,7 @@ from conftest import load_golden
 
 import jaxinfer
 from jaxinfer import LLM, GenerationRecord, SamplingParams, cli
+from jaxinfer import info as facts
 
 MODEL = str(load_golden("gqa").path)
 SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}
@@ -91,15 +92,9 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         (
             ["info", "--model", MODEL, "--draft-model", "demo"],
             1,
-            "info counts one model, got draft_model 'demo' as well",
+            "draft_model must have the vocabulary of the model",
         ),
         (["score"], 1, "no text: name a file or use a pipe"),
-        (["score", MODEL + "/config.json", *FLAGS, "--window", "64"], 1, "window must be in 2..63, got 64"),
-        (
-            ["score", MODEL + "/config.json", *FLAGS, "--window", "8", "--stride", "8"],
-            1,
-            "stride must be in 1..7, got 8",
-        ),
         (["generate", "x", *FLAGS, "--stream", "--n", "2"], 1, "--stream prints one text as it is made, got n 2"),
         (["generate", "x", "--structured", "{"], 1, "structured must be"),
         (["generate", "x", *FLAGS, "--structured", '{"regex": "("}'], 1, "structured.regex must be a grammar"),
@@ -111,7 +106,7 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         ),
         (["generate", "x", "--model", __file__], 1, "is a file; expected a checkpoint directory or a hub id"),
         (["generate", "x", "--file", "y"], 1, "pass prompts as arguments or with --file, not both"),
-        (["generate", "--file", "none.txt"], 1, "No such file or directory: 'none.txt'"),
+        (["generate", "--file", "none.txt"], 1, "jaxinfer: --file none.txt cannot be read: No such file or directory"),
         (["generate", "--file", sys.executable], 1, "is not UTF-8 text"),
         (["generate", "x", "--top-p", "3"], 1, "top_p must be in (0, 1], got 3.0"),
         (["generate", "x", "--page-size", "9"], 1, "page_size must be a power of two, got 9"),
@@ -173,6 +168,28 @@ def test_info_names_versions_devices_and_what_fits(run):
     assert run("info")[1].count("\n") == 4
 
 
+def test_generate_start_up_lines_say_which_model_is_the_draft(run, caplog):
+    caplog.set_level("INFO", logger="jaxinfer")
+    assert run("generate", "one", *FLAGS, *GREEDY, "--max-tokens", 1, "--draft-model", MODEL)[0] == 0
+    model, draft = (line for line in caplog.messages if "LlamaForCausalLM" in line)
+    assert (model[:24], draft[:30]) == ("model LlamaForCausalLM, ", "draft model LlamaForCausalLM, ")
+
+
+@pytest.mark.parametrize("mesh", [[], ["--mesh", "2x2"]])
+def test_info_counts_the_memory_of_a_draft_model(run, monkeypatch, mesh):
+    monkeypatch.setattr(facts, "free_bytes", lambda *_, **__: 2**24)
+    command = ["info", "--model", MODEL, "--max-model-len", 32, "--max-num-seqs", 4, *mesh]
+    alone = json.loads(run(*command, "--json")[1])["model"]
+    both = json.loads(run(*command, "--json", "--draft-model", MODEL)[1])["model"]
+    draft = both["draft"]
+    assert alone["draft"] is None and draft["num_parameters"] == alone["num_parameters"]
+    weights = alone["weight_bytes"] if not mesh else 4 * alone["mesh"]["weight_bytes"]
+    assert (draft["held_bytes"], draft["kv_bytes_per_token"]) == (weights, alone["kv_bytes_per_token"])
+    page_bytes = 64 * 2 * alone["kv_bytes_per_token"]  # the model's and as large a one of the draft's
+    assert both["kv_tokens"] == (2**24 - 2 * weights) // page_bytes * 64 < alone["kv_tokens"] / 2
+    assert "draft model    LlamaForCausalLM, 0.1 million parameters" in run(*command, "--draft-model", MODEL)[1]
+
+
 def test_generate_on_a_mesh_prints_the_text_of_one_device(run):
     command = ("generate", "In the beginning", "--max-tokens", 40, "--max-model-len", 128, "--max-num-seqs", 2)
     _, alone, _ = run(*command)
@@ -230,6 +247,20 @@ def test_generate_record_and_replay_of_sampled_prompts_without_a_seed(run, tmp_p
     numbers = enumerate((len(record.outputs[0].token_ids) for record in records), start=1)
     assert (code, out) == (0, "".join(f"record {number}: same, {length} tokens\n" for number, length in numbers))
     assert " was " not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (["none.txt"], None, "jaxinfer: FILE none.txt cannot be read: No such file or directory\n"),
+        ([], "", "jaxinfer: there is nothing to score: standard input is empty\n"),
+        (["--window", "64"], "text", "jaxinfer: window must be in 2..63, got 64\n"),
+        (["--window", "8", "--stride", "8"], "text", "jaxinfer: stride must be in 1..7, got 8\n"),
+    ],
+)
+def test_score_checks_its_input_before_the_model_is_loaded(run, monkeypatch, arguments, text, message):
+    monkeypatch.setattr(cli, "LLM", None)
+    assert run("score", *arguments, *FLAGS, stdin=text) == (1, "", message)
 
 
 def test_score_prints_what_perplexity_finds(run, tmp_path):

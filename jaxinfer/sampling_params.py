@@ -86,8 +86,7 @@ class SamplingParams:
       top_k: keep the k most likely tokens, ties included, >= -1; 0 and -1 are off, and so is the vocabulary's size.
       min_p: keep tokens of at least this probability relative to the most likely, [0, 1].
       seed: 0 .. 2**63 - 1; None lets the LLM derive one.
-      max_tokens: new tokens at most, >= 0; None goes on to the end of the context, or of the KV pages where these
-        are fewer.
+      max_tokens: new tokens at most, >= 0; None goes on up to max_model_len, for which the KV pages have to suffice.
       min_tokens: new tokens before the end token may come, 0 .. max_tokens.
       stop: strings that end the text; matched across token borders.
       stop_token_ids: ids that end it, besides the end tokens of the checkpoint.

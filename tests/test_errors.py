@@ -72,6 +72,7 @@ SAMPLING = [  # what SamplingParams ask of the model: fields, message
     ({"structured": {"regex": "("}}, "structured.regex must be a grammar"),
     ({"structured": {"choice": ["a"]}, "bad_words": ["a"]}, "structured, bad_words and .* leave no token"),
     ({"max_tokens": 44}, "request needs 7 KV pages for 49 tokens, the pool has 6; lower max_tokens, shorten the prom"),
+    ({"max_tokens": None}, "request needs 8 KV pages for 64 tokens, the pool has 6"),
     ({"n": 3, "max_tokens": 60}, "request needs 8 KV pages for 64 tokens, the pool has 6"),
 ]
 PROMPTS = [  # wrong prompts: prompt, error, message

@@ -130,7 +130,7 @@ class LLM:
             tokenizer,
             defaults=defaults,
             vocab_size=model_config.vocab_size,
-            max_model_len=self._loaded.longest_request,
+            max_model_len=self.max_model_len,
             seed=config.seed,
             provenance=named(),  # asks JAX for its devices, which only the line above may start
         )
@@ -333,7 +333,7 @@ class LLM:
             for conversation in conversations
         ]
         submissions = [
-            self._controller.prepare(prompt, entry, add_special_tokens=False)
+            self._prepare_chat(prompt, entry, is_default=sampling_params is None)
             for prompt, entry in zip(prompts, params, strict=True)
         ]
         outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
@@ -412,7 +412,7 @@ class LLM:
             raise TypeError(f"stream_chat takes one conversation, got a list of {len(conversations)}")
         params = self._params_or_default(self._chat_params if sampling_params is None else sampling_params)
         render = self._chat_renderer.check(conversations[0], **template)
-        return lambda: self._controller.prepare(render(), params, add_special_tokens=False)
+        return lambda: self._prepare_chat(render(), params, is_default=sampling_params is None)
 
     def start(self, submission: Submission, *, on_news: Callable[[Ticket], None] | None = None) -> Ticket:
         """Starts a prepared request, whose outputs the ticket gives out while it runs.
@@ -467,6 +467,11 @@ class LLM:
     def _chat_params(self) -> SamplingParams:
         """A message ends by itself: a limit of tokens that nobody asked for would cut it."""
         return dataclasses.replace(self.default_params, max_tokens=None)
+
+    def _prepare_chat(self, prompt: str, params: SamplingParams, *, is_default: bool) -> Submission:
+        """A rendered conversation; one whose length nobody chose also ends where the KV pages do."""
+        ends_at = self._loaded.longest_request if is_default else None
+        return self._controller.prepare(prompt, params, add_special_tokens=False, ends_at=ends_at)
 
     def _stream(self, submission: Submission) -> OutputStream:
         ticket = self.start(submission)

@@ -65,7 +65,9 @@ class TextGenerationController:
         """Token ids of a prompt as generation would see it; errors as prepare's."""
         return self._preparation.encode(prompt)
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Submission:
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True, ends_at: int | None = None
+    ) -> Submission:
         """Tokenises and validates a prompt, changing nothing.
 
         Args:
@@ -73,6 +75,8 @@ class TextGenerationController:
           params: how to sample.
           add_special_tokens: put around a text what the tokenizer puts around prompts (BOS and such); a chat template
             has written that itself.
+          ends_at: tokens of prompt and output together at which a request without max_tokens ends; None is
+            max_model_len.
 
         Raises:
           TypeError: the prompt is neither text nor ids.
@@ -80,7 +84,7 @@ class TextGenerationController:
             parameters contradict each other, need a tokenizer that is not there, or bring a bad grammar.
           ImportError: structured output without llguidance.
         """
-        submission = self._preparation.samples(prompt, params, add_special_tokens=add_special_tokens)
+        submission = self._preparation.samples(prompt, params, add_special_tokens=add_special_tokens, ends_at=ends_at)
         self._engine.check_request(submission.requests[0])
         return submission
 

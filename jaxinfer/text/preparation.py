@@ -55,7 +55,7 @@ class Preparation:
       tokenizer: None works on ids alone.
       defaults: of the checkpoint.
       vocab_size: of the model; prompt ids lie below it.
-      max_model_len: tokens of prompt and output together, up to which a request without max_tokens goes on.
+      max_model_len: tokens of prompt and output together.
       seed: from which the seeds of requests without one are derived.
     """
 
@@ -77,13 +77,17 @@ class Preparation:
         self.eos_token_ids = frozenset(eos)
         self._bad_words = lru_cache(NUM_KEPT_WORDS)(self._make_bad_words)
 
-    def samples(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Submission:
+    def samples(
+        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True, ends_at: int | None = None
+    ) -> Submission:
         """A submission that samples; arguments and errors as TextGenerationController.prepare's."""
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)[-(params.truncate_prompt_tokens or 0) :]
         number = next(self._numbers)
-        limit = params.max_tokens if params.max_tokens is not None else self._max_model_len - len(token_ids)
+        limit = (
+            params.max_tokens if params.max_tokens is not None else (ends_at or self._max_model_len) - len(token_ids)
+        )
         seed = self._hash(f"{self._seed}:{number}") if params.seed is None else params.seed
         first = Request(
             request_id=str(number),

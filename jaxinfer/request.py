@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it says, in token ids and numbers.
+"""The engine's input and output: requests and token events, in token ids and numbers.
 
 Owns: Request, LogitEdits, TokenEvent and the log-probabilities of a position.
 Does not know: jax, text, the scheduler.
@@ -22,8 +22,8 @@ class RequestTooLongError(ValueError):
 
 
 class EditKind(enum.IntEnum):
-    """What the device is told of a token of a slot: its bias; that it must not come yet; that it is in the prompt; that
-    it was sampled once."""
+    """What one edit entry says about a token: its bias, that it must not come yet, that the prompt contains it, or that
+    it was sampled once (an entry for each time)."""
 
     BIAS = 0
     HELD_BACK = 1
@@ -33,9 +33,9 @@ class EditKind(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitEdits:
-    """What a request does to its logits before temperature and filters; fields as in SamplingParams.
+    """How a request changes its logits before temperature and filters; fields as in SamplingParams.
 
-    The engine masks the request's stop tokens until min_tokens tokens exist.
+    The request's stop tokens are masked until the output has min_tokens tokens.
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -48,20 +48,20 @@ class LogitEdits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What the engine is asked for: token ids and numbers, no text.
+    """One generation request, as token ids and numbers, without text.
 
     Args:
-      request_id: unique among the requests alive.
+      request_id: unique among the unfinished requests.
       prompt_token_ids: at least one id.
-      max_tokens: new tokens at most, >= 1; the engine also ends at max_model_len.
+      max_tokens: new tokens at most, >= 1; the request also ends at max_model_len.
       stop_token_ids: ids that end the request with "stop".
       temperature, top_k, top_p, min_p: as in SamplingParams; 0, 0, 1, 0 turn them off.
       seed: of the sampling noise, 0 .. 2**63 - 1.
       logprobs: None, or how many of the most likely tokens to report beside the sampled one.
-      prompt_logprobs: None, or the same for the prompt's tokens from the second on.
+      prompt_logprobs: None, or how many to report at each of the prompt's tokens from the second on.
       priority: lower runs first.
-      edits: what is done to its logits; None for nothing.
-      constraint: which tokens may come; None for all.
+      edits: how its logits are changed; None leaves them.
+      constraint: which tokens may come; None allows all.
     """
 
     request_id: str
@@ -86,12 +86,12 @@ class Request:
 
     @property
     def min_tokens(self) -> int:
-        """New tokens before an end token may come."""
+        """How many new tokens must come before an end token may."""
         return 0 if self.edits is None else self.edits.min_tokens
 
     @property
     def is_edited(self) -> bool:
-        """Whether its tokens are sampled from anything but the model's own logits."""
+        """Whether edits or a constraint change the logits that its tokens are sampled from."""
         return self.edits is not None or self.constraint is not None
 
 
@@ -100,7 +100,7 @@ class TokenLogprobs:
     """Raw log-probabilities (natural log, float32) at one position.
 
     Args:
-      logprob, rank: of the sampled token; rank 1 is the most likely.
+      logprob, rank: of the sampled token, or of the prompt's token at this position; rank 1 is the most likely.
       top_ids, top_logprobs: the most likely tokens, best first.
     """
 
@@ -115,10 +115,11 @@ class TokenEvent:
     """One new token of one request.
 
     Args:
-      request_id: whose.
+      request_id: id of the request.
       token_id: the token.
-      logprobs: present when the request asked for them.
-      prompt_logprobs: of the prompt's tokens from the second on, with its first token, when it asked for them.
+      logprobs: log-probabilities at this token; None unless the request asked for them.
+      prompt_logprobs: log-probabilities of the prompt's tokens from the second on, on the first event of a request that
+        asked for them; else None.
       finish_reason: set on the request's last token.
       num_cached_tokens: prompt tokens that came from the prefix cache.
     """

@@ -1,6 +1,6 @@
-"""A schedule as arrays.
+"""Turns a schedule into the arrays of a step.
 
-Owns: the step from rows of sequences to a padded StepBatch, and the choice of the sampler a batch needs.
+Owns: the layout of a schedule's rows in a padded StepBatch, and the choice of the sampler that a batch needs.
 Does not know: queues, devices. Never imports jax.
 """
 
@@ -28,9 +28,9 @@ from jaxinfer.wrappers.step_batch import (
 
 
 def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
-    """Lays a schedule out in the smallest shape that holds it.
+    """The arrays of a schedule, in the smallest shape that holds it.
 
-    Logit rows are as Schedule.sampled lists them.
+    The logit rows are in the order of Schedule.sampled.
     """
     blocks = [block for chunk in schedule.prefills for block in _blocks(chunk)]
     sampled, scored = schedule.sampled, any(chunk.scored for chunk in schedule.prefills)
@@ -102,19 +102,22 @@ def _logit_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> d
     places = [*range(len(schedule.decodes)), *(shapes.max_decode + token for token in _sampled_tokens(schedule))]
     index[: len(places)] = places
     slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_sampled)]
-    feeds[np.cumsum([rows.num_sampled for rows in sampled], dtype=int) - 1] = True  # the last row of each
+    feeds[np.cumsum([rows.num_sampled for rows in sampled], dtype=int) - 1] = True  # only the last row of each sequence
     return {"logit_index": index, "logit_slots": slots, "logit_feeds": feeds}
 
 
 def allowed_tokens(masks: Mapping[int, np.ndarray]) -> AllowedTokens | None:
-    """What constrained sequences may sample next, from slot -> mask; None if there is none."""
+    """The masks of constrained sequences, given by slot, as arrays; None if there are none."""
     if not masks:
         return None
     return AllowedTokens(slots=np.array(list(masks), np.int32), words=np.stack(list(masks.values())))
 
 
 def first_tokens(schedule: Schedule) -> Iterator[tuple[PrefillChunk, int]]:
-    """The chunks, and the index among the prefill segment's tokens of each one's first."""
+    """Every chunk with the index of its first token among all tokens of the prefill segment, padding included.
+
+    A chunk of 40 tokens fills 3 rows of 16, so the chunk after it begins at index 48.
+    """
     row = 0
     for chunk in schedule.prefills:
         yield chunk, row * PREFILL_BLOCK
@@ -122,14 +125,14 @@ def first_tokens(schedule: Schedule) -> Iterator[tuple[PrefillChunk, int]]:
 
 
 def _sampled_tokens(schedule: Schedule) -> Iterator[int]:
-    """Indices among the prefill segment's tokens of those behind which one is sampled."""
+    """The tokens behind which one is sampled, as indices among all tokens of the prefill segment."""
     for chunk, first in first_tokens(schedule):
         end = first + len(chunk.token_ids)
         yield from range(end - chunk.num_sampled, end)
 
 
 def _targets(schedule: Schedule, num_rows: int) -> np.ndarray:
-    """The prompt tokens to be scored, each at the token in front of it."""
+    """The prompt tokens to score, each in the place of the token in front of it; NO_TARGET elsewhere."""
     targets = np.full(num_rows * PREFILL_BLOCK, NO_TARGET, np.int32)
     for chunk, first in first_tokens(schedule):
         start = first + chunk.scored.start - chunk.start
@@ -139,15 +142,15 @@ def _targets(schedule: Schedule, num_rows: int) -> np.ndarray:
 
 
 def _blocks(chunk: PrefillChunk) -> Iterator[tuple[PrefillChunk, int]]:
-    """The rows of a chunk: the chunk, and the index in it of the row's first token."""
+    """The prefill rows of a chunk, each as the chunk and the index of the row's first token in it."""
     yield from ((chunk, first) for first in range(0, len(chunk.token_ids), PREFILL_BLOCK))
 
 
 def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
     """The cheapest sampler that can serve all these requests.
 
-    A random row without a filter allows the whole vocabulary, which the candidates do not hold; beside rows with
-    filters it needs the full sampler.
+    The candidates sampler looks at the most likely tokens only. A random row without a filter may sample any token, so
+    a batch that mixes such rows with filtered ones needs the full sampler.
     """
     random = [request for request in requests if request.temperature > 0]
     filtered = [request.top_k > 0 or request.top_p < 1 or request.min_p > 0 for request in random]
@@ -159,7 +162,10 @@ def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
 
 
 def _edits(sequence: SequenceState) -> SlotEdits | None:
-    """What a sequence's slot has to know, the tokens it has so far included."""
+    """The logit edits for a sequence's slot, with the tokens that its penalties count so far.
+
+    None if the sequence has neither edits nor a constraint; a constraint alone needs a slot without edits.
+    """
     request, edits = sequence.request, sequence.request.edits
     if edits is None:
         return SlotEdits.none() if request.is_edited else None

@@ -1,4 +1,4 @@
-"""In-flight batching: requests come and go while steps run.
+"""The engine, with in-flight batching: requests may come and go at every step.
 
 Owns: the loop schedule -> drafts -> batch -> launch -> collect -> events, and the queue of launched steps.
 Does not know: text, models, devices. Counterpart of Megatron's DynamicInferenceEngine.
@@ -31,19 +31,22 @@ from jaxinfer.wrappers.step_batch import LogprobArrays, StepResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Counts since the engine began; pages exclude the dump page.
+    """The engine's present load, and counts since it began; the dump page is not among the pages.
 
     Args:
-      num_requests_running, num_requests_waiting, num_requests_finished: requests by state; aborted ones are finished.
-      kv_pages_total, kv_pages_used, kv_pages_cached: pages of the pool, with an owner, and findable without one.
-      prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found; a prompt counts once, however many
-        samples share it.
-      num_preemptions: sequences sent back to the queue.
-      prompt_tokens, generation_tokens: tokens of accepted prompts and tokens read.
-      num_steps: steps launched with work; a pipeline needs some without to move on.
-      num_rows_live, num_rows_launched: rows with work and rows of the programs run, summed over stages and steps; a row
-        is a decoding sequence or a block of a prompt.
-      draft_tokens, accepted_draft_tokens: proposed and verified, and found right.
+      num_requests_running, num_requests_waiting, num_requests_finished: requests by state; aborted and failed ones are
+        finished. Every beam of a running or waiting beam search counts.
+      kv_pages_total: pages of the pool.
+      kv_pages_used: pages that sequences hold.
+      kv_pages_cached: pages that no sequence holds, but whose content the prefix cache can still find.
+      prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache, and those found; a prompt
+        counts once, however many samples share it.
+      num_preemptions: how often a sequence was sent back to the queue.
+      prompt_tokens, generation_tokens: tokens of accepted prompts, and output tokens read.
+      num_steps: steps launched with work; the idle steps that move a pipeline on are not counted.
+      num_rows_live, num_rows_launched: rows that had work, and all rows of the programs that ran, padding included;
+        both summed over stages and steps. A row is a decoding sequence or a block of a prompt.
+      draft_tokens, accepted_draft_tokens: drafts that were verified, and those of them that were right.
       num_compilations: programs compiled.
     """
 
@@ -76,7 +79,7 @@ class FinishedSearch:
     """A beam search that has ended.
 
     Args:
-      request_id: whose.
+      request_id: id of its request.
       hypotheses: the texts found, best first.
       num_cached_tokens: prompt tokens that came from the prefix cache.
     """
@@ -91,8 +94,8 @@ class FailedRequest:
     """A request that was ended by an exception of its constraint.
 
     Args:
-      request_id: whose.
-      error: what was raised.
+      request_id: id of the request.
+      error: the exception.
     """
 
     request_id: str
@@ -108,16 +111,16 @@ class _InFlight:
 
 
 class DynamicEngine:
-    """Drives a wrapper by hand: add requests, call step until nothing is unfinished.
+    """Generates tokens for many requests at a time: add requests, then call step until nothing is unfinished.
 
     Args:
       wrapper: computes the steps.
       config: the engine's settings.
-      max_model_len: tokens of prompt and output together.
-      drafter: proposes tokens; None decodes one at a time.
+      max_model_len: limit on the tokens of prompt and output together.
+      drafter: proposes drafts for speculative decoding; None decodes one token at a time.
 
     Raises:
-      ValueError: without chunked prefill, a prompt might not fit into one step.
+      ValueError: chunked prefill is off and a prompt might not fit into one step.
 
     Example (ids in, ids out):
       engine.add_request(Request(request_id="a", prompt_token_ids=(1, 2, 3), max_tokens=4))
@@ -150,7 +153,8 @@ class DynamicEngine:
         )
         self._num_stages = wrapper.shapes.num_stages
         self._max_num_seqs = config.max_num_seqs
-        # Sequences with drafts wait to be read; run ahead of, they would take turns in half-empty steps.
+        # A sequence with drafts is not scheduled again before its tokens are read. Running ahead would therefore only
+        # split such sequences into groups that take turns in half-empty steps.
         self._max_in_flight = self._num_stages + (config.run_ahead and drafter is None)
         self._in_flight: deque[_InFlight] = deque()
         self._sequences: dict[str, SequenceState] = {}
@@ -165,10 +169,14 @@ class DynamicEngine:
         self._accepted_draft_tokens = 0
 
     def check_request(self, request: Request, *, beam_width: int = 1) -> None:
-        """Refuses a request that add_request would refuse, or add_beam_search, without queueing it.
+        """Refuses what add_request or add_beam_search would refuse, without queueing anything.
+
+        Args:
+          request: the request.
+          beam_width: of the beam search; 1 for a request that is sampled.
 
         Raises:
-          ValueError: as they.
+          ValueError: as add_request and add_beam_search.
         """
         self._check_room(request, beam_width=beam_width)
         start_constraint(request)
@@ -177,8 +185,8 @@ class DynamicEngine:
         """Queues a request.
 
         Args:
-          request: what is asked.
-          leader: id of an earlier request with the same prompt, whose pages it shares.
+          request: the request.
+          leader: id of an earlier request with the same prompt, whose pages the new one shares.
 
         Raises:
           ValueError: its id is in use, it could never run (prompt too long, more pages than the pool has), or
@@ -193,10 +201,10 @@ class DynamicEngine:
         self._prompt_tokens += 0 if leader else len(request.prompt_token_ids)
 
     def add_beam_search(self, request: Request, params: BeamSearchParams) -> None:
-        """Queues a beam search; finished_searches has its result.
+        """Queues a beam search; finished_searches returns its result.
 
         Args:
-          request: prompt, length, end tokens and priority; nothing is sampled.
+          request: gives prompt, length, end tokens and priority; its sampling settings have no effect.
           params: the search's other settings.
 
         Raises:
@@ -216,7 +224,7 @@ class DynamicEngine:
         return finished
 
     def failed_requests(self) -> list[FailedRequest]:
-        """The requests that failed since the last call; no event names them any more."""
+        """The requests that failed since the last call; no further event names them."""
         failed, self._failed_requests = self._failed_requests, []
         return failed
 
@@ -225,7 +233,8 @@ class DynamicEngine:
 
         Returns:
           The tokens read, in the order of their rows; empty while the pipeline fills. A request's last token carries
-          its finish_reason. What failed or found the end of a beam search is in failed_requests and finished_searches.
+          its finish_reason. Failed requests and finished beam searches have no such event: failed_requests and
+          finished_searches return them.
         """
         schedule = self._scheduler.schedule()
         launching = bool(schedule) or self._awaits_the_pipeline()
@@ -243,9 +252,9 @@ class DynamicEngine:
         return []
 
     def _masks(self, rows_to_sample: Sequence[SampledRows]) -> dict[int, np.ndarray]:
-        """Slot -> mask of the constrained ones among the rows that are sampled with a launch.
+        """The masks of constrained sequences, by slot, for the rows that are sampled with a launch.
 
-        A sequence whose constraint raises gets no mask, but an error, which ends it.
+        If a constraint raises, its sequence gets no mask; the exception becomes its error, and _end_failed ends it.
         """
         masks = {}
         for rows in rows_to_sample:
@@ -259,13 +268,17 @@ class DynamicEngine:
         return masks
 
     def _sampled_with(self, schedule: Schedule) -> list[SampledRows]:
-        """The rows that are sampled when a schedule is launched: those of the step that then leaves the pipeline."""
+        """The rows that are sampled when a schedule is launched, finished sequences left out.
+
+        With one stage they are the schedule's own. In a pipeline of S stages they belong to the step launched S - 1
+        launches earlier, which now leaves the last stage.
+        """
         recent = [step.schedule for step in self._in_flight] + [schedule]
         leaving = recent[-self._num_stages].sampled if len(recent) >= self._num_stages else ()
         return [rows for rows in leaving if rows.sequence.finish_reason is None]
 
     def _end_failed(self, launched: Sequence[SampledRows]) -> None:
-        """Ends the sequences that got no mask, once their rows are launched; the tokens of these will be dropped."""
+        """Ends the sequences whose constraint raised; the tokens of their rows, already launched, will be dropped."""
         for rows in launched:
             sequence = rows.sequence
             if sequence.error is not None and sequence.finish_reason is None:
@@ -273,14 +286,14 @@ class DynamicEngine:
                 self._fail(sequence, sequence.error)
 
     def _fail(self, sequence: SequenceState, error: BaseException) -> None:
-        """Notes that a sequence, which has ended, was ended by an exception."""
+        """Reports an ended sequence as failed."""
         request_id = sequence.request.request_id
         del self._sequences[request_id]
         self._num_finished += 1
         self._failed_requests.append(FailedRequest(request_id=request_id, error=error))
 
     def _awaits_the_pipeline(self) -> bool:
-        """Whether a token that somebody waits for is in a step that is not through yet."""
+        """Whether a step that is still in the pipeline samples a token for an unfinished sequence."""
         inside = itertools.islice(reversed(self._in_flight), self._num_stages - 1)
         return any(rows.sequence.finish_reason is None for step in inside for rows in step.schedule.sampled)
 
@@ -288,7 +301,7 @@ class DynamicEngine:
         """Ends a request at once; no further event names it.
 
         Returns:
-          Whether it was unfinished.
+          Whether there was an unfinished request with this id.
         """
         search, sequence = self._searches.pop(request_id, None), self._sequences.pop(request_id, None)
         if search is not None:
@@ -316,7 +329,7 @@ class DynamicEngine:
         return self._drafter.plan(sequence, most)
 
     def stats(self) -> EngineStats:
-        """Counts since the engine began."""
+        """The present load, and counts since the engine began."""
         scheduler, pages, usage = self._scheduler, self._scheduler.pages, self._wrapper.row_usage
         return EngineStats(
             num_requests_running=scheduler.num_running,
@@ -345,7 +358,7 @@ class DynamicEngine:
         token_ids = result.token_ids.tolist()
         events, row = [], 0
         for rows in step.schedule.sampled:
-            # A finished sequence was launched once more before the host knew; that token is dropped.
+            # A sequence may have finished after this step was launched; its token is dropped.
             if rows.sequence.finish_reason is None:
                 if rows.sequence.request.request_id in self._searches:
                     self._read_beam(rows.sequence, row, result)
@@ -355,7 +368,7 @@ class DynamicEngine:
         return events
 
     def _read_beam(self, sequence: SequenceState, place: int, result: StepResult) -> None:
-        """Takes the logit row of a live beam."""
+        """Gives a beam search the logit row of one of its beams, and records its result once it has ended."""
         request_id, num_top = sequence.request.request_id, sequence.num_top
         search = self._searches[request_id]
         self._generation_tokens += 1
@@ -371,7 +384,7 @@ class DynamicEngine:
             )
 
     def _read(self, rows: SampledRows, sampled: list[int], first: int, found: LogprobArrays | None) -> list[TokenEvent]:
-        """The events of a sequence's logit rows, of which the step's `first` is the first one."""
+        """The events of one sequence, whose logit rows begin with row `first` of the step."""
         sequence, request = rows.sequence, rows.sequence.request
         scores = None
         if request.prompt_logprobs is not None and len(sequence.token_ids) == len(request.prompt_token_ids):
@@ -401,7 +414,7 @@ class DynamicEngine:
 
 
 def _keep_scores(schedule: Schedule, scores: LogprobArrays) -> None:
-    """Keeps what a step found of prompts with their sequences."""
+    """Adds the log-probabilities that a step has found for prompt tokens to their sequences."""
     for chunk, first in first_tokens(schedule):
         num_top = chunk.sequence.request.prompt_logprobs
         for position in chunk.scored:

@@ -1,6 +1,6 @@
-"""What runs in a step, and whose it is.
+"""The data of the scheduler: sequences, and the rows that a step computes.
 
-Owns: the life of a sequence as data (tokens, slot, pages) and the rows of a schedule.
+Owns: the state of a sequence (tokens, slot, pages) and the rows of a schedule.
 Does not know: queues, how rows are chosen, devices. Never imports jax.
 """
 
@@ -20,33 +20,35 @@ NO_SLOT = -1
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class SequenceState:
-    """One request's tokens and what it holds.
+    """The tokens of one request, and the slot and pages that it holds.
 
     Args:
-      request: what was asked.
+      request: the request.
       order: (priority, arrival, ..); smaller runs first and is preempted last.
-      token_ids: prompt and the tokens read so far.
-      limit: tokens at which it ends.
-      leader: one whose first tokens are the same, up to this one's last, so that its pages can be shared; None for
-        nobody, or once admitted.
-      num_top: report log-probabilities, and those of so many of the most likely tokens; None for none.
-      is_host_fed: the host decides what follows a token, so that nothing is launched behind one it has not read.
-      is_parked: nothing is to be computed until the host says how it goes on.
-      num_computed: positions whose keys have been launched.
-      is_decoding: all keys but the last token's are launched, and the device has that token.
-      num_unread: tokens sampled on the device but not yet read.
-      num_scored: leading prompt positions whose next token's log-probability was launched.
-      last_sampled: the scheduler's step that last sampled a token of it.
+      token_ids: the prompt and the output tokens that the host has read so far.
+      limit: the length at which the sequence ends, in tokens of prompt and output together.
+      leader: the sequence whose pages this one will share (another sample of the same prompt, or the beam it was forked
+        from). None if there is none, and after admission, when the pages are shared already.
+      num_top: how many of the most likely tokens to report at each position, beside the sampled one; None reports no
+        log-probabilities at all.
+      is_host_fed: the host chooses the next input (speculative decoding, beam search), so nothing is computed behind a
+        token before the host has read it.
+      is_parked: the sequence pauses until the host extends it with a token.
+      num_computed: leading positions whose keys and values are computed, or will be by a step already launched.
+      is_decoding: the device has the last token, and it is the only one whose key is not computed.
+      num_unread: tokens sampled on the device that the host has not read yet.
+      num_scored: leading prompt positions for which the next token's log-probability has been launched.
+      last_sampled: number of the scheduler's step that last sampled a token for this sequence.
       slot: decode slot while running, else NO_SLOT.
       pages: KV pages in order while running.
-      page_hashes: chain over its full pages, as far as computed.
+      page_hashes: hash chain over the full pages, as far as it has been needed.
       num_published: leading pages that were offered to the prefix cache.
       num_cached_tokens: prompt tokens found in the prefix cache at first admission; None before.
-      num_skipped: how often younger requests overtook it while waiting.
-      prompt_logprobs: of its prompt from the second token on, as far as read.
-      constraint: which tokens may come next; None for all.
-      finish_reason: set when it ended.
-      error: what its constraint raised, if that ended it.
+      num_skipped: how often younger requests have overtaken this one while it waited.
+      prompt_logprobs: log-probabilities of the prompt's tokens from the second on, as far as read.
+      constraint: tells which tokens may come next; None allows all.
+      finish_reason: why the sequence ended; None before.
+      error: the exception of its constraint, if one ended it.
     """
 
     request: Request
@@ -75,17 +77,21 @@ class SequenceState:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens it has, unread ones included."""
+        """Tokens of the sequence, unread ones included."""
         return len(self.token_ids) + self.num_unread
 
     @property
     def is_ready(self) -> bool:
-        """Whether only the last token's key is missing, so that computing it gives the next token."""
+        """Whether only the last token is left to compute, so that the next step can sample."""
         return self.is_decoding or (self.is_host_fed and self.num_computed == len(self.token_ids) - 1)
 
     @property
     def num_reusable(self) -> int:
-        """Leading tokens that may come from the prefix cache: not the last one, and none that has yet to be scored."""
+        """How many leading tokens may come from the prefix cache.
+
+        The last token has to be computed, since the next one is sampled behind it. Prompt positions that have yet to
+        give a log-probability have to be computed as well.
+        """
         if self.request.prompt_logprobs is None or self.num_scored >= len(self.request.prompt_token_ids) - 1:
             return len(self.token_ids) - 1
         return self.num_scored
@@ -93,12 +99,12 @@ class SequenceState:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """One token of a decoding sequence, which the device has.
+    """One decode row: computes a sequence's last token, which is on the device already, and samples the next.
 
     Args:
-      sequence: whose.
-      slot: its slot at the time.
-      new_page: (index in its page table, page) that the token needs, or None.
+      sequence: the sequence.
+      slot: its slot when the step was scheduled.
+      new_page: (index in its page table, page) if the token begins a new page, else None.
     """
 
     num_sampled: ClassVar[int] = 1
@@ -110,16 +116,17 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Consecutive known tokens of a sequence, or its last one with drafts behind it.
+    """Consecutive tokens of a sequence to compute: a piece of its prompt, or its last token with drafts behind it.
 
     Args:
-      sequence: whose.
-      slot: its slot at the time.
+      sequence: the sequence.
+      slot: its slot when the step was scheduled.
       start: position of the first token.
       token_ids: the tokens.
       pages: all pages of the sequence.
-      num_sampled: of its last tokens, behind how many one is sampled: 0 amid a text, 1 at its end, all with drafts.
-      scored: positions whose next token's log-probability is asked for.
+      num_sampled: behind how many of the chunk's tokens, counted from its end, a token is sampled: 0 if more of the
+        prompt follows, 1 at the end of the known tokens, all of them with drafts.
+      scored: positions for which the next token's log-probability is wanted.
     """
 
     sequence: SequenceState
@@ -132,17 +139,18 @@ class PrefillChunk:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the prefill segment."""
+        """Prefill rows that the chunk takes: 40 tokens take 3, of 16, 16 and 8 tokens."""
         return num_blocks(len(self.token_ids))
 
     @property
     def drafts(self) -> Sequence[int]:
-        """The tokens that are only proposed."""
+        """The tokens that are drafts, to be verified by this step."""
         return self.token_ids[1:] if self.num_sampled > 1 else ()
 
 
 SampledRows = DecodeRow | PrefillChunk
-"""Whose num_sampled logit rows follow each other; drafts are the tokens proposed behind each but the last."""
+"""What samples in a step: num_sampled logit rows, one after the other. drafts[i] is the guess for what row i samples;
+the last row has no guess."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +158,9 @@ class Schedule:
     """The work of one step.
 
     Args:
-      decodes, prefills: the rows.
-      page_copies: (source, destination) pages to copy first.
+      decodes: sequences that decode one token each.
+      prefills: chunks of several tokens.
+      page_copies: (source, destination) pages to copy before anything is computed.
     """
 
     decodes: tuple[DecodeRow, ...]
@@ -163,5 +172,5 @@ class Schedule:
 
     @cached_property
     def sampled(self) -> tuple[SampledRows, ...]:
-        """Who samples, in the order of the step's logit rows."""
+        """The decode rows and the chunks that sample, in the order of the step's logit rows."""
         return (*self.decodes, *(chunk for chunk in self.prefills if chunk.num_sampled))

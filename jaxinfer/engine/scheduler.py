@@ -1,14 +1,15 @@
-"""What runs in the next step.
+"""The scheduler: chooses what runs in the next step.
 
 Owns: the queues, the token budget, chunked prefill, admission with bounded skip-ahead, preemption by recomputation.
 Does not know: devices, arrays, text. Never imports jax.
 
-A pipeline of S stages gives a token S steps after it was asked for: a sequence decodes in every S-th step, and the
-sequences spread over the steps. With one stage each rule below says "all".
+In a pipeline of S stages a token is sampled when its step leaves the last stage. A sequence can therefore decode in
+every S-th step only, and the sequences are spread over the steps. With one stage, all of them decode in every step.
 
-The device runs behind the host: a sequence may have sampled tokens that the host has not read yet (num_unread). A
-running sequence can be scheduled on, since its next input is already on the device; a preempted one has to wait until
-all its tokens are known, and so has one of which the host decides what follows.
+The host launches steps before it has read the tokens of earlier ones, so a sequence may have tokens that are sampled
+but not yet read (num_unread). A running sequence can be scheduled again nevertheless, since its next input is already
+on the device. A preempted sequence has to wait until all its tokens are read, and so has a host-fed one (speculative
+decoding, beam search), whose next input the host chooses.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from jaxinfer.request import FinishReason, Request, RequestTooLongError
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
 MAX_SKIPS = 16
-"""How often younger requests may overtake the oldest waiting one that does not fit yet."""
+"""How often younger requests may overtake the first waiting one that does not fit yet."""
 SKIP_WINDOW = 8
-"""How many waiting requests are looked at behind one that does not fit."""
+"""How many more waiting requests may fail to fit, behind the first one, before a step stops admitting."""
 
 
 @dataclass(slots=True)
@@ -37,9 +38,10 @@ class _Step:
     """The step being put together.
 
     Args:
-      budget: tokens it may still take.
-      num_rows: rows that prefill may still take.
+      budget: tokens that the step may still take.
+      num_rows: prefill rows (of PREFILL_BLOCK tokens) that it may still take.
       num_chunks: chunks that it may still take.
+      decodes, chunks, page_copies: what it has taken so far, as in Schedule.
     """
 
     budget: int
@@ -51,11 +53,11 @@ class _Step:
 
     @property
     def room(self) -> int:
-        """Tokens that a further chunk may have."""
+        """Tokens that the next chunk may have; 0 if the step has no room for another one."""
         return min(self.budget, self.num_rows * PREFILL_BLOCK) if self.num_chunks else 0
 
     def add(self, chunk: PrefillChunk, *, cost: int) -> None:
-        """Takes a chunk in, at a cost in tokens."""
+        """Adds a chunk and takes `cost` tokens from the budget."""
         self.chunks.append(chunk)
         self.budget -= cost
         self.num_rows -= chunk.num_rows
@@ -63,14 +65,15 @@ class _Step:
 
 
 class Scheduler:
-    """First come, first served within a priority.
+    """Chooses the work of each step: first come, first served within a priority.
 
     Args:
       config: the engine's settings.
-      shapes: of the steps; they bound how many chunks fit into one.
-      num_pages: of the KV pool, the dump page excluded.
-      max_model_len: tokens of prompt and output together.
-      plan_drafts: (sequence, at most) -> tokens to verify behind its last one; None never drafts.
+      shapes: the shapes of steps, which bound how many rows and chunks a step can have.
+      num_pages: pages of the KV pool, without the dump page.
+      max_model_len: limit on the tokens of prompt and output together.
+      plan_drafts: given a sequence and a maximum, returns the drafts to verify behind its last token, as
+        Drafter.plan does; None never drafts.
     """
 
     def __init__(
@@ -90,10 +93,10 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: list[SequenceState] = []
         self._waiting = WaitingQueue()
-        self._followers: dict[SequenceState, dict[SequenceState, None]] = {}  # leader -> who waits for it, oldest first
+        self._followers: dict[SequenceState, dict[SequenceState, None]] = {}  # by leader: who waits, oldest first
         self._arrivals = itertools.count()
         self._num_stages = shapes.num_stages
-        # One chunk is left to prompts, so that they go on beside any number of host-fed sequences.
+        # Every host-fed sequence may take a chunk. One chunk is kept for prompts, or they could be starved.
         self._max_ready_chunks = max(min(shapes.max_chunks, shapes.max_prefill) - 1, 1)
         self._step = 0
         self._prefill_share = 0
@@ -103,7 +106,7 @@ class Scheduler:
 
     @property
     def pages(self) -> PageAllocator:
-        """The pool of pages."""
+        """The allocator of the KV pages."""
         return self._pages.allocator
 
     @property
@@ -113,18 +116,19 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without one."""
+        """Sequences without a slot, those that wait for their leader's prompt included."""
         return len(self._waiting) + sum(map(len, self._followers.values()))
 
     def check_fits(self, request: Request, *, num_sequences: int = 1) -> None:
-        """Refuses a request that has no room, whatever else may run.
+        """Refuses a request that could not run even if nothing else did.
 
         Args:
-          request: what is asked.
-          num_sequences: how many of its kind have to run at the same time.
+          request: the request.
+          num_sequences: how many sequences of its length have to run at the same time (the width of a beam search).
 
         Raises:
-          RequestTooLongError: the prompt leaves no room for a token, or the request needs more pages than there are.
+          RequestTooLongError: the prompt leaves no room for a new token, or the request needs more pages than the
+            pool has.
         """
         num_prompt = len(request.prompt_token_ids)
         if num_prompt >= self._max_model_len:
@@ -146,7 +150,7 @@ class Scheduler:
             )
 
     def limit(self, request: Request) -> int:
-        """Tokens of prompt and output together at which it ends."""
+        """The length at which a request ends, in tokens of prompt and output together."""
         return min(len(request.prompt_token_ids) + request.max_tokens, self._max_model_len)
 
     def add(
@@ -160,12 +164,14 @@ class Scheduler:
         """Queues a request.
 
         Args:
-          request: what is asked.
-          leader: a sequence with the same prompt, whose pages it shares once they are computed.
-          num_top, is_host_fed: as SequenceState's; None reports what the request asks for.
+          request: the request.
+          leader: a sequence with the same prompt. The new sequence waits until the leader's prompt is computed, then
+            shares its pages.
+          num_top: as in SequenceState; None takes request.logprobs.
+          is_host_fed: as in SequenceState.
 
         Raises:
-          ValueError: it has no room, or its constraint allows no first token.
+          ValueError: the request could never run (see check_fits), or its constraint allows no first token.
         """
         self.check_fits(request)
         sequence = SequenceState(
@@ -185,7 +191,10 @@ class Scheduler:
         return sequence
 
     def fork(self, sequence: SequenceState, token_id: int) -> SequenceState:
-        """Queues another one that goes on like a host-fed sequence without unread tokens, but with this token."""
+        """Queues a copy of a sequence, continued by a token; beam search calls it where one beam becomes several.
+
+        The sequence must be host-fed and all its tokens must be read. The copy shares its pages when it is admitted.
+        """
         copy = SequenceState(
             request=sequence.request,
             order=(*sequence.order[:2], next(self._arrivals)),
@@ -201,19 +210,20 @@ class Scheduler:
         return copy
 
     def park(self, sequence: SequenceState) -> None:
-        """Records that a host-fed sequence's rows were read; nothing more is computed before extend."""
+        """Records that a host-fed sequence's tokens are read, and lets it pause until extend is called."""
         sequence.num_unread = 0
         sequence.is_parked = True
 
     def extend(self, sequence: SequenceState, token_id: int) -> None:
-        """Lets a parked sequence go on with a token."""
+        """Lets a parked sequence continue with the token that the host has chosen."""
         sequence.token_ids.append(token_id)
         sequence.is_parked = sequence.is_decoding = False
 
     def schedule(self) -> Schedule:
-        """Chooses the next step's rows and takes their pages: sequences that go on first, then prompts, oldest first.
+        """Chooses the rows of the next step and allocates their pages.
 
-        PrefillChunks of several sampled tokens hold what plan_drafts gave.
+        Sequences that decode come first, then prompts that are partly computed, then waiting ones; the oldest first in
+        each group. A PrefillChunk with several sampled tokens holds the drafts that plan_drafts returned.
         """
         self._step += 1
         step = self._fill_step()
@@ -226,12 +236,13 @@ class Scheduler:
         """Records tokens that the host has read and decides whether the sequence has ended.
 
         Args:
-          sequence: whose.
-          sampled: behind its last token and behind each draft.
-          drafts: what was verified; a sampled token counts if all drafts before it were right.
+          sequence: the sequence.
+          sampled: the tokens sampled behind its last token and behind each draft, one more than there are drafts.
+          drafts: the drafts that were verified. A sampled token counts only if all drafts before it were right: of
+            sampled tokens 5, 8, 2 with drafts 5, 7 the sequence gets 5 and 8.
 
         Returns:
-          How many of the sampled tokens it got.
+          How many of the sampled tokens the sequence got; it may end before all that count.
         """
         sequence.num_unread -= len(sampled)
         if not drafts:
@@ -250,7 +261,7 @@ class Scheduler:
         return num_new
 
     def finish(self, sequence: SequenceState, reason: FinishReason) -> None:
-        """Ends a sequence, running or waiting, and gives back what it holds; its unread tokens will be dropped."""
+        """Ends a running or waiting sequence and frees its slot and pages; its unread tokens will be dropped."""
         sequence.finish_reason = reason
         if sequence.slot != NO_SLOT:
             self._stop_running(sequence)
@@ -282,7 +293,7 @@ class Scheduler:
             num_chunks=self._shapes.max_chunks,
         )
         for sequence in due:
-            if sequence.slot != NO_SLOT:  # else preempted by an older one in this very pass
+            if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
                 self._add_ready(step, sequence)
         for sequence in sorted(self._running, key=lambda sequence: sequence.order):
             if not (sequence.is_ready or sequence.is_parked):
@@ -291,7 +302,7 @@ class Scheduler:
         return step
 
     def _commit(self, step: _Step) -> None:
-        """Counts what the step computes and samples."""
+        """Records in the sequences what the step will have computed and sampled."""
         for row in step.decodes:
             row.sequence.num_computed += 1
             row.sequence.num_unread += 1
@@ -308,7 +319,11 @@ class Scheduler:
                 self._let_follow(sequence)
 
     def _due(self) -> list[SequenceState]:
-        """The sequences to go on with now, oldest first: this step's share of all, those that wait the longest."""
+        """Sequences that decode in this step, oldest first.
+
+        With S pipeline stages a sequence can decode in every S-th step only, so a step takes 1/S of the ready ones:
+        those sampled longest ago.
+        """
         ready = [
             sequence
             for sequence in self._running
@@ -322,21 +337,23 @@ class Scheduler:
         ]
         through.sort(key=lambda sequence: (sequence.last_sampled, sequence.order))
         due = through[: -(-len(ready) // self._num_stages)]
-        # Host-fed ones may each take a chunk; those for which there is none wait the longest next time.
+        # Every host-fed sequence may take a chunk. Those beyond the step's chunks are left out; as the ones sampled
+        # longest ago, they come first in the next step.
         host_fed = [sequence for sequence in due if sequence.is_host_fed][self._max_ready_chunks :]
         if host_fed:
             due = [sequence for sequence in due if sequence not in host_fed]
         return sorted(due, key=lambda sequence: sequence.order)
 
     def _has_to_be_read(self, sequence: SequenceState) -> bool:
-        """Whether the next launch needs to know its last token.
+        """Whether the host has to read a sequence's last token before it can schedule the sequence again.
 
-        A constraint's mask is needed only where the token is sampled: with a pipeline, the last one is read by then.
+        A constrained sequence needs a mask that follows from that token, but only when the step is sampled. In a
+        pipeline that is some launches after the step has entered, and by then the token has been read.
         """
         return sequence.is_host_fed or (sequence.constraint is not None and self._num_stages == 1)
 
     def _add_ready(self, step: _Step, sequence: SequenceState) -> None:
-        """Adds a row for a sequence's next token, or a chunk that verifies drafts of several."""
+        """Adds a ready sequence: a decode row, or a chunk if it has drafts or the device lacks its last token."""
         drafts = self._drafts(step, sequence) if sequence.is_host_fed else ()
         start, num_pages = sequence.num_computed, len(sequence.pages)
         if sequence.is_decoding and not drafts:
@@ -351,14 +368,18 @@ class Scheduler:
             step.add(chunk, cost=len(drafts))
 
     def _drafts(self, step: _Step, sequence: SequenceState) -> Sequence[int]:
-        """Tokens to verify: not beyond the sequence's end, the step's budget and the pages that are free."""
+        """Drafts for the step to verify, as many as sequence limit, budget, one prefill row and free pages allow."""
         if self._plan_drafts is None:
             return ()
         most = min(sequence.limit - 1, self._pages.most_tokens(sequence)) - len(sequence.token_ids)
         return self._plan_drafts(sequence, max(min(most, step.budget, PREFILL_BLOCK - 1), 0))
 
     def _grow(self, sequence: SequenceState, num_tokens: int) -> bool:
-        """Takes pages up to a length, preempting the newest running sequences, this one last; False if it had to go."""
+        """Allocates the pages for a length, preempting the newest running sequences while too few are available.
+
+        Returns:
+          False if the sequence was itself the newest and has been preempted.
+        """
         missing = self._pages.num_missing(sequence, num_tokens)
         while missing > self.pages.num_available:
             newest = max(self._running, key=lambda running: running.order)
@@ -375,7 +396,11 @@ class Scheduler:
         self._waiting.push(sequence)
 
     def _break_deadlock(self) -> bool:
-        """Preempts the newest parked sequence if all that could run waits for what parked ones hold."""
+        """Preempts the newest parked sequence if nothing can run until parked ones give up slots or pages.
+
+        Returns:
+          Whether a sequence was preempted.
+        """
         parked = [sequence for sequence in self._running if sequence.is_parked]
         if not parked or any(sequence.num_unread for sequence in (*self._running, *self._waiting)):
             return False
@@ -408,9 +433,10 @@ class Scheduler:
             self._waiting.push(sequence)
 
     def _share_of_prefill(self) -> int:
-        """Prefill rows of this step: prompts spread over as many steps as there are stages, which then all have work.
+        """How many rows of prompts this step may prefill; without a pipeline, as many as a step can have.
 
-        The share stays until nothing is left to prefill: shrinking with what is left, it would take many small steps.
+        In a pipeline, the prompts are spread over as many steps as there are stages, so that every stage has work. The
+        share does not shrink until all prompts are computed: a share of what is left would end in many small steps.
         """
         if self._num_stages == 1 or not self._config.enable_chunked_prefill:
             return self._shapes.max_prefill
@@ -423,7 +449,7 @@ class Scheduler:
     def _add_waiting(self, step: _Step, sequence: SequenceState) -> bool:
         """Admits a waiting sequence if its pages and its first chunk fit."""
         prefix = self._pages.find_prefix(sequence)
-        # Every running sequence keeps a page to grow into; without it, admission and preemption would alternate.
+        # One page is left for every running sequence to grow into; else what is admitted now is soon preempted.
         if self._pages.num_taken(sequence, prefix) > self.pages.num_available - len(self._running):
             return False
         if not self._chunk_len(step, len(sequence.token_ids) - prefix.num_tokens):
@@ -441,12 +467,12 @@ class Scheduler:
         return True
 
     def _chunk_len(self, step: _Step, remaining: int) -> int:
-        """Tokens of a further chunk; 0 if none fits."""
+        """Tokens of the next chunk if `remaining` are to be computed; 0 if none fits."""
         length = min(remaining, step.room)
         return length if length == remaining or self._config.enable_chunked_prefill else 0
 
     def _add_chunk(self, step: _Step, sequence: SequenceState) -> None:
-        """Adds as much as fits of a sequence's known tokens."""
+        """Adds a chunk with as many of a sequence's tokens that are not yet computed as fit."""
         start, num_known = sequence.num_computed, len(sequence.token_ids)
         length = self._chunk_len(step, num_known - start)
         if not length:
@@ -465,7 +491,7 @@ class Scheduler:
 
 
 def _scored(sequence: SequenceState, start: int, end: int) -> range:
-    """The positions of a chunk whose next prompt token has yet to be scored."""
+    """The positions of a chunk that are followed by a prompt token without a log-probability yet."""
     if sequence.request.prompt_logprobs is None:
         return range(0)
     first = max(start, sequence.num_scored)

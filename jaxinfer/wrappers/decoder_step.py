@@ -1,10 +1,10 @@
-"""The device half of the decoder wrapper: one step of one shard.
+"""What the device computes in one step, written for one shard.
 
-Owns: the decode state by slot, the words of a step's upload, and the two halves of a step (forward, sample).
-Does not know: compiled programs, numpy batches, requests.
+Owns: the decode state by slot, the layout of a step's upload, and the two halves of a step (forward, sample).
+Does not know: how programs are compiled, requests.
 
-A step is two programs, forward and sample, so that programs number shapes + samplers instead of shapes x samplers; a
-third one scores the tokens of prompts.
+Forward and sample become separate programs, so that with 20 shapes and 4 samplers there are 24 programs to compile
+instead of 80. A third program scores the tokens of prompts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jaxinfer.wrappers.step_batch import (
 )
 
 SCORE_BLOCK = 256
-"""Rows of logits that exist at a time while prompts are scored."""
+"""Rows of logits that exist at a time, at most, while prompts are scored."""
 _SAMPLERS = {
     SamplerVariant.UNFILTERED: sampling.sample_unfiltered,
     SamplerVariant.CANDIDATES: sampling.sample_candidates,
@@ -51,13 +51,13 @@ _SAMPLERS = {
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """What the device keeps of every slot between steps; the last of the S + 1 slots is the dump slot.
+    """What the device keeps for every slot between steps; the last of the S + 1 slots is the dump slot.
 
     Args:
-      last_token: int32[S + 1], the token whose key and value come next.
-      length: int32[S + 1], positions with keys.
-      page_table: int32[S + 1, W].
-      sampling: int32[S + 1, SAMPLING_FIELDS].
+      last_token: int32[S + 1], the last sampled token, which is the input of the slot's next decode row.
+      length: int32[S + 1], positions whose keys and values are in the cache.
+      page_table: int32[S + 1, W], page ids.
+      sampling: int32[S + 1, SAMPLING_FIELDS], as pack_sampling packs them.
     """
 
     last_token: Int[Array, " S"]
@@ -67,7 +67,7 @@ class DecodeState:
 
     @classmethod
     def zeros(cls, num_slots: int, table_width: int) -> DecodeState:
-        """No slot in use."""
+        """The state with no slot in use."""
         rows = num_slots + 1
         return cls(
             last_token=jnp.zeros(rows, jnp.int32),
@@ -103,7 +103,7 @@ class StepInputs:
 
 
 def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Every input's dimensions, and the value of its padding."""
+    """For every field of StepInputs, in the order of the upload: its dimensions and the value of its padding."""
     rows, blocks, logits = (shape.num_decode,), (shape.num_prefill,), (shape.num_logits,)
     chunks = (shapes.num_chunks(shape),)
     width, dump_slot = shapes.table_width, shapes.num_slots
@@ -125,12 +125,12 @@ def _input_shapes(shape: StepShape, shapes: StepShapes) -> dict[str, tuple[tuple
 
 
 def num_input_words(shape: StepShape, shapes: StepShapes) -> int:
-    """int32 words of a step's upload."""
+    """How many int32 words a step uploads."""
     return sum(math.prod(dims) for dims, _ in _input_shapes(shape, shapes).values())
 
 
 def pack_inputs(batch: StepBatch, shape: StepShape, shapes: StepShapes) -> np.ndarray:
-    """A step's inputs, padded to a shape that holds them, as one int32 vector: one upload a step."""
+    """A step's inputs, padded to a shape that holds them, as one int32 vector, so that a step makes only one upload."""
     words, start = np.empty(num_input_words(shape, shapes), np.int32), 0
     for name, (dims, padding) in _input_shapes(shape, shapes).items():
         array = batch.prefill_tokens[:, : shape.row_len] if name == "prefill_tokens" else getattr(batch, name)
@@ -152,12 +152,12 @@ def unpack_inputs(words: Int[Array, " J"], shape: StepShape, shapes: StepShapes)
 
 
 class DecoderStep(nnx.Module):
-    """A model's parameters and the forward half of a step, per shard.
+    """The model and the forward half of a step, for one shard.
 
     Args:
       model: an nnx module with the Decoder protocol.
       page_size: C in tokens.
-      max_decode: rows of the largest decode segment; logit indices count prefill tokens from there.
+      max_decode: rows of the largest decode segment; StepBatch.logit_index counts prefill tokens from this number on.
     """
 
     def __init__(self, model: Decoder, *, page_size: int, max_decode: int):
@@ -174,12 +174,14 @@ class DecoderStep(nnx.Module):
         *,
         scored: bool = False,
     ) -> tuple[DecodeState, list[LayerCache], Ring | None, Float[Array, "M D"], LogitRows, Float[Array, "T D"] | None]:
-        """Takes a batch in and every batch in flight one stage on.
+        """Runs one tick of the pipeline: a batch enters, and every batch in flight moves on by one stage.
+
+        With one stage, the batch that enters is also the one that leaves.
 
         Returns:
-          The new state, the written caches, the ring, and of the batch that leaves the last stage the normalised hidden
-          states [M, D] for the head, what to do with the tokens sampled from them, and where prompts are scored those
-          of all prefill tokens.
+          The new state, the written caches and the ring. Then, of the batch that leaves the last stage, the normalised
+          hidden states [M, D] for the head, the logit rows that tell how to sample from them, and, if scored, the
+          normalised hidden states of all prefill tokens (else None).
         """
         state = _with_changes(state, inputs)
         flight = self._flight(state, inputs)
@@ -197,7 +199,7 @@ class DecoderStep(nnx.Module):
         return self.model.final_norm(share_from_last_stage(x))
 
     def _flight(self, state: DecodeState, inputs: StepInputs) -> Flight:
-        """What the batch's stages and its sampler will need, from the state as it is now."""
+        """What the stages and the sampler will have to know of the entering batch, read from the present state."""
         dump_slot = state.length.shape[0] - 1
         decode = SegmentRows(
             slot=inputs.decode_slots,
@@ -222,13 +224,13 @@ class DecoderStep(nnx.Module):
         return Flight(decode=decode, prefill=prefill, logits=logits)
 
     def _token_index(self, index: Int[Array, " M"], inputs: StepInputs) -> Int[Array, " M"]:
-        """Logit indices as positions among the tokens of a tick."""
+        """Turns logit indices, as in StepBatch.logit_index, into indices among the tokens of the present shape."""
         row, place = jnp.divmod(index - self.max_decode, PREFILL_BLOCK)
         prefill = inputs.decode_slots.shape[0] + row * inputs.row_len + place
         return jnp.where(index < self.max_decode, index, prefill)
 
     def _tokens(self, flight: Flight, row_len: int) -> TokenBatch:
-        """Lays the tokens of both segments out flat, with positions and places in the cache."""
+        """The tokens of both segments, one after the other, with their positions and their places in the KV cache."""
         positions, pages, segments = [], [], []
         for rows, num_queries in ((flight.decode, 1), (flight.prefill, row_len)):
             if rows.start.shape[0]:
@@ -253,7 +255,7 @@ class DecoderStep(nnx.Module):
         )
 
     def _pages(self, rows: SegmentRows, positions: Int[Array, "R Q"]) -> Int[Array, " T"]:
-        """Page of every token, flat; the dump page beyond a row's live tokens."""
+        """The page of every token, flat; padding tokens write to the dump page."""
         entry = jnp.minimum(positions // self.page_size, rows.page_table.shape[1] - 1)
         live = jnp.arange(positions.shape[1]) < rows.q_len[:, None]
         return jnp.where(live, jnp.take_along_axis(rows.page_table, entry, axis=1), DUMP_PAGE).ravel()
@@ -266,7 +268,7 @@ def _positions(rows: SegmentRows, num_queries: int) -> Int[Array, "R Q"]:
 def _with_changes(state: DecodeState, inputs: StepInputs) -> DecodeState:
     """The state with the step's new page table entries and sampling numbers."""
     page_table = state.page_table.at[inputs.chunk_slots].set(inputs.chunk_pages)
-    # Index W, which padding and rows without a new page carry, is out of bounds and dropped.
+    # Padding and rows without a new page have index W, which is out of bounds and therefore dropped.
     page_table = page_table.at[inputs.decode_slots, inputs.decode_page_index].set(inputs.decode_page_id, mode="drop")
     return DecodeState(
         last_token=state.last_token,
@@ -277,11 +279,11 @@ def _with_changes(state: DecodeState, inputs: StepInputs) -> DecodeState:
 
 
 def _advanced(state: DecodeState, inputs: StepInputs) -> DecodeState:
-    """The state with the lengths after the step; the dump slot's stays 0."""
+    """The state with every slot's length after the step; the dump slot's stays 0."""
     dump_slot = state.length.shape[0] - 1
     grown = state.length[inputs.decode_slots] + (inputs.decode_slots != dump_slot)
     length = state.length.at[inputs.decode_slots].set(grown)
-    # A chunk's rows name one slot; its length is the last one's end, whatever the slot held before.
+    # All rows of a chunk name one slot. Its new length is the end of the last row, whatever length the slot had before.
     length = length.at[inputs.prefill_slots].set(0)
     length = length.at[inputs.prefill_slots].max(inputs.prefill_start + inputs.prefill_len)
     return DecodeState(last_token=state.last_token, length=length, page_table=state.page_table, sampling=state.sampling)
@@ -297,19 +299,20 @@ def sample_step(
     variant: SamplerVariant,
     num_top: int | None,
 ) -> tuple[DecodeState, EditState | None, Int[Array, "M J"]]:
-    """The sampling half of a step, per shard.
+    """The sampling half of a step, for one shard.
 
     Args:
-      head: scores hidden states; holds this device's slice of the vocabulary.
-      state: of the slots.
-      edits: of the slots; None for a step without edited rows.
+      head: gives the logits of hidden states; holds this device's slice of the vocabulary.
+      state: the decode state of all slots.
+      edits: the logit edits of all slots; None for a step without edited rows.
       hidden, rows: what the forward half returned.
-      variant: which sampler.
-      num_top: report log-probabilities, before any edit, and those of so many of the most likely tokens; None for none.
+      variant: which sampler to run.
+      num_top: how many of the most likely tokens to report, beside the sampled one, with log-probabilities before any
+        edit; None reports no log-probabilities at all.
 
     Returns:
-      The states with the new last tokens, and int32[M, 1] token ids, followed by the columns of score where
-      log-probabilities are reported.
+      The state with the new last tokens, the edits with the new tokens counted, and int32[M, J]: token ids in the first
+      column, followed by the columns of score_step if log-probabilities are reported.
     """
     raw = _raw_logits(head, hidden)
     logits = raw if edits is None else logit_edits.edited(raw, edits, rows.slot, rows.position)
@@ -333,16 +336,16 @@ def sample_step(
 def score_step(
     head: VocabularyEmbedding, hidden: Float[Array, "T D"], targets: Int[Array, " T"], *, num_top: int
 ) -> Int[Array, "T J"]:
-    """Scores given tokens, in blocks, so that few rows of logits exist at a time; per shard.
+    """The log-probabilities of given tokens, for one shard; computed in blocks, so that few logits exist at a time.
 
     Args:
-      head: scores hidden states; holds this device's slice of the vocabulary.
-      hidden: of the tokens in front.
-      targets: int32[T]; where one is no token, its results mean nothing.
+      head: gives the logits of hidden states; holds this device's slice of the vocabulary.
+      hidden: hidden states of the tokens in front of the targets.
+      targets: int32[T], the tokens to score; the row of a target that is no token id (NO_TARGET) means nothing.
       num_top: how many of the most likely tokens to report as well.
 
     Returns:
-      The columns logprob, rank, top ids.., top logprobs.., floats as their bits.
+      int32[T, 2 + 2 * num_top], the columns logprob, rank, top ids.., top logprobs.., floats as their bits.
     """
     num_tokens = hidden.shape[0]
     block = math.gcd(num_tokens, SCORE_BLOCK)
@@ -355,7 +358,10 @@ def score_step(
 
 
 def _raw_logits(head: VocabularyEmbedding, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
-    """A diverged model must not crash the engine: NaN never wins, and a row of nothing yields token 0."""
+    """The head's logits with NaN replaced by -inf, so that a diverged model cannot crash the engine.
+
+    A NaN is then never the largest, and a row of nothing but NaN yields token 0.
+    """
     logits = head.logits(hidden)
     return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
 

@@ -1,6 +1,7 @@
-"""The wrapper for decoder-only models: parameters, KV pages and decode state on the mesh, one program a shape.
+"""The wrapper for decoder-only models, which runs steps on the devices of a mesh.
 
-Owns: the arrays on the devices and the compiled programs; turns a StepBatch into launched programs and reads results.
+Owns: the arrays on the devices (parameters, KV pages, decode state) and the compiled programs; turns a StepBatch into
+launched programs and reads their results.
 Does not know: requests, queues, text.
 """
 
@@ -45,12 +46,12 @@ from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.xla_options import compiler_options
 
 _LAUNCHING = threading.Lock()
-"""Held while programs are enqueued: those of two models on one mesh must come in one order on all its devices, or their
-collectives wait for each other. Nothing is compiled meanwhile, for all models would wait for that."""
+"""Held while programs are enqueued. If two models share a mesh, all its devices must get their programs in the same
+order, or collectives of the two wait for each other. Nothing is compiled under the lock, or all models would wait."""
 
 
 class _Call(NamedTuple):
-    """A compiled program and what the host brings to it."""
+    """A compiled program and the array that the host uploads for it."""
 
     program: jax.stages.Compiled
     words: np.ndarray
@@ -58,11 +59,11 @@ class _Call(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tick:
-    """What a launch runs first: page copies, where there are any, and the step of all that is in flight.
+    """What a launch runs first: page copies, if there are any, then the forward program for all batches in flight.
 
     Args:
-      shape: of the step.
-      copy, forward: programs of StepPrograms.
+      shape: the shape of the forward program.
+      copy, forward: programs of StepPrograms; copy is None if there is nothing to copy.
     """
 
     shape: StepShape
@@ -72,12 +73,12 @@ class _Tick:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Exit:
-    """What a launch runs then, for the step that leaves the pipeline.
+    """What a launch runs next, for the step that leaves the pipeline.
 
     Args:
-      score: of its prompts; None without any.
-      edits: uploads of edits and of allowed tokens, in order.
-      sample: None where it samples nothing.
+      score: scores the tokens of its prompts; None if it has none to score.
+      edits: upload logit edits and allowed tokens, in this order, before it is sampled.
+      sample: the sampler; None if it samples nothing.
     """
 
     score: _Call | None
@@ -86,16 +87,16 @@ class _Exit:
 
 
 class DecoderWrapper(AbstractModelInferenceWrapper):
-    """Runs a decoder-only model.
+    """Runs the steps of a decoder-only model.
 
     Args:
       model: abstract nnx module with the Decoder protocol (nnx.eval_shape).
       parameters: its state with arrays on the mesh, as the checkpoint loader returns it.
       model_config: the model's numbers.
       config: the engine's settings.
-      layout: what the model was built for.
-      mesh: where it lies.
-      beside: of a second model that will share the devices, with as many pages.
+      layout: the layout that the model was built for.
+      mesh: the devices that hold the parameters.
+      beside: memory to leave for a second model (the draft model), which will have as many pages on the same devices.
 
     Raises:
       ValueError: the KV pool does not fit into free memory.
@@ -146,7 +147,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     @property
     def shapes(self) -> StepShapes:
-        """The shapes of steps this wrapper runs."""
+        """The shapes of the steps that this wrapper runs."""
         return self._shapes
 
     @property
@@ -156,7 +157,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     @property
     def row_usage(self) -> RowUsage:
-        """Rows of all steps launched so far."""
+        """Rows of all steps launched so far, with and without padding."""
         return self._in_flight.usage
 
     @property
@@ -180,7 +181,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return sum(leaf.nbytes for leaf in self._arrays.leaves)
 
     def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> StepHandle:
-        """Starts a step: page copies, then forward, then the sampler; nothing here waits for the device."""
+        """Starts a step and returns without waiting for the device.
+
+        Page copies come first, then the forward program, then the sampler for the step that leaves the pipeline, which
+        is this one if there is one stage.
+        """
         handle = StepHandle(batch)
         tick = self._plan_tick(handle)
         leaving = self._in_flight.leaving
@@ -192,7 +197,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return handle
 
     def _plan_tick(self, handle: StepHandle) -> _Tick:
-        """Lets a step in, moves all on, and finds the programs for that."""
+        """Lets a step into the pipeline, moves the others on, and gets the programs for that; runs nothing yet."""
         shape, copies = self._in_flight.enter(handle), self._in_flight.page_copies()
         return _Tick(
             shape=shape,
@@ -201,7 +206,12 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         )
 
     def _run_tick(self, tick: _Tick) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
-        """What the step that leaves has to sample, of which rows, and what to score, None if nothing in flight is."""
+        """Runs a tick.
+
+        Returns:
+          Of the step that leaves: the hidden states to sample from, the leaves of their LogitRows, and the hidden
+          states of its prefill tokens, None unless a step in flight scores prompts.
+        """
         arrays = self._arrays
         if tick.copy is not None:
             arrays.caches = tick.copy.program(arrays.caches, tick.copy.words)
@@ -224,9 +234,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return _Call(self._programs.get("score", targets.size, MAX_LOGPROBS), targets)
 
     def _plan_edits(self, batch: StepBatch, allowed: AllowedTokens | None) -> list[_Call]:
-        """The edits of slots whose sequence is sampled for the first time, set right before that, and what may come.
+        """Uploads of the logit edits of newly admitted sequences, and of the allowed tokens of constrained ones.
 
-        Earlier, steps on their way would still count their tokens in a slot that somebody else had before.
+        A slot's edits are set right before its sequence is sampled for the first time. If they were set earlier, steps
+        still in flight would count the tokens of the slot's previous sequence in them.
         """
         calls = []
         for slot, edits in batch.new_edits.items():
@@ -249,13 +260,13 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def _run_exit(
         self, leaving: StepHandle, plan: _Exit, hidden: jax.Array, rows: list[jax.Array], prompts: jax.Array | None
     ) -> None:
-        """Gives the step that leaves its results, which are on their way to the host then."""
+        """Samples and scores the step that leaves, and starts copying its results to the host."""
         arrays = self._arrays
         if plan.score is not None:
             leaving.scores = plan.score.program(arrays.head_leaves, prompts, plan.score.words)
             leaving.scores.copy_to_host_async()
         if plan.sample is None:
-            leaving.result = rows[0]  # something to wait for
+            leaving.result = rows[0]  # no tokens, but an array for collect to wait for
             return
         for upload in plan.edits:
             arrays.edits = upload.program(arrays.edits or self._step_programs.allocate_edits(), upload.words)
@@ -268,7 +279,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         leaving.result.copy_to_host_async()
 
     def collect(self, handle: StepHandle) -> StepResult:
-        """Waits for a step that is through and returns its tokens, none if it samples none.
+        """Waits for a step that has left the pipeline and returns its results; see the protocol.
 
         Raises:
           ValueError: the step is still in the pipeline.
@@ -287,9 +298,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return StepResult(token_ids=words[:, 0], logprobs=logprobs, scores=scores)
 
     def logits(self, batch: StepBatch) -> Float[np.ndarray, "M V"]:
-        """Advances the slots like launch, but returns float32 logits of every logit position and samples nothing.
+        """Computes a batch like launch, but returns the float32 logits of its logit rows and samples nothing.
 
-        For research and tests: the rows are gathered on the host, and a pipeline must not hold a step that samples.
+        For research and tests: the logits are gathered on the host. No step that samples may be in flight.
         """
         shape, hidden = self._advance(batch)
         for _ in range(self._shapes.num_stages - 1):
@@ -298,13 +309,13 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return np.asarray(program(self._arrays.head_leaves, hidden))[: batch.shape.num_logits, : self._vocab_size]
 
     def _advance(self, batch: StepBatch) -> tuple[StepShape, jax.Array]:
-        """Runs a tick that samples nothing; its shape, and the hidden states of the step that leaves."""
+        """Runs a tick that samples nothing; returns its shape and the hidden states of the step that leaves."""
         tick = self._plan_tick(StepHandle(batch))
         with _LAUNCHING:
             return tick.shape, self._run_tick(tick)[0]
 
     def warmup(self) -> None:
-        """Compiles the forward program of every shape, every sampler, and all that few requests need."""
+        """Compiles all that serving can need: forward programs, samplers, page copies, scoring, logit edits."""
         shapes, num_tops = self._shapes.all_shapes(), (None, MAX_LOGPROBS)
         wanted: list[tuple[Any, ...]] = [("edit",), ("allow",), *(("forward", shape) for shape in shapes)]
         wanted += [("copy", num_copies) for num_copies in copy_sizes(self._shapes.max_chunks)]
@@ -342,14 +353,18 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
 
 def _reported(num_top: int | None) -> int | None:
-    """How many of the most likely tokens a program reports: MAX_LOGPROBS serves all but wide beams."""
+    """How many of the most likely tokens the program reports if num_top are asked for.
+
+    One program with MAX_LOGPROBS of them serves all requests; only a wide beam search asks for more, and gets the next
+    power of two. None, for no log-probabilities, stays None.
+    """
     if num_top is None or num_top <= MAX_LOGPROBS:
         return None if num_top is None else MAX_LOGPROBS
     return 1 << (num_top - 1).bit_length()
 
 
 def _logprobs(columns: Int32[np.ndarray, "M J"]) -> LogprobArrays:
-    """The columns of decoder_step.score_step."""
+    """Takes apart the columns that decoder_step.score_step returns."""
     num_top = (columns.shape[1] - 2) // 2
     return LogprobArrays(
         logprob=np.ascontiguousarray(columns[:, 0]).view(np.float32),

@@ -1,6 +1,6 @@
-"""What the engine hands to a wrapper for one step, and what comes back; numpy only.
+"""What the engine gives a wrapper for one step, and what it gets back, as numpy arrays.
 
-Owns: the shapes of a step (StepShape, the list of buckets) and its arrays (StepBatch, StepResult).
+Owns: the shapes that steps are padded to (StepShape, StepShapes) and the arrays of a step (StepBatch, StepResult).
 Does not know: jax, requests, queues.
 """
 
@@ -19,19 +19,21 @@ from jaxinfer.config import EngineConfig
 SAMPLING_FIELDS = 6
 """int32 words of a slot's sampling numbers: temperature, top_p, min_p (float32 bits), top_k, seed low, seed high."""
 PREFILL_BLOCK = 16
-"""Q, tokens of a prefill row. A chunk of a prompt takes as many rows as it needs: its keys are written before any row
-attends, so that every row can see those in front of it. With rows of one length a step's cost follows its tokens, not
-the longest chunk of its company, and shapes are few."""
+"""Q, tokens of a prefill row. A chunk of a prompt takes as many rows as it needs: 40 tokens take rows of 16, 16 and 8.
+The keys of all rows are written before any row attends, so that every row sees the rows in front of it. As all rows
+have one length, the cost of a step follows its tokens, not its longest chunk, and few shapes are compiled."""
 MAX_CHUNKS = 16
-"""Chunks of one step, so that the head sees few rows beside the decode rows; with drafts, as many more as sequences
-can decode."""
+"""Chunks of one step at most, so that the head sees few rows beside the decode rows. With drafts, a step may have as
+many chunks more as sequences can decode in it, since every sequence with drafts takes a chunk."""
 
 
 NO_TARGET = -1
 
 
 class SamplerVariant(enum.Enum):
-    """Which compiled sampler a batch needs; a later one can do all that an earlier one can."""
+    """Which compiled sampler a batch needs: GREEDY for rows of temperature 0 alone, UNFILTERED for rows without top_k,
+    top_p or min_p, CANDIDATES where all random rows have such a filter, FULL for any rows. A later one can do all that
+    an earlier one can."""
 
     GREEDY = "greedy"
     UNFILTERED = "unfiltered"
@@ -41,14 +43,15 @@ class SamplerVariant(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """The shape of a step, hence of its program.
+    """The padded shape of a step; every shape has a compiled program of its own.
 
     Args:
       num_decode: R, rows of the decode segment, one token each.
       num_prefill: P, rows of the prefill segment.
-      row_len: tokens of such a row on the device, the first ones of a StepBatch's.
-      num_logits: M, token positions behind which a token is sampled.
-      scored: the hidden states of all prefill tokens are wanted as well.
+      row_len: tokens of a prefill row on the device: PREFILL_BLOCK, or fewer in steps whose chunks are all short. A
+        StepBatch always has PREFILL_BLOCK tokens a row, of which the first row_len are used.
+      num_logits: M, logit rows, one for each position behind which a token is sampled.
+      scored: the step also returns the hidden states of all prefill tokens, to score prompts.
     """
 
     num_decode: int
@@ -65,13 +68,13 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotEdits:
-    """The logit edits of a sequence, as its first token since admission is sampled.
+    """The logit edits of a sequence at the time when its first token since admission is sampled.
 
     Args:
-      bias_of_others: of tokens without an entry of their own; -inf allows only those that have one.
+      bias_of_others: bias of the tokens that have no bias entry; -inf allows only tokens that have one.
       penalties: float32[3], repetition, presence, frequency.
-      min_position: index in its text from which its stop tokens may come.
-      kinds, token_ids, values: int32[J], int32[J], float32[J], as logit_edits.EditEntries'.
+      min_position: first position in the text, the prompt included, at which a stop token may come.
+      kinds, token_ids, values: int32[J], int32[J], float32[J], as in logit_edits.EditEntries.
     """
 
     bias_of_others: float
@@ -100,30 +103,34 @@ class SlotEdits:
 class StepBatch:
     """One step's work, padded to its shape.
 
-    A padding row names the dump slot and has length 0. The wrapper keeps every slot's last token,
-    length, page table and sampling numbers; a step brings only what changes.
+    A padding row names the dump slot and has length 0. The wrapper keeps every slot's last token, length, page table
+    and sampling numbers; a step brings only what changes.
 
     Args:
-      shape: of everything below.
+      shape: the shape of the arrays below.
       dump_slot: the last slot, which no sequence has.
-      decode_slots: int32[R].
-      decode_page_index, decode_page_id: int32[R], page table entry to set before the step; index W sets none.
-      chunk_slots: int32[N], whose prompts the prefill segment is about.
+      decode_slots: int32[R], slot of each decode row.
+      decode_page_index, decode_page_id: int32[R], page table entry to set before the step, and the page to put there;
+        index W (the width of the table) sets none.
+      chunk_slots: int32[N], slot of each chunk of the prefill segment.
       chunk_pages: int32[N, W], the slot's whole page table.
-      chunk_sampling: int32[N, SAMPLING_FIELDS].
-      prefill_slots: int32[P]; rows of one chunk follow each other.
-      prefill_start, prefill_len: int32[P], position of the row's first token and its live tokens.
+      chunk_sampling: int32[N, SAMPLING_FIELDS], the slot's sampling numbers.
+      prefill_slots: int32[P], slot of each prefill row; rows of one chunk follow each other.
+      prefill_start, prefill_len: int32[P], position of the row's first token, and its tokens without padding.
       prefill_tokens: int32[P, Q], Q = PREFILL_BLOCK whatever the shape.
-      logit_index: int32[M], which tokens: r is decode row r, max_decode + p * Q + q is token q of prefill row p.
-      logit_slots: int32[M], whose sampling numbers and seed apply; the dump slot for padding.
-      logit_feeds: bool[M], the sampled token becomes its slot's last token.
+      logit_index: int32[M], the token behind which each logit row samples: r is decode row r, max_decode + p * Q + q is
+        token q of prefill row p.
+      logit_slots: int32[M], the slot whose sampling numbers apply; the dump slot for padding.
+      logit_feeds: bool[M], whether the sampled token becomes its slot's last token.
       page_copies: int32[n, 2], source and destination pages, copied before anything is written.
       variant: the sampler to run.
-      num_top: also report log-probabilities, and those of so many of the most likely tokens; None for none.
-      targets: int32[P, Q], whose log-probability behind each prefill token is asked for, NO_TARGET for none; None for
-        none at all.
-      edited: some row's logits are edited, or only some tokens may come.
-      new_edits: slot -> edits of the sequences whose first token since admission is sampled; None for none.
+      num_top: how many of the most likely tokens to report at each logit row, beside the sampled one; None reports no
+        log-probabilities at all.
+      targets: int32[P, Q], the token whose log-probability is wanted behind each prefill token, NO_TARGET for none;
+        None if the step scores no prompt.
+      edited: whether any sampled row has logit edits or a constraint.
+      new_edits: by slot, the edits of the sequences whose first token since admission is sampled in this step; None for
+        a sequence without edits.
     """
 
     shape: StepShape
@@ -150,17 +157,17 @@ class StepBatch:
 
     @property
     def num_live_rows(self) -> int:
-        """Rows of both segments that are no padding."""
+        """Rows of both segments, without padding."""
         return int((self.decode_slots != self.dump_slot).sum() + (self.prefill_slots != self.dump_slot).sum())
 
     @property
     def has_logits(self) -> bool:
-        """Whether a token is sampled from any of its hidden states."""
+        """Whether the step samples any token."""
         return bool((self.logit_slots != self.dump_slot).any())
 
     @classmethod
     def idle(cls, shapes: StepShapes) -> StepBatch:
-        """A step without work, which only moves a pipeline on."""
+        """A step without work, which moves the steps in a pipeline on by one stage."""
         shape = shapes.shape(num_decode=0, num_prefill=0, num_logits=0)
 
         def full(*dims: int, value: int = 0) -> np.ndarray:
@@ -189,7 +196,12 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowUsage:
-    """Rows of both segments, summed over pipeline stages and steps: those with work, and those of the programs run."""
+    """Rows of both segments, summed over pipeline stages and steps.
+
+    Args:
+      live: rows with work.
+      launched: all rows of the programs that ran, padding included.
+    """
 
     live: int
     launched: int
@@ -197,7 +209,12 @@ class RowUsage:
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobArrays:
-    """Raw log-probabilities of M positions: of the sampled token with its rank, and of the most likely ones."""
+    """Raw log-probabilities (natural log, before edits and temperature) at M positions.
+
+    Args:
+      logprob, rank: float[M], int32[M], of the sampled or scored token; rank 1 is the most likely.
+      top_ids, top_logprobs: int32[M, K], float[M, K], the K most likely tokens, best first.
+    """
 
     logprob: Float[np.ndarray, " M"]
     rank: Int32[np.ndarray, " M"]
@@ -207,12 +224,12 @@ class LogprobArrays:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step found.
+    """The results of a step.
 
     Args:
-      token_ids: int32[M], the sampled tokens.
-      logprobs: of these; None if the step did not ask.
-      scores: of StepBatch.targets behind the P * Q prefill tokens; None without any.
+      token_ids: int32[M], the sampled tokens; empty if the step samples none.
+      logprobs: log-probabilities at the M logit rows; None if the step did not ask for them.
+      scores: log-probabilities of StepBatch.targets at the P * Q prefill tokens; None if the step has no targets.
     """
 
     token_ids: Int32[np.ndarray, " M"]
@@ -222,11 +239,11 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class AllowedTokens:
-    """The only tokens that may be sampled for some slots.
+    """The tokens that constraints allow next, for the slots that have a constraint.
 
     Args:
       slots: int32[J].
-      words: uint32[J, ceil(V / 32)], bit t % 32 of word t // 32 for token t.
+      words: uint32[J, ceil(V / 32)], a bit per token: token t is allowed if bit t % 32 of word t // 32 is 1.
     """
 
     slots: Int32[np.ndarray, " J"]
@@ -234,7 +251,10 @@ class AllowedTokens:
 
 
 def pack_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> Int32[np.ndarray, " F"]:
-    """A slot's sampling numbers as int32 words; a top_k beyond them exceeds every vocabulary and stays the largest."""
+    """A slot's sampling numbers as int32 words.
+
+    A top_k too large for an int32 becomes the largest one: both exceed every vocabulary, so neither filters anything.
+    """
     floats = np.array([temperature, top_p, min_p], np.float32).view(np.int32)
     top_k = min(max(top_k, 0), np.iinfo(np.int32).max)
     integers = np.array([top_k, seed & 0xFFFFFFFF, seed >> 32], np.int64).astype(np.uint32).view(np.int32)
@@ -242,28 +262,31 @@ def pack_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float,
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that hold num_tokens positions."""
+    """How many pages hold num_tokens positions."""
     return -(-num_tokens // page_size)
 
 
 def num_blocks(num_tokens: int) -> int:
-    """Prefill rows that a chunk takes."""
+    """How many prefill rows a chunk of num_tokens tokens takes."""
     return -(-num_tokens // PREFILL_BLOCK)
 
 
 class StepShapes:
-    """The short list of shapes that steps are padded to.
+    """The short list of shapes that steps are padded to, so that few programs have to be compiled.
 
-    Decode-only steps have a power of two rows; with a pipeline, a sequence is in every num_stages-th step at most, so
-    that a step holds its share of the slots. Steps with prefill combine a power of four decode rows with a power of two
-    prefill rows, up to max_num_batched_tokens tokens of prefill. The head sees a power of two rows, so that shapes of
-    samplers are few: a row for each sequence, or with drafts one for each token of theirs too. Steps whose chunks are
-    all as short as drafts have prefill rows of that length, except in a pipeline, whose batches share one layout. Steps
-    that score prompts have the largest decode segment and a power of four prefill rows.
+    - Decode rows: at most a sequence for every slot; in a pipeline, where a sequence decodes in every S-th step only,
+      1/S of that. A step without prefill has a power of two of them, or the maximum.
+    - Steps with prefill have no decode rows, a power of four from 4 on, or the maximum, beside a power of two prefill
+      rows, up to max_num_batched_tokens tokens. With 64 slots, 3 decode rows and 5 prefill rows are padded to 4 and 8.
+    - Logit rows: a power of two, so that there are few shapes of samplers. One row per sequence that samples in this
+      step; with speculative decoding, one per token that is verified.
+    - Short prefill rows: with speculative decoding, a step whose chunks are all as short as a last token with its
+      drafts has prefill rows of that length; but not in a pipeline, where the batches in flight share one layout.
+    - Steps that score prompts have the most decode rows and a power of four prefill rows, or the maximum.
 
     Args:
       config: the engine's settings.
-      max_model_len: tokens of the longest request.
+      max_model_len: tokens of the longest possible request.
     """
 
     def __init__(self, config: EngineConfig, *, max_model_len: int):
@@ -291,10 +314,10 @@ class StepShapes:
         """The smallest shape that holds a step.
 
         Args:
-          num_decode, num_prefill: live rows.
+          num_decode, num_prefill: rows without padding.
           num_logits: positions behind which a token is sampled.
           row_len: tokens of the longest prefill row.
-          scored: as StepShape's.
+          scored: as in StepShape.
 
         Raises:
           ValueError: no shape has so many rows.
@@ -317,11 +340,11 @@ class StepShapes:
         return StepShape(num_decode=decode, num_prefill=prefill, row_len=row_len, num_logits=usual, scored=scored)
 
     def num_chunks(self, shape: StepShape) -> int:
-        """N, chunks that the prefill segment of a shape can have."""
+        """N, how many chunks the prefill segment of a shape can hold."""
         return min(shape.num_prefill, self.max_chunks)
 
     def largest_shape(self) -> StepShape:
-        """What every step fits into, even with a logit row for every token."""
+        """The shape that every step fits into, even with a logit row for every token."""
         num_tokens = self.max_decode + self.max_prefill * PREFILL_BLOCK
         return self.shape(num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=num_tokens)
 
@@ -346,13 +369,13 @@ class StepShapes:
         return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_logits, shape.num_prefill, shape.scored))
 
     def _num_logits(self, decode: int, prefill: int, *, drafts: bool) -> int:
-        """Logit rows of a shape: for every sequence, or for all their drafts as well."""
+        """Logit rows of a shape: one per sequence that may sample, or with drafts one per token to verify."""
         per_chunk = 1 + self.max_drafts if drafts else 1
         return _power_of_two(decode + min(prefill, self.max_chunks if drafts else MAX_CHUNKS) * per_chunk)
 
 
 def _powers(start: int, factor: int, limit: int) -> list[int]:
-    """start, start * factor, .. and the limit itself last."""
+    """start, start * factor, .. below the limit, and the limit itself last."""
     values = []
     while start < limit:
         values.append(start)

@@ -1,7 +1,7 @@
-"""The programs of a step on a mesh, from nothing but shapes.
+"""The programs of a step on a mesh, traced from shapes alone, before any weight is loaded.
 
-Owns: what the programs take, return and carry from step to step, how it lies on the mesh, and their lowering.
-Does not know: weights, batches, which program runs when.
+Owns: what the programs take, return and carry from step to step, how these arrays lie on the mesh, and the tracing.
+Does not know: the values of weights, batches, which program runs when.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepSh
 
 @dataclass
 class StepArrays:
-    """The arrays that live on the device from step to step, as flat lists: flattening once is cheaper than a call.
+    """The arrays that live on the device from step to step, as flat lists of leaves.
+
+    They are flattened once, since flattening them again in every call would cost time.
 
     Args:
-      leaves, head_leaves: parameters of the step and of the head.
-      state, caches, ring: donated to every step, which returns them.
-      edits: the same of steps with edited rows; empty until there was one.
+      leaves, head_leaves: parameters of the whole model, and those of the head.
+      state, caches, ring: leaves of DecodeState, the KV caches and the pipeline's Ring; every step takes them by
+        donation and returns the new ones.
+      edits: leaves of EditState, donated in the same way to steps with edited rows; empty until the first such step.
     """
 
     leaves: list[jax.Array]
@@ -56,19 +59,21 @@ class StepArrays:
 
     @property
     def all(self) -> list[jax.Array]:
-        """Every array; the head's are among the leaves as well."""
+        """Every array; those of the head appear twice, as they are among the model's leaves as well."""
         return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring, *self.edits]
 
 
 class StepPrograms:
-    """Lowers the programs of a model.
+    """Traces the programs of a model; the caller lowers and compiles them.
+
+    The first line of each method that returns a Traced shows the arguments and results of the program.
 
     Args:
       model: abstract nnx module with the Decoder protocol (nnx.eval_shape).
-      shapes: of the steps.
-      cache_shape: of the KV pool, the dump page included.
-      dtype: of activations, keys and values.
-      mesh: where they run; an AbstractMesh is enough for tracing.
+      shapes: the shapes of steps.
+      cache_shape: shape of the KV pool, the dump page included.
+      dtype: dtype of activations, keys and values.
+      mesh: the mesh that the programs run on; an AbstractMesh is enough for tracing.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class StepPrograms:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Tokens over all slices of the vocabulary."""
+        """Tokens of the vocabulary with the padding that makes all slices equal, over all devices."""
         return self._edits[0].shape[1]
 
     @property
@@ -109,13 +114,13 @@ class StepPrograms:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in placed)
 
     def volumes(self, shape: StepShape, variant: SamplerVariant) -> list[CollectiveVolume]:
-        """What one step, the sampler included, sends between devices."""
+        """The collectives of one step, the sampler included, and how much each sends between devices."""
         traces = (self.forward(shape), self.sample(shape.num_logits, variant, None))
         sizes = self._mesh.shape
         return [volume for traced in traces for volume in collective_volumes(traced.jaxpr.jaxpr, sizes)]
 
     def allocate(self, parameters: nnx.State) -> StepArrays:
-        """The model's parameters, which lie on the mesh, with an empty cache and nothing in flight."""
+        """The arrays for a first step: parameters, which lie on the mesh already, an empty cache, nothing in flight."""
         arrays = dict(nnx.to_flat_state(parameters))
         return StepArrays(
             leaves=[arrays[path[1:]][...] for path in self._step.paths],  # without the step's own name for its model
@@ -129,19 +134,21 @@ class StepPrograms:
         )
 
     def allocate_edits(self) -> list[jax.Array]:
-        """The leaves of an EditState for all slots, which only some requests need."""
+        """The leaves of an EditState for all slots, made on demand, since only some requests have logit edits."""
         return [
             jax.device_put(np.zeros(x.shape, x.dtype), self._on_mesh(spec))  # unlike jnp.zeros, compiles nothing
             for x, spec in zip(self._edits, self._edit_specs, strict=True)
         ]
 
     def caches(self, leaves: list[jax.Array]) -> list[LayerCache]:
-        """The KV pages of every local layer."""
+        """The KV caches of every local layer, from their leaves."""
         return jax.tree.unflatten(self._cache_tree, leaves)
 
     def forward(self, shape: StepShape) -> jax.stages.Traced:
-        """(leaves, state, caches, ring, words) -> (state, caches, ring, hidden, rows), and the prefill tokens' hidden
-        states where the shape is a scored one; donates what it takes and returns."""
+        """(leaves, state, caches, ring, words) -> (state, caches, ring, hidden, rows); donates state, caches and ring.
+
+        If the shape is a scored one, the hidden states of all prefill tokens follow as a sixth result.
+        """
 
         def forward(leaves, state, caches, ring, words):
             step = self._step.merge(leaves)
@@ -188,7 +195,10 @@ class StepPrograms:
         )
 
     def sample_edited(self, num_logits: int, num_top: int | None) -> jax.stages.Traced:
-        """(head_leaves, state, edits, hidden, rows) -> (state, edits, result), for rows of any kind; donates both."""
+        """(head_leaves, state, edits, hidden, rows) -> (state, edits, result); donates state and edits.
+
+        It runs the full sampler, so that it serves every mixture of rows.
+        """
 
         def sample(leaves, state, edits, hidden, rows):
             state = jax.tree.unflatten(self._state_tree, state)
@@ -212,7 +222,7 @@ class StepPrograms:
         )
 
     def score(self, num_tokens: int, num_top: int) -> jax.stages.Traced:
-        """(head_leaves, hidden, targets) -> result, as score_step's."""
+        """(head_leaves, hidden, targets) -> result, which is that of score_step."""
 
         def score(leaves, hidden, targets):
             return score_step(self._head.merge(leaves), hidden, targets, num_top=num_top)
@@ -225,7 +235,7 @@ class StepPrograms:
         )
 
     def edit(self) -> jax.stages.Traced:
-        """(edits, words) -> edits, with the entries of one upload; donates them."""
+        """(edits, words) -> edits, with the logit edits of one upload set; donates the edits."""
 
         def edit(edits, words):
             return jax.tree.leaves(set_slot(jax.tree.unflatten(self._edit_tree, edits), unpack_edits(words)))
@@ -235,7 +245,7 @@ class StepPrograms:
         return jax.jit(mapped, donate_argnums=(0,)).trace(self._placed(self._edits, self._edit_specs), words)
 
     def allow(self) -> jax.stages.Traced:
-        """(edits, words) -> edits, with the allowed tokens of one upload; donates them."""
+        """(edits, words) -> edits, with the allowed tokens of one upload set; donates the edits."""
 
         def allow(edits, words):
             return jax.tree.leaves(set_allowed(jax.tree.unflatten(self._edit_tree, edits), *unpack_allowed(words)))
@@ -245,7 +255,7 @@ class StepPrograms:
         return jax.jit(mapped, donate_argnums=(0,)).trace(self._placed(self._edits, self._edit_specs), words)
 
     def logits(self, num_logits: int) -> jax.stages.Traced:
-        """(head_leaves, hidden) -> float32 logits, the vocabulary spread over the mesh."""
+        """(head_leaves, hidden) -> float32 logits, whose vocabulary axis is spread over the mesh."""
 
         def logits(leaves, hidden):
             return self._head.merge(leaves).logits(hidden)
@@ -256,7 +266,7 @@ class StepPrograms:
         return jax.jit(mapped).trace(self._placed(self._head.leaves, self._head.specs), self._hidden(num_logits))
 
     def copy(self, num_copies: int) -> jax.stages.Traced:
-        """(caches, copies) -> caches, with pages copied; donates them."""
+        """(caches, copies) -> caches, with pages copied; donates the caches."""
 
         def copy(caches, copies):
             caches = jax.tree.unflatten(self._cache_tree, caches)
@@ -292,7 +302,7 @@ class StepPrograms:
 
 
 class _Parameters:
-    """A module taken apart: its abstract parameters in a fixed order, and how to put it together again."""
+    """The abstract parameters of a module as a flat list in a fixed order; merge rebuilds the module from arrays."""
 
     def __init__(self, module: nnx.Module):
         self._graph, state = nnx.split(module)
@@ -303,12 +313,12 @@ class _Parameters:
         self.specs = [variable.spec for _, variable in found]
 
     def merge(self, leaves: list[Any]) -> Any:
-        """The module with these arrays."""
+        """The module with these arrays as its parameters."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
 
 def _flat(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-    """The abstract leaves and the structure of what a function would make."""
+    """The abstract leaves and the tree structure of what a function would return, without running it."""
     trees = []
 
     def leaves() -> list[Any]:

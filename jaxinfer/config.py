@@ -1,4 +1,4 @@
-"""Settings: of the engine (EngineConfig) and of a decoder-only model (ModelConfig).
+"""Settings of the engine (EngineConfig) and the numbers of a decoder-only model (ModelConfig).
 
 Owns: every knob of the engine and every number of an architecture, each validated once.
 Does not know: jax, files, requests.
@@ -26,11 +26,11 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """The value as a Python int; refuses anything but an integer (numpy's included) within [low, high], and bools.
+    """The value as a Python int; refuses bools and anything but an integer (numpy's included) within [low, high].
 
     Raises:
       TypeError: value is not an integer.
-      ValueError: value lies outside the range; the message names all three.
+      ValueError: value lies outside the range; the message gives name, range and value.
     """
     allowed = f">= {low}" if high is None else f"in {low}..{high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -42,18 +42,18 @@ def require_int(name: str, value: object, low: int, high: int | None = None) -> 
 
 
 def require_float(name: str, value: object, allowed: str, low: float, high: float, *, open_low: bool = False) -> float:
-    """The value as a Python float; refuses anything but a finite number (numpy's included) in the range, and bools.
+    """The value as a Python float; refuses bools and anything but a finite number (numpy's included) in the range.
 
     Args:
       name: of the setting, for messages.
       value: what the user gave.
       allowed: the range in words, for messages.
       low, high: the range, both ends included.
-      open_low: low itself is outside.
+      open_low: whether low itself is outside the range.
 
     Raises:
       TypeError: value is not a number.
-      ValueError: value lies outside the range or is not finite; the message names all three.
+      ValueError: value lies outside the range or is not finite; the message gives name, range and value.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
@@ -87,17 +87,17 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def unknown_keyword(keyword: str, known: Iterable[str]) -> TypeError:
-    """The error for a keyword nobody has, naming the nearest one that exists."""
+    """The error for an unknown keyword; its message names the nearest known one."""
     near = difflib.get_close_matches(keyword, list(known), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return TypeError(f"unknown argument {keyword!r}{hint}")
 
 
 def names_nearest_field(settings: type[_Settings]) -> type[_Settings]:
-    """Lets a dataclass refuse a keyword that is none of its fields by naming the nearest one; stands above @dataclass.
+    """Makes the error about an unknown keyword of a dataclass name the nearest field; a decorator above @dataclass.
 
-    Whoever makes an instance sees it (a call, dataclasses.replace), and nobody else: signature, copies and pickles stay
-    those of the dataclass.
+    It applies wherever an instance is made (a call, dataclasses.replace). Signature, copies and pickles stay those of
+    the dataclass.
 
     Example:
       >>> @names_nearest_field
@@ -127,30 +127,32 @@ def names_nearest_field(settings: type[_Settings]) -> type[_Settings]:
 @names_nearest_field
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Everything the engine can be told; one instance per LLM, never changed.
+    """All settings of the engine; one instance per LLM, never changed.
 
     Args:
-      dtype: weights, activations and KV: "auto" is bfloat16 on GPU and float32 on CPU.
+      dtype: dtype of weights, activations and KV cache: "auto" is float32 on CPU and bfloat16 elsewhere.
       tensor_parallel_size: devices that share each layer.
       pipeline_parallel_size: stages that share the layers.
-      data_parallel_size: replicas of the whole mesh.
-      max_model_len: tokens of prompt and output together; None takes the model's own limit.
-      max_num_seqs: requests running at once (decode slots).
-      max_num_batched_tokens: tokens one step may process, padding of its prefill segment included.
+      data_parallel_size: replicas of the whole mesh; only 1 is supported.
+      max_model_len: limit on the tokens of prompt and output together; None takes the model's own limit.
+      max_num_seqs: sequences that can run at once (decode slots).
+      max_num_batched_tokens: tokens that one step may process; prefill rows are padded to 16 tokens, and together they
+        are no more than this either, rounded up to whole rows.
       page_size: tokens in one KV page; a power of two, at least 8.
       num_kv_pages: KV pages without the dump page; None derives it from free memory.
-      gpu_memory_utilization: share of a GPU's memory for weights, KV and activations; JAX takes as much as it starts,
-        unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-      enable_prefix_caching: reuse full pages of equal prefixes.
-      enable_chunked_prefill: split prompts to fit the token budget.
-      run_ahead: launch the next step before the last one's tokens are read.
+      gpu_memory_utilization: share of a GPU's memory for weights, KV cache and activations. JAX reserves this share
+        when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION or a related variable is set.
+      enable_prefix_caching: whether requests with equal beginnings share the full KV pages of these.
+      enable_chunked_prefill: whether prompts may be split to fit the token budget of a step.
+      run_ahead: whether the next step is launched before the last one's tokens are read.
       attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
         CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle.
-      draft_model: proposes tokens that the model verifies several at a time, for the same output in fewer steps: a
-        checkpoint's directory or hub id with the same vocabulary, or "prompt-lookup", which looks for the last tokens
-        earlier in the text; None decodes one token at a time.
-      num_draft_tokens: proposed at a time, at most, 1 .. 15.
-      seed: source of the seeds of requests that bring none.
+      draft_model: what proposes tokens for speculative decoding, which verifies several in one step and gives the same
+        output in fewer steps. Either the directory or hub id of a checkpoint with the same vocabulary, or
+        "prompt-lookup", which proposes what followed the last tokens where they occurred before in the text. None
+        decodes one token at a time.
+      num_draft_tokens: how many tokens to propose at a time, at most, 1 .. 15.
+      seed: the seeds of requests without a seed are derived from it.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
@@ -226,14 +228,15 @@ class RopeConfig:
       kind: "default", or an extension: "linear", "dynamic" (NTK), "llama3", "yarn", "longrope".
       factor: how many times longer than original_max_len the context became.
       original_max_len: tokens the model was pre-trained on.
-      low_freq_factor, high_freq_factor: llama3's band, in rotations per original_max_len.
-      beta_fast, beta_slow: yarn's band, in rotations per original_max_len.
+      low_freq_factor, high_freq_factor: for llama3, the band of frequencies between unscaled and scaled ones, in
+        rotations per original_max_len.
+      beta_fast, beta_slow: the same band for yarn.
       attention_factor: yarn's and longrope's multiplier on cos and sin; None derives it from the other numbers.
       mscale, mscale_all_dim: yarn's optional inputs to attention_factor.
-      truncate: yarn rounds its band to whole dimensions.
-      short_factors, long_factors: longrope's divisors of the frequencies, one a rotated pair, for contexts up to
-        original_max_len and beyond it.
-      rotated_share: of every head's dimensions, from its first on; the others are left as they are.
+      truncate: whether yarn rounds its band to whole dimensions.
+      short_factors, long_factors: longrope's divisors of the frequencies, one for each rotated pair, for contexts up to
+        original_max_len and for longer ones.
+      rotated_share: share of each head's dimensions that is rotated, from the first dimension on.
     """
 
     theta: float = 10000.0
@@ -270,32 +273,34 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The numbers of a decoder-only transformer, whatever its family.
+    """The numbers of a decoder-only transformer of any family.
 
     Args:
       architecture: the checkpoint's class name, the key into the model registry.
-      vocab_size: tokens, padding of the mesh excluded.
+      vocab_size: tokens of the vocabulary, without the padding that spreads it evenly over the mesh.
       hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: D, L, N, K, H, F.
       max_position_embeddings: tokens the checkpoint declares it can handle.
       rope: rotary embedding; None adds a learned vector for each of the max_position_embeddings positions instead.
       norm_eps: added to the mean square (or the variance) inside a norm.
-      tie_word_embeddings: the head is the embedding.
-      attention_bias, attention_out_bias, mlp_bias: linear layers with a bias.
-      qk_norm: what is normalised before it is rotated: nothing ("none"), every query and key "head", or the whole
-        "projection" of a token.
-      windows: tokens each layer's queries see, themselves included, None for all; () when every layer sees all.
-      local_rope: rotary embedding of the layers with a window, where it is another one.
+      tie_word_embeddings: whether the head's weights are those of the embedding.
+      attention_bias, attention_out_bias, mlp_bias: whether the projections to query, key and value, the projection
+        behind attention and the feed-forward have a bias.
+      qk_norm: how queries and keys are normalised before rotation: not at all ("none"), each head by itself ("head"),
+        or all heads of a token together ("projection").
+      windows: for each layer, how many tokens a query sees, itself included; None for all. () if every layer sees all.
+      local_rope: rotary embedding of the layers with a window; None if they have the same as the others.
       attention_scale: factor on query times key; None is head_dim ** -0.5.
-      attention_softcap, logit_softcap: scores become cap * tanh(score / cap); None leaves them.
+      attention_softcap, logit_softcap: attention scores and logits become cap * tanh(x / cap); None leaves them.
       embedding_scale: factor on the embedded tokens.
-      activation: of the gate, or of the feed-forward without one, by transformers' name.
-      mlp_gate: the feed-forward has a gate.
-      norm_kind: "rms" has a weight, "layer" takes the mean off and has a bias as well.
-      norm_places: "before" attention and feed-forward, "behind" them (before they are added), or "both".
+      activation: activation of the gate, or of the feed-forward without one, by its name in transformers.
+      mlp_gate: whether the feed-forward has a gate.
+      norm_kind: "rms" (root mean square, a weight) or "layer" (subtracts the mean, a weight and a bias).
+      norm_places: whether norms stand "before" attention and feed-forward, "behind" them (before the residual is
+        added), or "both".
       norm_offset: added to the weights of every norm.
-      num_experts, experts_per_token, expert_ffn_size: of a mixture of experts; 0 without.
-      normalise_experts: the chosen experts' shares of a token sum to 1.
-      dense_layers: layers without experts in a model that has them.
+      num_experts, experts_per_token, expert_ffn_size: numbers of a mixture of experts; 0 for a model without experts.
+      normalise_experts: whether the weights of a token's chosen experts are scaled to sum to 1.
+      dense_layers: indices of the layers without experts in a model that has experts.
 
     Raises:
       ValueError: numbers that do not fit each other; the message names them.
@@ -362,7 +367,7 @@ class ModelConfig:
                 require_int("window", window, 1)
 
     def _refuse_together(self) -> None:
-        """Refuses what no layer computes."""
+        """Refuses combinations of numbers that no layer implements."""
         refused = {
             "norm_kind 'layer' has no norm_offset": self.norm_kind == "layer" and self.norm_offset != 0,
             "norm_kind 'layer' has no qk_norm": self.norm_kind == "layer" and self.qk_norm != "none",
@@ -396,12 +401,12 @@ class ModelConfig:
 
     @property
     def expert_layers(self) -> frozenset[int]:
-        """Layers that are a mixture of experts."""
+        """Indices of the layers that are a mixture of experts."""
         return frozenset(range(self.num_layers)) - set(self.dense_layers) if self.num_experts else frozenset()
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, tied ones counted once."""
+        """How many parameters the model has, tied ones counted once."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         norm = (2 if self.norm_kind == "layer" else 1) * self.hidden_size
         inner = (2 if self.mlp_gate else 1) * self.ffn_size

@@ -1,14 +1,18 @@
-"""Which texts a beam search goes on with, which it keeps, and when it ends.
+"""The decisions of a beam search: which beams continue, which finished texts are kept, and when the search ends.
 
 Owns: the live beams and the finished hypotheses of one prompt, as token ids and sums of log-probabilities.
 Does not know: the engine, slots, pages, text. Never imports jax.
 
 Source: Hugging Face transformers 5, generation/utils.py, `_beam_search` without sampling and logits processors for a
-batch of one. Deliberate deviations: sums are float64, not float32; ties go to the earlier beam, then to the lower token
-id (torch.topk leaves them open), a finished text staying before a new one; a vocabulary too small for beam_width gives
-fewer beams, no error; no score is so bad that a finished text is taken for an empty place (there -1e9 is one). A
-beam_width of 1 is a beam search too, where transformers turns to greedy search: the two differ only for
-early_stopping="never" with a length_penalty above 0.
+batch of one. Deliberate deviations:
+
+- Sums are float64, not float32.
+- Ties go to the earlier beam, then to the lower token id (torch.topk leaves them open); among finished texts of equal
+  score the older one stays first.
+- A vocabulary too small for beam_width gives fewer beams, not an error.
+- A finished text may have any score (transformers marks an empty place by a score of -1e9).
+- A beam_width of 1 is a beam search too, where transformers turns to greedy search: the two differ only for
+  early_stopping="never" with a length_penalty above 0.
 """
 
 from __future__ import annotations
@@ -35,11 +39,11 @@ class BeamCandidates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamStep:
-    """How a live beam came to be.
+    """How a live beam was made from one of the beams before.
 
     Args:
-      parent: index, among the live beams before, of the one it continues.
-      token_id: its new token.
+      parent: index of that beam among the live beams before this step.
+      token_id: the token added to it.
     """
 
     parent: int
@@ -68,19 +72,19 @@ class _Beam:
 
 
 class _Continuation(NamedTuple):
-    """A live beam and one more token; the order of tuples is the order of choice."""
+    """A live beam with one more token; the smaller tuple is the better choice."""
 
     cost: float
-    """Minus the log-probability of the whole."""
+    """Minus the log-probability of all generated tokens, the new one included."""
     parent: int
     token_id: int
 
 
 class BeamGroup:
-    """The beams of one prompt; it decides, its caller computes log-probabilities.
+    """The beams of one prompt: it chooses among tokens whose log-probabilities the caller computes.
 
     Args:
-      beam_width: live beams and finished hypotheses at most.
+      beam_width: how many live beams, and how many finished hypotheses, there are at most.
       max_tokens: new tokens at most, >= 1.
       length_penalty: exponent of the length in a score.
       early_stopping: as in BeamSearchParams.
@@ -118,21 +122,23 @@ class BeamGroup:
 
     @property
     def num_candidates(self) -> int:
-        """How many of each beam's most likely tokens decide as exactly as the whole vocabulary.
+        """How many of each beam's most likely tokens suffice for the same choice as from the whole vocabulary.
 
-        Of one beam at most beam_width tokens are taken, the best ones or the best ones that do not end it; the latter
-        lie behind at most every end token. transformers' (1 + end tokens) * beam_width of all beams choose the same.
+        At most beam_width tokens of one beam are taken: its best ones, or the best of those that do not end the text.
+        In the worst case all end tokens rank before the latter, hence beam_width + end tokens. transformers looks at
+        (1 + end tokens) * beam_width tokens of all beams together, which gives the same choice.
         """
         return self._beam_width + len(self._stop_token_ids)
 
     def advance(self, candidates: Sequence[BeamCandidates]) -> tuple[BeamStep, ...]:
-        """Adds one token to every live beam, and chooses.
+        """Chooses the next live beams among the candidates of the present ones.
 
         Args:
-          candidates: one entry a live beam, in the order of the last call's result; the first call has one, the prompt.
+          candidates: one entry for each live beam, in the order that the last call returned; the first call takes one
+            entry, for the prompt.
 
         Returns:
-          The live beams now, best first; none when the search has ended.
+          The new live beams, best first; empty when the search has ended.
 
         Raises:
           ValueError: the number of candidates is not that of the live beams.
@@ -174,11 +180,11 @@ class BeamGroup:
             )
             for entry in entries
         ]
-        self._finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: of equals the older stays
+        self._finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: among equals the older stays first
         del self._finished[self._beam_width :]
 
     def _can_improve(self, best_logprob: float) -> bool:
-        """Whether a live beam may yet become one of the beam_width best, as early_stopping reckons."""
+        """Whether a live beam may still become one of the beam_width best texts, estimated as early_stopping says."""
         if len(self._finished) < self._beam_width:
             return True
         if self._early_stopping is True:

@@ -1,10 +1,11 @@
-"""A beam search among the scheduler's sequences.
+"""Runs a beam search as sequences of the scheduler.
 
 Owns: which sequence holds which live beam.
 Does not know: how beams are chosen, devices. Never imports jax.
 
-Every live beam is a sequence that waits for the host. When all have been read, the group chooses; the first heir of a
-beam goes on in its place, further heirs are forks that share its pages, and a beam without heirs ends.
+Every live beam is a host-fed sequence, which waits after each token until all beams have been read. BeamGroup then
+chooses the new beams. The first one that continues an old beam takes over its sequence; further ones are forks that
+share its pages; an old beam that nothing continues ends.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ class BeamSearch:
     """The sequences of one search.
 
     Args:
-      request: the prompt, its length and its end tokens.
+      request: gives the prompt, the length and the end tokens.
       params: the search's other settings.
       scheduler: runs the sequences.
 
     Raises:
-      ValueError: it could never run.
+      ValueError: the request could never run.
     """
 
     def __init__(self, request: Request, params: BeamSearchParams, scheduler: Scheduler):
@@ -51,14 +52,18 @@ class BeamSearch:
         return self._group.hypotheses(self._num_returned)
 
     def read(self, sequence: SequenceState, found: TokenLogprobs) -> bool:
-        """Takes the most likely tokens behind a live beam.
+        """Takes the most likely tokens behind a live beam; the last beam of a step makes the search choose.
+
+        Args:
+          sequence: the beam's sequence, which pauses until the choice is made.
+          found: its most likely next tokens.
 
         Returns:
           Whether the search has ended.
         """
         self._scheduler.park(sequence)
         self.num_cached_tokens = sequence.num_cached_tokens or 0
-        # Not padding, nor what a diverged model says.
+        # Tokens of log-probability -inf are padding, or come from a diverged model.
         pairs = zip(found.top_ids, found.top_logprobs, strict=True)
         possible = {token_id: logprob for token_id, logprob in pairs if logprob > -math.inf}
         self._candidates[sequence] = BeamCandidates(token_ids=list(possible), logprobs=list(possible.values()))
@@ -82,7 +87,7 @@ class BeamSearch:
             for number, step in enumerate(steps)
             for beam in [self._live[step.parent]]
         ]
-        for parent, number in first.items():  # after the forks, which begin like the beam as it was
+        for parent, number in first.items():  # after the forks, which copy the beam without its new token
             self._scheduler.extend(self._live[parent], steps[number].token_id)
         for parent, beam in enumerate(self._live):
             if parent not in first:

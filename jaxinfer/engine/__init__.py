@@ -1,1 +1,1 @@
-"""The host loop: queues, pages, batches. Speaks token ids only."""
+"""The host's loop that runs requests: queues, KV pages, batches. It sees token ids, never text."""

@@ -1,13 +1,14 @@
-"""Drafts by a small model.
+"""Speculative decoding with drafts by a small model.
 
-Owns: what the small model has computed of each sequence, and the steps in which it proposes.
+Owns: how far the small model has computed each sequence, and the steps in which it samples drafts.
 Does not know: devices, how drafts are verified. Never imports jax.
 
-The small model's wrapper has the slots and pages of the large one: what the large model computes of a prompt, the small
-one computes too, in the same pages, so that shared and cached pages hold the keys of both. It samples with each
-request's own numbers, seed and positions: as both models see the same noise, they choose the same token more often than
-two independent samples would. Where the small model's keys are missing (behind a sequence that was never drafted for),
-its proposals are worse and nothing else.
+The small model's wrapper uses the same slots and page ids as the large one's. What the large model computes of a
+prompt, the small one computes too, so that shared and cached pages hold the keys of both.
+
+The small model samples with each request's own sampling numbers, seed and positions. Both models thus add the same
+noise and choose the same token more often than with independent samples. Where keys of the small model are missing (in
+the part of a text that was generated without drafts), its drafts are worse; the output stays the same.
 
 Source: Leviathan et al. 2023, "Fast inference from transformers via speculative decoding", for drafts by a small model;
 Daliri et al. 2024, "Coupling without communication and drafter-invariant speculative decoding", for the shared noise
@@ -30,16 +31,16 @@ from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInfe
 from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepBatch
 
 MAX_UNREAD = 8
-"""Launches that may wait to be read; an unbounded queue deadlocks processes that share a mesh."""
+"""Launches that may wait to be read, at most; with an unbounded queue, processes that share a mesh would deadlock."""
 _UNDRAFTED = 0
 
 
 class DraftModel:
-    """Proposes what a small model samples.
+    """A Drafter that proposes what a small model samples.
 
     Args:
-      wrapper: the small model, with the shapes and the number of pages of the large one.
-      num_tokens: proposed at a time, at most.
+      wrapper: the wrapper of the small model, with the same shapes and number of pages as the large one's.
+      num_tokens: tokens to propose at a time, at most.
     """
 
     def __init__(self, wrapper: AbstractModelInferenceWrapper, num_tokens: int):
@@ -48,11 +49,11 @@ class DraftModel:
         self._num_computed: weakref.WeakKeyDictionary[SequenceState, int] = weakref.WeakKeyDictionary()
 
     def plan(self, sequence: SequenceState, most: int) -> Sequence[int]:
-        """As Drafter's: placeholders."""
+        """Placeholders for drafts, as many as may be proposed; see Drafter.plan."""
         return [_UNDRAFTED] * min(most, self._num_tokens)
 
     def complete(self, schedule: Schedule) -> Schedule:
-        """As Drafter's: computes what is new in prompts, then drafts where drafts are wanted."""
+        """Computes the prompts of a schedule, then samples its drafts; see Drafter.complete."""
         self._compute_prompts(schedule)
         wanted = [chunk for chunk in schedule.prefills if chunk.drafts]
         drafts = iter(self._propose(wanted))
@@ -71,7 +72,11 @@ class DraftModel:
             self._launch(Schedule((), chunks, schedule.page_copies))
 
     def _propose(self, wanted: Sequence[PrefillChunk]) -> list[list[int]]:
-        """The drafts of each chunk: first behind known tokens, then one after the other, fed on the device."""
+        """The drafts of each chunk.
+
+        The first step computes the known tokens that the small model lacks and samples one draft for each chunk. Every
+        further step decodes one more; the last draft, its input, is on the device already.
+        """
         unread: deque[Any] = deque()
         read: list[np.ndarray] = []
         most = max((len(chunk.drafts) for chunk in wanted), default=0)
@@ -86,19 +91,19 @@ class DraftModel:
         drafts: list[list[int]] = [[] for _ in wanted]
         for number, tokens in enumerate(read):
             going_on = [entry for entry, chunk in zip(drafts, wanted, strict=True) if len(chunk.drafts) > number]
-            for entry, token_id in zip(going_on, tokens, strict=False):  # behind them comes padding
+            for entry, token_id in zip(going_on, tokens, strict=False):  # the tokens of padding rows follow
                 entry.append(int(token_id))
         return drafts
 
     def _missing(self, chunk: PrefillChunk) -> PrefillChunk:
-        """The known tokens that the small model lacks, one row of them at most, in place of the drafts."""
+        """A chunk of the known tokens that the small model has not computed: the last ones, one prefill row at most."""
         sequence, end = chunk.sequence, chunk.start + 1
         start = max(min(self._num_computed.get(sequence, chunk.start), chunk.start), end - PREFILL_BLOCK)
         self._num_computed[sequence] = chunk.start + len(chunk.drafts)
         return dataclasses.replace(chunk, start=start, token_ids=sequence.token_ids[start:end], num_sampled=1)
 
     def _launch(self, schedule: Schedule) -> Any:
-        """Launches a step and moves it through the pipeline."""
+        """Launches a step, and idle ones behind it until it has left the pipeline."""
         shapes = self._wrapper.shapes
         handle = self._wrapper.launch(dataclasses.replace(make_batch(schedule, shapes), num_top=None))
         for _ in range(shapes.num_stages - 1):

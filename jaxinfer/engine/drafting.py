@@ -1,10 +1,10 @@
-"""Proposals for the next tokens, which the model verifies several at a time.
+"""Drafts for speculative decoding: guesses of the next tokens, which the model verifies several at a time.
 
-Owns: the protocol, and prompt lookup.
+Owns: the protocol of what proposes drafts, and one that needs no model, prompt lookup.
 Does not know: devices. Never imports jax.
 
-A draft is right if the sampler, whose noise depends on nothing but seed, position and token, chooses the same token. So
-the output is that of decoding one token at a time, token for token, whoever proposes; only the number of steps differs.
+A draft is right if the sampler chooses the same token. The sampler's noise depends only on seed, position and token, so
+the output is the same, token for token, as when decoding one token at a time; only the number of steps differs.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from typing import Protocol, runtime_checkable
 from jaxinfer.engine.schedule import Schedule, SequenceState
 
 PROMPT_LOOKUP = "prompt-lookup"
-"""EngineConfig.draft_model for PromptLookup."""
+"""The value of EngineConfig.draft_model that selects PromptLookup."""
 NGRAM_LENS = (3, 2)
-"""Tokens that have to be the same, the more the better."""
+"""How many of the last tokens have to occur earlier in the text; a longer match is preferred."""
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes tokens of sequences that the host feeds."""
+    """Proposes drafts for host-fed sequences."""
 
     def plan(self, sequence: SequenceState, most: int) -> Sequence[int]:
         """Tokens that may follow a sequence's last one.
 
         Args:
-          sequence: all its tokens are read.
-          most: as many as may be proposed.
+          sequence: the sequence, all of whose tokens have been read.
+          most: how many tokens may be proposed.
 
         Returns:
-          The tokens, or as many placeholders that complete replaces.
+          The drafts, or as many placeholders, which complete will replace.
         """
         ...
 
     def complete(self, schedule: Schedule) -> Schedule:
-        """A schedule with tokens in place of placeholders; called for every schedule before its launch."""
+        """The schedule with drafts in place of placeholders; called for every schedule before its launch."""
         ...
 
 
 class PromptLookup:
-    """Proposes what followed the last tokens where they occurred before.
+    """Proposes the tokens that followed the last tokens of a text where these occurred earlier in it.
+
+    Where the earlier occurrence is so near the end that fewer tokens follow it than are wanted, these are repeated: to
+    a text ending in 7, 8, 7, 8, 7, 8 it proposes 7, 8, 7, 8.
 
     Args:
-      num_tokens: proposed at a time, at most.
+      num_tokens: tokens to propose at a time, at most.
 
-    A text that repeats itself is expected to go on so: where the earlier occurrence is near the end, what followed it
-    is repeated.
-
-    Source: Saxena 2023, "Prompt lookup decoding"; here the latest occurrence counts, and a longer one before a shorter.
+    Source: Saxena 2023, "Prompt lookup decoding". Here a longer match is preferred to a shorter one, and among matches
+    of one length the latest.
     """
 
     def __init__(self, num_tokens: int):
@@ -60,24 +61,24 @@ class PromptLookup:
         self._indexes: weakref.WeakKeyDictionary[SequenceState, _NgramIndex] = weakref.WeakKeyDictionary()
 
     def plan(self, sequence: SequenceState, most: int) -> Sequence[int]:
-        """As Drafter's."""
+        """See Drafter.plan."""
         index = self._indexes.setdefault(sequence, _NgramIndex())
         return index.continuation(sequence.token_ids, min(most, self._num_tokens))
 
     def complete(self, schedule: Schedule) -> Schedule:
-        """As Drafter's; nothing is left to do."""
+        """The schedule as it is, since plan has returned drafts, not placeholders."""
         return schedule
 
 
 class _NgramIndex:
-    """Where each run of tokens of a growing text occurred last."""
+    """Finds where in a growing text each n-gram occurred last."""
 
     def __init__(self) -> None:
         self._num_indexed = 0
         self._ends: dict[tuple[int, ...], int] = {}
 
     def continuation(self, token_ids: Sequence[int], most: int) -> Sequence[int]:
-        """Up to `most` tokens behind the latest earlier occurrence of the text's end."""
+        """`most` tokens that follow the latest earlier occurrence of the text's end; none if there is none."""
         for end in range(self._num_indexed + 1, len(token_ids)):
             for length in NGRAM_LENS:
                 if end >= length:

@@ -1,6 +1,6 @@
-"""When a sequence ends.
+"""Decides when a sequence ends.
 
-Owns: the reasons, by stop tokens, length and constraint, and the check that a constraint lets it begin.
+Owns: the reasons to end (stop token, length, constraint), and the check that a constraint allows a first token.
 Does not know: queues, pages. Never imports jax.
 """
 
@@ -17,7 +17,10 @@ logger = logging.getLogger("jaxinfer")
 
 
 def end_reason(sequence: SequenceState) -> FinishReason | None:
-    """Why a sequence ends with its newest token, if it does; its constraint learns of the token."""
+    """Why a sequence ends with its newest token; None if it goes on.
+
+    Call it once for each new token: it also advances the sequence's constraint by that token.
+    """
     token_id = sequence.token_ids[-1]
     if token_id in sequence.request.stop_token_ids:
         return "stop"
@@ -28,12 +31,12 @@ def end_reason(sequence: SequenceState) -> FinishReason | None:
 
 
 def start_constraint(request: Request) -> ConstraintState | None:
-    """The state of a request's constraint that has no output yet, None without a constraint.
+    """The state of a request's constraint before any output; None for a request without a constraint.
 
-    Its first mask is computed here, on whichever thread asks; the first step then finds it in the state.
+    The first mask is computed here, on the calling thread, and kept in the state, so that the first step need not.
 
     Raises:
-      ValueError: the constraint allows nothing to begin with.
+      ValueError: the constraint allows no first token.
     """
     if request.constraint is None:
         return None
@@ -51,7 +54,7 @@ def start_constraint(request: Request) -> ConstraintState | None:
 
 
 def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> FinishReason | None:
-    """ "stop" where the text is complete, "abort" where nothing can follow although it is not."""
+    """Advances a constraint: "stop" if its text is complete, "abort" if it is not but cannot go on, else None."""
     request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
     held_back = request.stop_token_ids if num_new < request.min_tokens else ()
     try:
@@ -61,7 +64,7 @@ def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, tok
         allowed = constraint.allowed()
         if allows_beside(allowed, held_back):
             return None
-        if allowed.any():  # an end token, were it not for min_tokens
+        if allowed.any():  # end tokens are allowed, but min_tokens holds them back
             return "stop"
         lost = "structured, bad_words and allowed_token_ids together leave no token to go on with"
     except ConstraintError as error:

@@ -1,7 +1,7 @@
-"""Who owns which KV page, and which pages can be found again by their content.
+"""Allocates KV pages, and finds pages again by their content.
 
-Owns: page ids 1 .. N (0 is the dump page), reference counts, the prefix cache (SHA-256 chain over full pages) and its
-eviction order.
+Owns: page ids 1 .. N (0 is the dump page), reference counts, the prefix cache (SHA-256 chain over full pages) and the
+order of eviction from it.
 Does not know: requests, devices. Never imports jax.
 """
 
@@ -16,7 +16,12 @@ import numpy as np
 
 
 def next_page_hash(previous: bytes, page_token_ids: Sequence[int]) -> bytes:
-    """Hash of one more full page after a chain; b"" begins one. Equal hashes mean equal text up to the page's end."""
+    """The hash of a full page and all text before it; equal hashes mean equal text up to the end of the page.
+
+    Args:
+      previous: the hash of the page before; b"" for the first page of a text.
+      page_token_ids: the tokens of the page.
+    """
     return hashlib.sha256(previous + np.asarray(page_token_ids, np.int64).tobytes()).digest()
 
 
@@ -25,10 +30,10 @@ class _CachedPage:
     """A page whose content can be found by hash.
 
     Args:
-      hash: of the text up to its end.
-      parent: the cached page before it; 0 for the first page of a text.
-      num_children: cached pages that continue it.
-      last_used: clock of its last release.
+      hash: hash of the text up to the end of the page.
+      parent: the cached page before it in the text; 0 for the first page.
+      num_children: how many cached pages continue the text behind it.
+      last_used: the allocator's clock at its last release.
     """
 
     hash: bytes
@@ -53,9 +58,9 @@ class PageAllocator:
         self._owners = [0] * (num_pages + 1)
         self._cached: dict[int, _CachedPage] = {}
         self._by_hash: dict[bytes, int] = {}
-        self._evictable: list[tuple[int, int]] = []  # heap of (last_used, page); entries may be out of date
+        self._evictable: list[tuple[int, int]] = []  # heap of (last_used, page); some entries are out of date
         self._num_idle_cached = 0
-        self._outdated: set[int] = set()  # in use since before a flush; never published
+        self._outdated: set[int] = set()  # pages in use since before a flush; never published
         self._clock = 0
 
     @property
@@ -74,7 +79,7 @@ class PageAllocator:
         return self._num_idle_cached
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` pages for one owner each.
+        """Takes `count` available pages; each then has one owner.
 
         Raises:
           ValueError: fewer are available.
@@ -97,7 +102,7 @@ class PageAllocator:
         return pages
 
     def num_idle(self, pages: Sequence[int]) -> int:
-        """How many of these pages have no owner, so that sharing them makes fewer available."""
+        """How many of these pages have no owner; sharing them leaves so many fewer available."""
         return sum(self._owners[page] == 0 for page in pages)
 
     def share(self, pages: Sequence[int]) -> None:
@@ -118,9 +123,10 @@ class PageAllocator:
 
         Args:
           page: a page in use.
-          page_hash: of the text up to its end.
-          parent: the page before it in the owner's text, 0 for none. It must be findable itself, so that whoever shares
-            a page shares its parent too; a copy of known content stays private, and so does all that follows it.
+          page_hash: hash of the text up to the end of the page.
+          parent: the page before it in the owner's text, 0 for none. The parent must be findable too, so that whoever
+            shares a page also shares its parent. A page whose content is findable in another page therefore stays
+            private, and so do the pages behind it.
 
         Returns:
           Whether the page is findable now.
@@ -136,7 +142,7 @@ class PageAllocator:
         return True
 
     def release(self, pages: Sequence[int]) -> None:
-        """Takes one owner from each page; the last one leaves it free, or cached if it was published.
+        """Takes one owner from each page; a page without owners is then cached if it was published, else free.
 
         Raises:
           ValueError: a page has no owner.
@@ -157,7 +163,7 @@ class PageAllocator:
                 self._free.append(page)
 
     def flush(self) -> None:
-        """Forgets all content; pages in use stay with their owners, but neither are nor become findable."""
+        """Empties the prefix cache; pages in use stay with their owners, but can no longer be found or published."""
         self._free.extend(page for page in self._cached if self._owners[page] == 0)
         self._outdated.update(page for page, owners in enumerate(self._owners) if owners)
         self._cached.clear()
@@ -169,7 +175,7 @@ class PageAllocator:
         if not self._is_evictable(page):
             return
         heapq.heappush(self._evictable, (self._cached[page].last_used, page))
-        if len(self._evictable) > 2 * self.num_pages:  # a page reused for ever would leave ever more stale entries
+        if len(self._evictable) > 2 * self.num_pages:  # drop stale entries, or reused pages pile them up
             pages = [page for page in self._cached if self._is_evictable(page)]
             self._evictable = [(self._cached[page].last_used, page) for page in pages]
             heapq.heapify(self._evictable)

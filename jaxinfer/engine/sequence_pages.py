@@ -1,7 +1,8 @@
-"""Which pages hold a sequence.
+"""The KV pages of each sequence.
 
-Owns: taking, sharing, growing, publishing and giving back the pages of sequences; what of a sequence is there already.
-Does not know: queues, who has to make room. Never imports jax.
+Owns: the allocation, sharing, publishing and release of pages by sequence, and the search for the part of a sequence
+whose keys are in the pool already.
+Does not know: queues, which sequence is preempted when pages run out. Never imports jax.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from jaxinfer.wrappers.step_batch import pages_for
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The beginning of a sequence that is there already.
+    """The beginning of a sequence whose keys are in the pool already.
 
     Args:
-      num_tokens: how much.
-      pages: full ones, to be shared.
-      partial_page: to be copied; 0 for none.
+      num_tokens: its length.
+      pages: full pages, which the sequence can share.
+      partial_page: a page that is full only in part, which the sequence has to copy; 0 if there is none.
     """
 
     num_tokens: int
@@ -33,9 +34,9 @@ class SequencePages:
     """The pages of a pool, by sequence.
 
     Args:
-      num_pages: of the pool, the dump page excluded.
-      page_size: tokens a page.
-      caching: full pages can be found again by their content.
+      num_pages: pages of the pool, without the dump page.
+      page_size: tokens in a page.
+      caching: whether full pages can be found again by their content (the prefix cache).
     """
 
     def __init__(self, num_pages: int, *, page_size: int, caching: bool):
@@ -44,7 +45,10 @@ class SequencePages:
         self._caching = caching
 
     def find_prefix(self, sequence: SequenceState) -> Prefix:
-        """What is there of a sequence: all but its last token where its leader runs, else what the prefix cache has."""
+        """The part of a sequence whose keys are in the pool: from a running leader, else from the prefix cache.
+
+        A leader gives all tokens but the last one, the prefix cache gives full pages.
+        """
         leader, num_tokens = sequence.leader, len(sequence.token_ids) - 1
         is_there = leader is not None and leader.slot != NO_SLOT and leader.num_computed >= num_tokens
         if leader is not None and is_there and sequence.num_reusable == num_tokens:
@@ -57,15 +61,15 @@ class SequencePages:
         return Prefix(len(pages) * self._page_size, pages)
 
     def num_taken(self, sequence: SequenceState, prefix: Prefix) -> int:
-        """How many fewer pages are available once take has been called."""
+        """By how many pages take will reduce the available ones."""
         num_new = pages_for(len(sequence.token_ids), self._page_size) - len(prefix.pages)
         return num_new + self.allocator.num_idle(prefix.pages)
 
     def take(self, sequence: SequenceState, prefix: Prefix) -> tuple[tuple[int, int], ...]:
-        """Gives a sequence pages for its known tokens.
+        """Gives a sequence the pages for its known tokens: those of the prefix, shared, and new ones.
 
         Returns:
-          The (source, destination) pages to copy before it is computed.
+          The (source, destination) pages to copy before the sequence is computed.
         """
         self.allocator.share(prefix.pages)
         num_shared = len(prefix.pages)
@@ -75,7 +79,7 @@ class SequencePages:
         return ((prefix.partial_page, new[0]),) if prefix.partial_page else ()
 
     def num_missing(self, sequence: SequenceState, num_tokens: int) -> int:
-        """Pages that a sequence lacks for so many tokens."""
+        """How many more pages a sequence needs to hold num_tokens tokens."""
         if num_tokens <= len(sequence.pages) * self._page_size:
             return 0
         return pages_for(num_tokens, self._page_size) - len(sequence.pages)
@@ -85,25 +89,26 @@ class SequencePages:
         sequence.pages += self.allocator.allocate(count)
 
     def most_tokens(self, sequence: SequenceState) -> int:
-        """Tokens that a sequence could have before anybody must make room."""
+        """How many tokens a sequence can have before another one must be preempted for it."""
         return (len(sequence.pages) + self.allocator.num_available) * self._page_size
 
     def give_back_unused(self, sequence: SequenceState) -> None:
-        """Takes the pages behind a sequence's tokens, which rejected drafts have left."""
+        """Releases the pages behind a sequence's last token, which were taken for drafts that were wrong."""
         needed = pages_for(len(sequence.token_ids), self._page_size)
         self.allocator.release(sequence.pages[needed:])
         del sequence.pages[needed:]
 
     def release(self, sequence: SequenceState) -> None:
-        """Publishes a sequence's pages and takes them from it."""
+        """Publishes a sequence's full pages, then releases all its pages."""
         self.publish(sequence)
         self.allocator.release(sequence.pages)
         sequence.pages, sequence.num_computed, sequence.num_published = [], 0, 0
 
     def publish(self, sequence: SequenceState) -> None:
-        """Offers the sequence's new full pages, launched and known, to the prefix cache.
+        """Offers the sequence's new full pages to the prefix cache.
 
-        The device runs launches in order, so whoever finds a page reads it after it was written.
+        A page is offered when its tokens have been read and the steps that compute it are launched. The device runs
+        launches in order, so a sequence that finds the page reads it after it was written.
         """
         if not self._caching:
             return

@@ -1,7 +1,7 @@
-"""Sequences that wait for a slot, in the order in which they are to run.
+"""The queue of sequences that wait for a slot, in the order in which they are to run.
 
-Owns: the order, and taking a sequence out of the middle without looking at the others.
-Does not know: why a sequence waits, who may overtake whom. Never imports jax.
+Owns: the order, and the cheap removal of a sequence from the middle.
+Does not know: why a sequence waits, which may overtake others. Never imports jax.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from jaxinfer.engine.schedule import SequenceState
 
 _FEW = 8
-"""Orders without a sequence that are never worth tidying up."""
+"""So many stale entries may always stay in the heap."""
 
 
 class WaitingQueue:
-    """A priority queue of sequences by their order, which no two share.
+    """A priority queue of sequences by their order, which is unique.
 
-    The heap holds orders alone. A sequence that is taken out is let go at once, with its tokens; only its order stays
-    in the heap, to be skipped when its turn comes. Once such orders outnumber the others the heap is built anew, so
-    that taking a sequence out costs little on average.
+    The heap holds only the orders. When a sequence is removed from the middle, its order stays in the heap as a stale
+    entry, which pop skips. Once stale entries outnumber the others the heap is rebuilt, so that a removal costs little
+    on average and a removed sequence is not kept in memory.
     """
 
     def __init__(self) -> None:
@@ -37,27 +37,27 @@ class WaitingQueue:
         return self._sequences.get(sequence.order) is sequence
 
     def push(self, sequence: SequenceState) -> None:
-        """Puts a sequence where its order says."""
+        """Adds a sequence at the place that its order gives it."""
         self._sequences[sequence.order] = sequence
         heapq.heappush(self._orders, sequence.order)
 
     def pop(self) -> SequenceState:
-        """Takes out the sequence with the smallest order.
+        """Removes and returns the sequence with the smallest order.
 
         Raises:
-          IndexError: none waits.
+          IndexError: no sequence waits.
         """
         while (sequence := self._sequences.pop(heapq.heappop(self._orders), None)) is None:
             pass
         return sequence
 
     def remove(self, sequence: SequenceState) -> None:
-        """Takes out a sequence that waits, wherever it stands."""
+        """Removes a waiting sequence, wherever it stands."""
         del self._sequences[sequence.order]
         if len(self._orders) > 2 * len(self._sequences) + _FEW:
             self._orders = list(self._sequences)
             heapq.heapify(self._orders)
 
     def first(self, count: int) -> list[SequenceState]:
-        """The sequences with the smallest orders, so many or all, without taking them out."""
+        """The first `count` sequences, or all if there are fewer, without removing them."""
         return [self._sequences[order] for order in heapq.nsmallest(count, self._sequences)]

@@ -1,1 +1,1 @@
-"""The only jitted room: a StepBatch in, sampled tokens out."""
+"""Runs steps on the devices: takes a StepBatch, compiles and launches its programs, returns sampled tokens."""

@@ -1,7 +1,7 @@
-"""The protocol between the engine and whatever computes a step.
+"""The protocol between the engine and what computes its steps.
 
-Owns: the contract. Counterpart of Megatron's AbstractModelInferenceWrapper.
-Does not know: jax, models; a test wrapper can be a few lines of numpy.
+Owns: the abstract class. Counterpart of Megatron's AbstractModelInferenceWrapper.
+Does not know: jax, models; a wrapper for tests can be a few lines of numpy.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from jaxinfer.wrappers.step_batch import AllowedTokens, RowUsage, StepBatch, Ste
 class AbstractModelInferenceWrapper(ABC):
     """Computes steps in the order in which they are launched.
 
-    State that lives behind this protocol, by slot: last token, length, page table, sampling numbers; by page: keys and
-    values. A launch may return before the step is done; collecting waits for it.
+    A wrapper keeps state between steps. For each slot: last token, length, page table and sampling numbers; for each
+    page: keys and values. A launch may return before its step is computed; collecting the step waits for that.
 
-    A step is through once shapes.num_stages steps, itself included, have been launched: only then can it be collected,
-    and only a later step can decode a token that it samples. Steps without work (StepBatch.idle) move a pipeline on.
+    A step leaves the pipeline with the num_stages-th launch, its own included: with one stage by its own launch, with
+    two by the next one. Only then can it be collected, and only a later step can decode the tokens that it samples.
+    Steps without work (StepBatch.idle) can be launched to move a pipeline on.
     """
 
     @property
     @abstractmethod
     def shapes(self) -> StepShapes:
-        """The shapes of steps this wrapper runs."""
+        """The shapes of the steps that this wrapper runs."""
 
     @property
     @abstractmethod
@@ -35,7 +36,7 @@ class AbstractModelInferenceWrapper(ABC):
     @property
     @abstractmethod
     def row_usage(self) -> RowUsage:
-        """Rows of all steps launched so far."""
+        """Rows of all steps launched so far, with and without padding."""
 
     @property
     @abstractmethod
@@ -44,18 +45,19 @@ class AbstractModelInferenceWrapper(ABC):
 
     @abstractmethod
     def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> Any:
-        """Starts a step, moves those in flight on, and returns its handle.
+        """Starts a step, moves those in flight on by one stage, and returns the new step's handle.
 
         Args:
-          batch: the step that enters.
-          allowed: for slots of the step that leaves the pipeline with this launch.
+          batch: the step that enters the pipeline.
+          allowed: the allowed tokens of constrained slots in the step that leaves the pipeline with this launch, for
+            that is the step that is sampled; with one stage, it is `batch` itself.
         """
 
     @abstractmethod
     def collect(self, handle: Any) -> StepResult:
-        """Waits for a step that is through and returns its tokens, none if it samples none.
+        """Waits for a step that has left the pipeline and returns its results, without tokens if it samples none.
 
-        Handles are collected in the order of their launches; those of steps that sample nothing may be left out.
+        Handles must be collected in the order of their launches; those of steps that sample nothing may be skipped.
         """
 
     @abstractmethod

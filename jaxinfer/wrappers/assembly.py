@@ -1,6 +1,6 @@
-"""From a checkpoint to a running wrapper.
+"""Builds a running wrapper from a checkpoint.
 
-Owns: the order of construction: config, mesh, abstract model, parameters, wrapper.
+Owns: the order of construction (mesh, layout, abstract model, parameters, wrapper).
 Does not know: engines, text.
 """
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def context_length(config: EngineConfig, model: ModelConfig) -> int:
-    """Tokens of prompt and output together: max_model_len, or the model's own limit.
+    """The limit on tokens of prompt and output together: max_model_len if it is set, else the model's own limit.
 
     Raises:
       ValueError: max_model_len exceeds what the model's positions cover.
@@ -59,12 +59,14 @@ def assemble(
       model_config: the model's numbers.
       store: its tensors, by checkpoint name.
       config: the engine's settings.
-      beside: of a second model that will be loaded on the same devices, with as many pages.
-      role: what it is here, for the line in the log.
-      progress: show a bar while loading.
+      beside: memory to leave for a second model (the draft model), which will be loaded on the same devices with as
+        many pages.
+      role: what the model is used as ("model", "draft model"), for the line in the log.
+      progress: whether to show a bar while loading.
 
     Raises:
-      ValueError: tensors that do not fit, a mesh the model cannot be laid out on, no room for KV pages.
+      ValueError: the tensors do not fit the model, the model cannot be laid out on the mesh, or there is no room for KV
+        pages.
     """
     enable_persistent_cache()
     mesh = make_mesh(
@@ -102,10 +104,10 @@ def assemble(
 
 
 def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
-    """What a model will take of a device's memory, about.
+    """Estimates how much of a device's memory a model will take.
 
     Raises:
-      ValueError: it cannot be laid out on the mesh.
+      ValueError: the model cannot be laid out on the mesh.
     """
     layout = lay_out(model_config, config, *platform_of(jax.devices()[0]))
     shapes, itemsize = StepShapes(config, max_model_len=layout.max_model_len), layout.dtype.itemsize
@@ -121,10 +123,10 @@ def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
 def lay_out(
     model_config: ModelConfig, config: EngineConfig, platform: str, compute_capability: str | None = None
 ) -> Layout:
-    """How a model lies on the mesh that the engine's settings ask for.
+    """The layout of a model on the mesh that the engine's settings ask for.
 
     Raises:
-      ValueError: it cannot.
+      ValueError: the model cannot be laid out on that mesh.
     """
     layout = Layout(
         num_stages=config.pipeline_parallel_size,
@@ -138,7 +140,7 @@ def lay_out(
 
 
 def platform_of(device: jax.Device) -> tuple[str, str | None]:
-    """A device's platform and, of a CUDA device, its compute capability."""
+    """A device's platform and, for a CUDA device, its compute capability (else None)."""
     return device.platform, getattr(device, "compute_capability", None)
 
 

@@ -1,6 +1,7 @@
 """XLA's persistent compilation cache, on by default, private to the user.
 
-Owns: where the cache lives and the check that nobody else can write to it (whoever writes it runs code here).
+Owns: where the cache lies, and the check that no other user can write to it: cached programs are run, so whoever can
+write to the cache can run code as this user.
 Does not know: programs.
 """
 
@@ -17,14 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 def cache_directory() -> Path:
-    """JAXINFER_CACHE_DIR if set, else jaxinfer/xla under XDG_CACHE_HOME or ~/.cache."""
+    """The directory of the cache: JAXINFER_CACHE_DIR if set, else jaxinfer/xla under XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("JAXINFER_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxinfer" / "xla"
 
 
 def enable_persistent_cache() -> None:
-    """Turns the cache on unless the user has configured one; a directory others can write to is refused, and logged."""
+    """Turns the cache on, unless the user has configured one.
+
+    A directory that cannot be made, or that other users own or can write to, is not used; a warning in the log says so.
+    """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     directory = cache_directory()

@@ -1,6 +1,7 @@
-"""Slots' logit edits and allowed tokens on their way to the device.
+"""The upload of logit edits and allowed tokens to the device.
 
-Owns: their words: uploads of one size, so that there is one program for each kind, as many as the entries need.
+Owns: the layout of the uploads in int32 words. All uploads of a kind have one size, so that one program serves them; a
+slot with many entries takes several.
 Does not know: what the edits do.
 """
 
@@ -17,7 +18,7 @@ from jaxinfer.sampling.logit_edits import EditEntries
 from jaxinfer.wrappers.step_batch import AllowedTokens, SlotEdits
 
 NUM_ENTRIES = 1024
-"""Entries of one upload."""
+"""Entries of one upload of edits."""
 _HEADER = 7
 NUM_WORDS = _HEADER + 3 * NUM_ENTRIES
 _PADDING = -1
@@ -26,7 +27,7 @@ NUM_SLOTS = 8
 
 
 def pack_edits(slot: int, edits: SlotEdits) -> Iterator[Int32[np.ndarray, " J"]]:
-    """The uploads that set a slot, in order."""
+    """The uploads that set the edits of a slot, to be made in order; at least one, even without entries."""
     numbers = np.array([edits.bias_of_others, *edits.penalties], np.float32).view(np.int32)
     for start in range(0, max(len(edits.kinds), 1), NUM_ENTRIES):
         part = slice(start, start + NUM_ENTRIES)
@@ -54,12 +55,12 @@ def unpack_edits(words: Int[Array, " J"]) -> EditEntries:
 
 
 def num_allowed_words(vocab_size: int) -> int:
-    """int32 words of an upload of allowed tokens, for a vocabulary padded to the mesh."""
+    """How many int32 words an upload of allowed tokens has, for a vocabulary with the mesh's padding."""
     return NUM_SLOTS * (1 + _num_mask_words(vocab_size))
 
 
 def pack_allowed(allowed: AllowedTokens, vocab_size: int) -> Iterator[Int32[np.ndarray, " J"]]:
-    """The uploads that set what some slots may sample."""
+    """The uploads that set the allowed tokens of some slots."""
     for start in range(0, len(allowed.slots), NUM_SLOTS):
         slots = allowed.slots[start : start + NUM_SLOTS]
         words = np.zeros((NUM_SLOTS, 1 + _num_mask_words(vocab_size)), np.int32)
@@ -71,7 +72,7 @@ def pack_allowed(allowed: AllowedTokens, vocab_size: int) -> Iterator[Int32[np.n
 
 
 def unpack_allowed(words: Int[Array, " J"]) -> tuple[Int[Array, " S"], Int[Array, "S K"]]:
-    """Slots, -1 for padding, and the words of their masks, on the device."""
+    """The inverse of pack_allowed for one upload, on the device: slots (-1 for padding) and words of their masks."""
     rows = words.reshape(NUM_SLOTS, -1)
     return rows[:, 0], rows[:, 1:]
 

@@ -1,7 +1,7 @@
-"""The host's side of the pipeline: which batches are on their way, and what shape a tick has to have.
+"""The host's view of the pipeline: which batches are in flight, and the shape of the next tick.
 
-Owns: the last batches launched, the shape that covers them, and the count of useful rows.
-Does not know: devices; numpy only.
+Owns: the last batches launched, the shape that covers them all, and the count of rows with and without padding.
+Does not know: devices; it uses numpy only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class StepHandle:
     """A launched step.
 
     Args:
-      batch: its work.
-      result: the device array that will hold its tokens; None until it has left the pipeline.
-      scores: the one that will hold its targets' log-probabilities; None without any.
+      batch: the step's work.
+      result: the device array that will hold the sampled tokens; None until the step has left the pipeline.
+      scores: the device array that will hold the log-probabilities of batch.targets; None without targets.
     """
 
     batch: StepBatch
@@ -32,10 +32,10 @@ class StepHandle:
 
 
 class InFlight:
-    """The batches in the pipeline, one a stage.
+    """The batches in the pipeline, one in each stage.
 
     Args:
-      shapes: of the steps.
+      shapes: the shapes of steps.
     """
 
     def __init__(self, shapes: StepShapes):
@@ -45,7 +45,7 @@ class InFlight:
 
     @property
     def usage(self) -> RowUsage:
-        """Rows so far, summed over stages and ticks."""
+        """Rows with and without padding so far, summed over stages and ticks."""
         return RowUsage(live=self._live_rows, launched=self._launched_rows)
 
     @property
@@ -54,7 +54,7 @@ class InFlight:
         return self._handles[-1] if len(self._handles) == self._shapes.num_stages else None
 
     def enter(self, handle: StepHandle) -> StepShape:
-        """Moves all steps on by one stage and lets a new one in.
+        """Lets a new step into the first stage and moves the others on by one stage.
 
         Returns:
           The smallest shape that covers all steps now in flight.
@@ -73,7 +73,7 @@ class InFlight:
         return shape
 
     def page_copies(self) -> Int32[np.ndarray, "S J 2"] | None:
-        """The page copies of the step in each stage, padded with the dump page onto itself."""
+        """The page copies of the step in each stage, None if there are none; padding copies the dump page to itself."""
         largest = max(len(handle.batch.page_copies) for handle in self._handles)
         if not largest:
             return None
@@ -85,7 +85,7 @@ class InFlight:
 
 
 def copy_sizes(limit: int) -> list[int]:
-    """Numbers of page copies that there are programs for: powers of four, up to one that is at least a limit."""
+    """The numbers of page copies that programs exist for: powers of four, up to the first that is at least limit."""
     sizes = [1]
     while sizes[-1] < limit:
         sizes.append(4 * sizes[-1])

@@ -1,6 +1,6 @@
-"""How JAX starts: with which share of a GPU's memory, and what the log says when a GPU is not used as it could be.
+"""Starts JAX with a share of a GPU's memory, and warns if a GPU is not used as it could be.
 
-Owns: JAX's environment variables for memory, what they mean for a card, the search for a GPU that JAX does not see.
+Owns: JAX's environment variables for memory, what they mean in bytes, and the search for a GPU that JAX does not see.
 Does not know: models, what the memory is used for.
 """
 
@@ -21,20 +21,22 @@ logger = logging.getLogger(__name__)
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", FRACTION)
 _CHOICES = (*_FRACTIONS, "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR")
-"""Variables that say how JAX takes a GPU's memory; who has set one has chosen."""
+"""Variables that say how JAX reserves a GPU's memory; if the user has set one of them, none is changed."""
 DEFAULT_FRACTION = 0.75
-"""Of a GPU's memory that JAX takes unless told otherwise."""
+"""The share of a GPU's memory that JAX reserves unless told otherwise."""
 _CLOSE = 0.01
+"""JAX may have so much less memory than asked for, as a share, without a warning."""
 
 
 def start_jax(*, gpu_memory_utilization: float) -> list[jax.Device]:
-    """Starts JAX, unless it runs already, with a share of every GPU's memory; a line in the log says what is amiss.
+    """Starts JAX, unless it runs already, with a share of every GPU's memory.
 
-    That is a GPU that JAX does not see, or of which it has taken less before.
+    A warning in the log says if the machine has a GPU that JAX does not see, or if JAX was started before with a
+    smaller share.
 
     Args:
-      gpu_memory_utilization: the share. Sets XLA_PYTHON_CLIENT_MEM_FRACTION, which processes that this one starts
-        inherit, unless the user has chosen there or by one of its sisters.
+      gpu_memory_utilization: the share. It is set as XLA_PYTHON_CLIENT_MEM_FRACTION, which child processes inherit,
+        unless the user has set this or a related variable.
 
     Returns:
       The devices of this process.
@@ -49,13 +51,13 @@ def start_jax(*, gpu_memory_utilization: float) -> list[jax.Device]:
 
 
 def card_bytes(bytes_limit: int) -> float:
-    """All memory of a GPU of which JAX has taken so much."""
+    """The whole memory of a GPU in bytes, from what JAX has reserved of it (bytes_limit) and the share that this is."""
     chosen = next((os.environ[name] for name in _FRACTIONS if os.environ.get(name)), DEFAULT_FRACTION)
     return bytes_limit / float(chosen)
 
 
 def _has_started() -> bool:
-    """Whether it is too late for the environment: JAX reads it as it looks for its plugins, right before it starts."""
+    """Whether it is too late to set environment variables, which JAX reads when it looks for plugins as it starts."""
     return xla_bridge.backends_are_initialized() or getattr(xla_bridge, "_plugins_registered", False)
 
 
@@ -83,7 +85,7 @@ def _unseen_gpu(device: Any) -> str | None:
 
 
 def _has_nvidia_gpu(dev: Path = Path("/dev")) -> bool:
-    """Whether there is a GPU that this process may open, or that nvidia-smi lists (WSL has no such file)."""
+    """Whether there is a device file of an NVIDIA GPU, or nvidia-smi lists one (WSL has no device files)."""
     if any(dev.glob("nvidia[0-9]*")):
         return True
     command = shutil.which("nvidia-smi")

@@ -1,6 +1,6 @@
-"""How many KV pages fit.
+"""Finds how many KV pages fit into memory.
 
-Owns: the reading of free memory, the estimate of what else takes it, and the arithmetic of the pool's size.
+Owns: the reading of free memory, the estimate of what else needs it, and the arithmetic of the pool's size.
 Does not know: what pages are used for.
 """
 
@@ -20,9 +20,9 @@ from jaxinfer.wrappers.step_batch import StepShapes
 
 MEMINFO = Path("/proc/meminfo")
 CPU_SHARE = 0.5
-"""Of a CPU's available memory, at most, for the KV pool."""
+"""The share of a CPU machine's available memory that the KV pool may take, at most."""
 POOL_SHARE = 0.95
-"""Of what JAX has taken of a GPU, at most; the rest is for fragments, and for what XLA tries out while it compiles."""
+"""The share of the memory reserved by JAX that is used at most; the rest is for fragmentation and XLA's autotuning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +30,8 @@ class Footprint:
     """What a model takes of a device's memory.
 
     Args:
-      fixed_bytes: weights and activations.
-      page_bytes: of one KV page.
+      fixed_bytes: bytes of weights and activations.
+      page_bytes: bytes of one KV page.
     """
 
     fixed_bytes: int = 0
@@ -42,9 +42,9 @@ def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
     """Bytes of a device that weights, KV pages and activations may still take.
 
     Args:
-      device: of any platform.
-      gpu_memory_utilization: share of a GPU's memory that may be used, as far as JAX was started with as much; a CPU
-        gives CPU_SHARE of what is available.
+      device: a device of any platform.
+      gpu_memory_utilization: share of a GPU's memory that may be used; if JAX has reserved less, POOL_SHARE of that is
+        the limit. A CPU has no such share: it gives CPU_SHARE of the available memory.
 
     Raises:
       ValueError: the device does not report its memory.
@@ -62,12 +62,12 @@ def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
 def available_bytes(meminfo: Path = MEMINFO) -> int:
     """Bytes of the machine's memory that programs can still have.
 
-    On Linux, what the kernel says is available: free pages, and those of the page cache that it would give up. On a
-    machine that has read a few checkpoints nearly all memory is page cache, and hardly any page free. Elsewhere, what
-    sysconf knows: the free pages, or all of them (macOS).
+    On Linux this is what the kernel calls available: free pages, and those of the page cache that it would give up.
+    Free pages alone would be too few: once a machine has read a few checkpoints, nearly all its memory is page cache.
+    Elsewhere it is what sysconf tells: the free pages, or all of them (macOS).
 
     Args:
-      meminfo: of Linux.
+      meminfo: the file in which Linux reports its memory.
     """
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     for name, _, size in (line.partition(":") for line in lines):
@@ -78,15 +78,15 @@ def available_bytes(meminfo: Path = MEMINFO) -> int:
 
 
 def num_kv_pages(*, free: int, page_bytes: int, useful_pages: int) -> int:
-    """Pages of one device's pool, the dump page excluded.
+    """How many KV pages one device's pool gets, without the dump page.
 
     Args:
       free: bytes for the pool.
       page_bytes: bytes of one page on this device, over its layers.
-      useful_pages: more than all slots at full length could use is never allocated.
+      useful_pages: pages that all slots would need at full length; the pool is never larger.
 
     Raises:
-      ValueError: not even one page fits; the message says what was free.
+      ValueError: not even one page fits beside the dump page; the message says what was free.
     """
     fitting = free // page_bytes
     if fitting < 2:
@@ -98,7 +98,10 @@ def num_kv_pages(*, free: int, page_bytes: int, useful_pages: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> int:
-    """A generous estimate of a device's ring and largest step: residual, QKV, feed-forward and float32 logits."""
+    """A generous estimate of what activations take on one device in the largest step.
+
+    It counts residual, QKV, feed-forward and float32 logits, and the page tables of the pipeline's ring.
+    """
     largest = shapes.all_shapes()[-1]
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     per_token = 4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size
@@ -109,12 +112,12 @@ def activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> 
 
 
 def edit_bytes(shapes: StepShapes, vocab_size: int, *, num_devices: int) -> int:
-    """What the logit edits of all slots take on one device, once a request has any.
+    """Bytes that the logit edits of all slots take on one device, once a request has any.
 
     Args:
-      shapes: of the steps.
-      vocab_size: tokens of the model, spread over the devices.
-      num_devices: of the mesh.
+      shapes: the shapes of steps.
+      vocab_size: tokens of the vocabulary, which is spread over the devices.
+      num_devices: devices of the mesh.
     """
     slice_size = -(-vocab_size // num_devices)
     leaves = jax.eval_shape(lambda: jax.tree.leaves(EditState.zeros(shapes.num_slots + 1, slice_size)))

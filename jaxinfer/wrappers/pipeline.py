@@ -1,12 +1,12 @@
-"""The circular pipeline, per shard: the batches on their way through the stages.
+"""The circular pipeline, for one shard: the batches in flight on their way through the stages.
 
 Owns: what is kept of every batch in flight, and the ring on which activations travel from stage to stage.
 Does not know: models, programs.
 
-A launch is one tick. A batch enters the first stage, every batch in flight moves on by one stage, and the one that
-leaves the last stage is sampled; no stage waits for another. What a stage has to know of a batch (its rows' positions
-and pages) follows from the state at the moment the batch entered. Every device works that out for itself and keeps it
-for as long as the batch is in flight, so that nothing but activations has to travel.
+Every launch is one tick. A batch enters the first stage, every batch in flight moves on by one stage, and the one that
+leaves the last stage is sampled; no stage waits for another. What a stage has to know of a batch (the positions and
+pages of its rows) follows from the decode state at the moment the batch enters. Every device computes that for itself
+and keeps it while the batch is in flight, so that only activations have to be sent.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SAMPLING_FIELDS, StepSha
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SegmentRows:
-    """The rows of one segment; *S stands for batches in flight.
+    """The rows of one segment (decode or prefill) of a batch; *S is an axis of batches in flight, inside a Ring.
 
     Args:
-      slot: int32[R], whose the row is.
-      start: int32[R], position of a row's first query.
-      q_len: int32[R], live queries; 0 for padding.
-      page_table: int32[R, W].
+      slot: int32[R], the slot of each row.
+      start: int32[R], position of the row's first query.
+      q_len: int32[R], the row's queries without padding; 0 for a padding row.
+      page_table: int32[R, W], page ids.
     """
 
     slot: Int[Array, "*S R"]
@@ -49,10 +49,10 @@ class LogitRows:
     """The tokens of a batch whose hidden states go to the head.
 
     Args:
-      index: int32[M], which tokens, as StepBatch.logit_index.
-      position: int32[M], in its text, of the token sampled from each.
-      sampling: int32[M, SAMPLING_FIELDS], what each asks for.
-      slot: int32[M], whose they are.
+      index: int32[M], which tokens, as in StepBatch.logit_index.
+      position: int32[M], position that the sampled token will have in its text.
+      sampling: int32[M, SAMPLING_FIELDS], sampling numbers of the row's slot.
+      slot: int32[M], the slot of each row.
       feeds: int32[M], 1 where the sampled token becomes its slot's last token.
     """
 
@@ -66,7 +66,7 @@ class LogitRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Flight:
-    """All that is known of a batch once it has entered."""
+    """What is kept of a batch while it is in the pipeline."""
 
     decode: SegmentRows
     prefill: SegmentRows
@@ -76,11 +76,14 @@ class Flight:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ring:
-    """The batches in flight, in buffers of one size for all programs; a step uses their beginnings.
+    """The batches in flight.
+
+    The buffers have the size of the largest step, so that all programs can share them; a smaller step uses the first
+    rows of each.
 
     Args:
-      tick: int32[], launches so far, modulo the stages.
-      flights: arrays with a leading axis of stages; the batch of tick t lies at t.
+      tick: int32[], number of launches so far, modulo the number of stages.
+      flights: a Flight whose arrays have a leading axis of stages; the batch that entered in tick t is entry t.
       decode, prefill: [rows, D] and [rows * PREFILL_BLOCK, D], activations that this stage has received.
     """
 
@@ -100,7 +103,7 @@ class Ring:
 
 
 def idle(largest: StepShape, *, num_stages: int, hidden_size: int, dtype: jnp.dtype, table_width: int) -> Ring | None:
-    """A ring with idle batches in flight, all zeros; None for one stage, where nothing is ever on its way."""
+    """A ring of idle batches, all zeros; None with one stage, where no batch stays in flight between launches."""
     if num_stages == 1:
         return None
 
@@ -124,7 +127,7 @@ def idle(largest: StepShape, *, num_stages: int, hidden_size: int, dtype: jnp.dt
 
 
 def specs(num_leaves: int) -> list[PartitionSpec]:
-    """How the leaves of a ring lie on the mesh: the activations, which come last, by stage."""
+    """How the leaves of a ring lie on the mesh: the last two, the activations, by stage, the others replicated."""
     return [REPLICATED] * (num_leaves - 2) + [PER_STAGE] * 2 if num_leaves else []
 
 
@@ -154,12 +157,12 @@ def enter(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ri
 
 
 def leave(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ring | None, LogitRows]:
-    """Ends a tick.
+    """Ends a tick: sends every stage's activations to the next stage.
 
     Args:
-      ring: as enter returned it.
+      ring: the ring that enter returned.
       flight: the batch that entered.
-      x: the activations behind this stage's layers.
+      x: the activations after this stage's layers.
 
     Returns:
       The ring with every stage's activations at the next one, and the logit rows of the batch that leaves.
@@ -175,7 +178,7 @@ def leave(ring: Ring | None, flight: Flight, x: Float[Array, "T D"]) -> tuple[Ri
 
 
 def _padded(flight: Flight, largest: StepShape) -> Flight:
-    """A batch with rows of padding, which are zeros, up to a shape."""
+    """A batch padded with rows of zeros to the size of the ring's buffers."""
 
     def padded(part: SegmentRows | LogitRows, size: int) -> Any:
         return jax.tree.map(lambda x: jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)), part)
@@ -188,7 +191,7 @@ def _padded(flight: Flight, largest: StepShape) -> Flight:
 
 
 def _entered(ring: Ring, age: int | Int[Array, ""], like: Flight) -> Flight:
-    """The batch that entered `age` ticks ago, cut to the shape of another."""
+    """The batch that entered `age` ticks ago, cut to the shape of another one (`like`)."""
     where = (ring.tick - age) % collectives.num_stages()
 
     def cut(kept: Array, like: Array) -> Array:

@@ -1,6 +1,6 @@
-"""Ahead-of-time compiled programs, held by name and arguments.
+"""A cache of programs that are compiled ahead of time, by name and arguments.
 
-Owns: lowering, compiling once (several threads may ask), counting.
+Owns: lowering, compiling each program once even if several threads ask for it, and the count of compilations.
 Does not know: what the programs compute.
 """
 
@@ -19,8 +19,8 @@ class ProgramCache:
     """Compiled programs by name and arguments; each is lowered and compiled once.
 
     Args:
-      traces: name -> function that traces the program of its arguments.
-      options: name -> function that gives XLA's options for the program of its arguments; none for other names.
+      traces: for each name, a function that traces the program for given arguments.
+      options: for some names, a function that returns XLA's options for the program with these arguments.
     """
 
     def __init__(
@@ -41,7 +41,10 @@ class ProgramCache:
         return self._num_compilations
 
     def get(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
-        """A program, compiled on the first call; threads that ask meanwhile wait for it, or try again if it failed."""
+        """A program, compiled on the first call.
+
+        Threads that ask for it meanwhile wait; if the compilation fails, the next one tries again.
+        """
         key = (name, *arguments)
         program = self._programs.get(key)
         return self._compile_once(key) if program is None else program
@@ -63,7 +66,10 @@ class ProgramCache:
         return self._traces[name](*arguments).lower().compile(compiler_options=options or None)
 
     def compile_all(self, wanted: Iterable[tuple[Hashable, ...]]) -> None:
-        """Compiles programs of (name, *arguments); XLA compiles in as many threads as cores, tracing is serial."""
+        """Compiles the programs given as (name, *arguments), in as many threads as there are cores.
+
+        XLA compiles in parallel; tracing stays serial.
+        """
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda entry: self.get(*entry), wanted))
 

@@ -149,8 +149,9 @@ def _blocks(chunk: PrefillChunk) -> Iterator[tuple[PrefillChunk, int]]:
 def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
     """The cheapest sampler that can serve all these requests.
 
-    The candidates sampler looks at the most likely tokens only. A random row without a filter may sample any token, so
-    a batch that mixes such rows with filtered ones needs the full sampler.
+    The candidates sampler looks at the most likely tokens, and falls back to the full sampler where these are too few.
+    A random row without a filter may sample any token, so they are always too few for it: a batch that mixes such rows
+    with filtered ones takes the full sampler at once.
     """
     random = [request for request in requests if request.temperature > 0]
     filtered = [request.top_k > 0 or request.top_p < 1 or request.min_p > 0 for request in random]

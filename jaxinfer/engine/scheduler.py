@@ -433,7 +433,7 @@ class Scheduler:
             self._waiting.push(sequence)
 
     def _share_of_prefill(self) -> int:
-        """How many rows of prompts this step may prefill; without a pipeline, as many as a step can have.
+        """How many rows of prompts this step may prefill: without pipeline or chunked prefill, as many as it can have.
 
         In a pipeline, the prompts are spread over as many steps as there are stages, so that every stage has work. The
         share does not shrink until all prompts are computed: a share of what is left would end in many small steps.

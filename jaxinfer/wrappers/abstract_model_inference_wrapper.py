@@ -62,7 +62,7 @@ class AbstractModelInferenceWrapper(ABC):
 
     @abstractmethod
     def warmup(self) -> None:
-        """Compiles every program that serving can need."""
+        """Compiles the programs that serving needs, so that requests do not wait for compilations."""
 
     @abstractmethod
     def close(self) -> None:

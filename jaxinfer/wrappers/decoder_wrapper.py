@@ -315,7 +315,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             return tick.shape, self._run_tick(tick)[0]
 
     def warmup(self) -> None:
-        """Compiles all that serving can need: forward programs, samplers, page copies, scoring, logit edits."""
+        """Compiles the programs that serving needs: forward, samplers, page copies, scoring, logit edits.
+
+        Only the samplers of wide beam searches, with more than MAX_LOGPROBS candidates, are left to their first use.
+        """
         shapes, num_tops = self._shapes.all_shapes(), (None, MAX_LOGPROBS)
         wanted: list[tuple[Any, ...]] = [("edit",), ("allow",), *(("forward", shape) for shape in shapes)]
         wanted += [("copy", num_copies) for num_copies in copy_sizes(self._shapes.max_chunks)]

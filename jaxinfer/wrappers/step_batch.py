@@ -116,7 +116,8 @@ class StepBatch:
       chunk_pages: int32[N, W], the slot's whole page table.
       chunk_sampling: int32[N, SAMPLING_FIELDS], the slot's sampling numbers.
       prefill_slots: int32[P], slot of each prefill row; rows of one chunk follow each other.
-      prefill_start, prefill_len: int32[P], position of the row's first token, and its tokens without padding.
+      prefill_start, prefill_len: int32[P], position of the row's first token, and how many of its Q tokens are no
+        padding.
       prefill_tokens: int32[P, Q], Q = PREFILL_BLOCK whatever the shape.
       logit_index: int32[M], the token behind which each logit row samples: r is decode row r, max_decode + p * Q + q is
         token q of prefill row p.
@@ -274,10 +275,10 @@ def num_blocks(num_tokens: int) -> int:
 class StepShapes:
     """The short list of shapes that steps are padded to, so that few programs have to be compiled.
 
-    - Decode rows: at most a sequence for every slot; in a pipeline, where a sequence decodes in every S-th step only,
-      1/S of that. A step without prefill has a power of two of them, or the maximum.
-    - Steps with prefill have no decode rows, a power of four from 4 on, or the maximum, beside a power of two prefill
-      rows, up to max_num_batched_tokens tokens. With 64 slots, 3 decode rows and 5 prefill rows are padded to 4 and 8.
+    - Steps without prefill have a power of two decode rows, or the maximum: one for every slot, and 1/S of that in a
+      pipeline of S stages, where a sequence decodes in every S-th step only.
+    - Steps with prefill combine 0, 4, 16, 64, .. or the maximum of decode rows with 1, 2, 4, .. or the maximum of
+      prefill rows, which is max_num_batched_tokens tokens. 3 decode and 5 prefill rows are padded to 4 and 8.
     - Logit rows: a power of two, so that there are few shapes of samplers. One row per sequence that samples in this
       step; with speculative decoding, one per token that is verified.
     - Short prefill rows: with speculative decoding, a step whose chunks are all as short as a last token with its

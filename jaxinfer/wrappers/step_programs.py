@@ -1,4 +1,4 @@
-"""The programs of a step on a mesh, traced from shapes alone, before any weight is loaded.
+"""The programs of a step on a mesh, traced from shapes alone, without any weights.
 
 Owns: what the programs take, return and carry from step to step, how these arrays lie on the mesh, and the tracing.
 Does not know: the values of weights, batches, which program runs when.

@@ -136,8 +136,8 @@ class EngineConfig:
       data_parallel_size: replicas of the whole mesh; only 1 is supported.
       max_model_len: limit on the tokens of prompt and output together; None takes the model's own limit.
       max_num_seqs: sequences that can run at once (decode slots).
-      max_num_batched_tokens: tokens that one step may process; prefill rows are padded to 16 tokens, and together they
-        are no more than this either, rounded up to whole rows.
+      max_num_batched_tokens: tokens that one step may process. Prefill rows are padded to 16 tokens each; padding
+        included, they are bounded by the same number, rounded up to whole rows.
       page_size: tokens in one KV page; a power of two, at least 8.
       num_kv_pages: KV pages without the dump page; None derives it from free memory.
       gpu_memory_utilization: share of a GPU's memory for weights, KV cache and activations. JAX reserves this share
@@ -428,7 +428,8 @@ class GenerationDefaults:
     """What a checkpoint's generation_config.json (and config.json) say about generating.
 
     Args:
-      temperature, top_k, top_p: for calls that bring no SamplingParams; 0 / off without sampling.
+      temperature, top_k, top_p: sampling settings for calls without SamplingParams; 0, 0 and 1 (greedy, no filters)
+        unless the checkpoint asks for sampling.
       eos_token_ids: tokens that end a text.
     """
 

@@ -18,9 +18,9 @@ _FEW = 8
 class WaitingQueue:
     """A priority queue of sequences by their order, which is unique.
 
-    The heap holds only the orders. When a sequence is removed from the middle, its order stays in the heap as a stale
-    entry, which pop skips. Once stale entries outnumber the others the heap is rebuilt, so that a removal costs little
-    on average and a removed sequence is not kept in memory.
+    The heap holds only the orders. A sequence removed from the middle is freed at once; its order stays in the heap as
+    a stale entry, which pop skips. Once stale entries outnumber the others the heap is rebuilt, so that a removal costs
+    little on average.
     """
 
     def __init__(self) -> None:

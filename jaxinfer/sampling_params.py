@@ -1,7 +1,7 @@
-"""What users wish for: how one prompt is sampled, what its text must look like, how beams look for texts.
+"""The parameters of a request: SamplingParams for sampling, BeamSearchParams for beam search.
 
-Owns: SamplingParams and BeamSearchParams, each field checked once.
-Does not know: jax, text processing, how any of it is done.
+Owns: both classes and the checks of their fields, which are made once, at construction.
+Does not know: jax, text processing, how the parameters are put into effect.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxinfer.request import MAX_LOGPROBS, LogitEdits
 
 EarlyStopping = bool | Literal["never"]
 MAX_SAMPLES = 16_384
-"""Of one prompt; each is a request of its own from the start."""
+"""Limit of SamplingParams.n. Each sample is a request of its own in the engine from the start."""
 MAX_BEAM_WIDTH = 32
 MAX_LENGTH_PENALTY = 50.0
-"""Beyond it, the length of a text to that power may leave the range of floats."""
+"""With a larger value, length ** length_penalty could overflow a float for a long text."""
 
 
 def _require_strings(name: str, value: object) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def _require_early_stopping(name: str, value: object) -> EarlyStopping:
 
 
 def _keep(params: object, name: str, require: Callable[..., Any], *limits: Any, **options: Any) -> None:
-    """Checks a field and keeps it, whatever it was given as (a numpy number, a list), as a plain, immutable value."""
+    """Checks a field and stores what the check returns: a plain, immutable value for a numpy number or a list, say."""
     object.__setattr__(params, name, require(name, getattr(params, name), *limits, **options))
 
 
@@ -80,30 +80,32 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     Args:
-      n: samples of one prompt, >= 1, at most 16,384.
-      temperature: >= 0; 0 is greedy.
-      top_p: keep the most likely tokens until their mass reaches it, (0, 1]; 1 is off.
-      top_k: keep the k most likely tokens, ties included, >= -1; 0 and -1 are off, and so is the vocabulary's size.
-      min_p: keep tokens of at least this probability relative to the most likely, [0, 1].
-      seed: 0 .. 2**63 - 1; None lets the LLM derive one.
-      max_tokens: new tokens at most, >= 0; None goes on up to max_model_len, for which the KV pages have to suffice.
-      min_tokens: new tokens before the end token may come, 0 .. max_tokens.
-      stop: strings that end the text; matched across token borders.
-      stop_token_ids: ids that end it, besides the end tokens of the checkpoint.
-      ignore_eos: go on past the end tokens of the checkpoint.
+      n: how many samples to generate from the prompt, 1 .. 16,384.
+      temperature: divides the logits, >= 0; 0 always takes the most likely token (greedy).
+      top_p: keep the most likely tokens whose probabilities together reach this value, (0, 1]; 1 is off.
+      top_k: keep the k most likely tokens, ties included, >= -1; 0, -1 and values from the vocabulary size on are off.
+      min_p: keep tokens that are at least this many times as probable as the most likely one, [0, 1]; 0 is off.
+      seed: seed of the sampling noise, 0 .. 2**63 - 1; None lets the LLM derive one.
+      max_tokens: new tokens at most, >= 0; None generates up to max_model_len, for which the KV pages must suffice.
+      min_tokens: new tokens before end tokens, stop_token_ids or stop strings may end the text, 0 .. max_tokens.
+      stop: strings that end the text, also where they span several tokens.
+      stop_token_ids: token ids that end the text, besides the end tokens of the checkpoint.
+      ignore_eos: do not stop at the end tokens of the checkpoint.
       include_stop_str_in_output: leave the matched stop string in the text.
       skip_special_tokens: leave special tokens out of the text.
-      repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen.
-      presence_penalty, frequency_penalty: [-2, 2]; subtracted from logits of tokens generated.
-      logit_bias: token id -> [-100, 100], added to its logit.
-      bad_words: strings whose tokens never come.
-      allowed_token_ids: only these may come.
+      repetition_penalty: for tokens of the prompt or the output, divides positive logits and multiplies negative ones,
+        > 0; 1 is off.
+      presence_penalty: subtracted from the logits of tokens that the output contains, [-2, 2].
+      frequency_penalty: subtracted from a token's logit once for each time the output contains it, [-2, 2].
+      logit_bias: token id -> value added to its logit, [-100, 100].
+      bad_words: strings that the output never contains, whichever tokens would spell them.
+      allowed_token_ids: the only tokens that may be generated; None allows all.
       structured: what the whole output must look like, a StructuredOutput or a mapping of its one field: json (a
         schema), regex, choice or lark.
-      logprobs: 0 .. 20; the sampled token's log-probability and those of the k most likely.
-      prompt_logprobs: 0 .. 20, the same for the prompt.
-      truncate_prompt_tokens: >= 1; keep only the last k tokens of the prompt.
-      priority: lower runs first.
+      logprobs: report the log-probability of each sampled token and of the k most likely ones, 0 .. 20.
+      prompt_logprobs: report the same for each token of the prompt, 0 .. 20.
+      truncate_prompt_tokens: keep only the last k tokens of the prompt, >= 1.
+      priority: requests with a lower number run first.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
@@ -171,7 +173,7 @@ class SamplingParams:
 
     @property
     def edits(self) -> LogitEdits | None:
-        """What they do to logits; None for nothing."""
+        """The parameters that change logits, as the engine takes them; None if all are off."""
         edits = LogitEdits(
             logit_bias=tuple((self.logit_bias or {}).items()),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
@@ -202,13 +204,14 @@ class BeamSearchParams:
       max_tokens: new tokens at most, >= 1.
       length_penalty: a text's score is its log-probability / (new tokens, end token included) ** length_penalty,
         [-50, 50]; above 0 favours long texts, 0 scores by the log-probability alone.
-      early_stopping: when to end once beam_width texts have: True at once; False when the best open text, were it to
-        end now, would not beat the worst of them; "never" when it could not at any length up to max_tokens.
+      early_stopping: when the search ends after beam_width texts are finished. True ends it at once. False ends it when
+        the best unfinished text, scored at its present length, is no better than the worst finished one. "never" ends
+        it when that holds at any length up to max_tokens.
       num_return_sequences: texts returned, best first, 1 .. beam_width.
-      stop_token_ids: ids that end a text, besides the end tokens of the checkpoint.
-      ignore_eos: go on past the end tokens of the checkpoint.
+      stop_token_ids: token ids that end a text, besides the end tokens of the checkpoint.
+      ignore_eos: do not stop at the end tokens of the checkpoint.
       skip_special_tokens: leave special tokens out of the text.
-      priority: lower runs first.
+      priority: requests with a lower number run first.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.

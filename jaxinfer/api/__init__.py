@@ -1,1 +1,1 @@
-"""The user's door: generate(), LLM and AsyncLLM, and the thread that drives the engine for them."""
+"""The Python API: generate(), LLM and AsyncLLM, and the background thread that runs the engine for them."""

@@ -1,6 +1,7 @@
-"""What callers may pass as prompts and parameters.
+"""Normalises what callers may pass as prompts and parameters: one of them, or a list.
 
-Owns: telling one prompt from several, one set of parameters for all from one each, and the errors about that.
+Owns: telling one prompt from a list of prompts, and one set of parameters for all prompts from a list with one for
+each; the errors about wrong ones.
 Does not know: models, engines.
 """
 
@@ -15,10 +16,14 @@ _Params = TypeVar("_Params", SamplingParams, BeamSearchParams)
 
 
 def as_prompts(prompts: object) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether there was only one, not in a list.
+    """Returns the prompts as a list, and whether the caller gave a single prompt rather than a list of them.
 
     Raises:
-      TypeError: neither text nor a sequence.
+      TypeError: prompts is neither text nor a sequence.
+
+    Example:
+      >>> as_prompts("hello"), as_prompts([1, 2, 3]), as_prompts(["hello"])
+      ((['hello'], True), ([[1, 2, 3]], True), (['hello'], False))
     """
     if isinstance(prompts, str):
         return [prompts], True
@@ -29,7 +34,7 @@ def as_prompts(prompts: object) -> tuple[list[Any], bool]:
 
 
 def checked(name: str, params: object, kind: type[_Params]) -> _Params:
-    """The parameters, if they are of their kind.
+    """Returns params if they are an instance of kind.
 
     Raises:
       TypeError: they are not; the message names the argument.
@@ -40,10 +45,17 @@ def checked(name: str, params: object, kind: type[_Params]) -> _Params:
 
 
 def one_each(name: str, prompts: Sequence[Any], params: Any, kind: type[_Params]) -> list[_Params]:
-    """The parameters of every prompt, from one for all or one for each.
+    """Returns one set of parameters per prompt.
+
+    Args:
+      name: the argument's name, for error messages.
+      prompts: the prompts.
+      params: one instance of kind for all prompts, or a list with one for each.
+      kind: the class of the parameters.
 
     Raises:
-      TypeError, ValueError: another kind, or another number of them.
+      TypeError: params are of another class.
+      ValueError: there are not as many of them as prompts.
     """
     if isinstance(params, kind):
         return [params] * len(prompts)

@@ -1,7 +1,7 @@
-"""The user's door for asyncio: AsyncLLM.
+"""AsyncLLM, the Python API for asyncio.
 
-Owns: the way from the driver's thread into an event loop, cancellation.
-Does not know: more of generation than LLM shows.
+Owns: passing outputs from the driver's thread into an event loop, and cancelling requests when tasks are cancelled.
+Does not know: anything of generation beyond the methods of LLM.
 """
 
 from __future__ import annotations
@@ -57,18 +57,19 @@ class AsyncLLM:
         return llm
 
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncOutputStream:
-        """Generates for one prompt, an output after every new token; call it in a coroutine.
+        """Generates for one prompt and gives out the text while it grows; call it in a coroutine.
 
         Args:
           prompt: a string or a list of token ids.
-          sampling_params: None samples as the checkpoint says.
+          sampling_params: None takes default_params, the checkpoint's own sampling settings.
 
         Returns:
-          An async iterator of RequestOutput: text grows, delta is what is new, the last one is finished. Cancelling
-          the task that waits for it, closing it or dropping it aborts the request.
+          An async iterator of RequestOutput. `text` is all text so far, `delta` what is new since the previous output;
+          the last output is finished. Cancelling the task that waits for the iterator, calling its aclose() or
+          dropping it aborts the request.
 
         Raises:
-          TypeError, ValueError: at the call, as LLM.generate.
+          TypeError, ValueError: raised by the call itself, not by the iterator, for the same reasons as LLM.generate.
           EngineClosedError: the LLM is closed.
           RuntimeError: no event loop is running.
         """
@@ -80,10 +81,10 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> AsyncChatStream:
-        """Generates the next message of one conversation, an output after every new token; call it in a coroutine.
+        """Generates the next message of one conversation and gives out its text as it grows; call it in a coroutine.
 
-        The template is rendered in a thread, so that the event loop goes on meanwhile, and the request starts as soon
-        as that is done, whether or not anybody waits for it yet.
+        The template is rendered in a thread, so that the event loop is not blocked. The request starts as soon as that
+        is done, even if no task waits for its outputs yet.
 
         Args:
           messages, sampling_params, **template: as LLM.stream_chat's.
@@ -92,9 +93,10 @@ class AsyncLLM:
           As generate.
 
         Raises:
-          TypeError, ValueError: at the call, if messages or parameters are wrong or there is no template; in place of
-            the first output, if the template is broken or refuses the messages, or its text is too long.
-          EngineClosedError: in place of the first output: the LLM is closed.
+          TypeError, ValueError: raised by the call itself if messages or parameters are wrong or there is no template;
+            raised in place of the first output if the template is broken, refuses the messages or exceeds a limit, or
+            if the rendered prompt is too long.
+          EngineClosedError: the LLM is closed; raised in place of the first output.
           RuntimeError: no event loop is running.
         """
         loop = asyncio.get_running_loop()
@@ -106,7 +108,7 @@ class AsyncLLM:
         return AsyncChatStream(loop.create_task(open_stream()), loop)
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> RequestOutput:
-        """Looks for the most likely texts of one prompt; arguments, result and errors as LLM.beam_search's."""
+        """Searches for the most likely continuations of one prompt; arguments and result as LLM.beam_search's."""
         return await self._last(self._llm.prepare_beam_search(prompt, params))
 
     async def score(self, prompt: Prompt, *, prompt_logprobs: int = 0) -> RequestOutput:
@@ -115,7 +117,7 @@ class AsyncLLM:
 
     @property
     def default_params(self) -> SamplingParams:
-        """The checkpoint's own way of sampling, used where no SamplingParams are given."""
+        """Sampling settings of the checkpoint's generation_config, used by calls that give no SamplingParams."""
         return self._llm.default_params
 
     def _stream(self, submission: Submission) -> AsyncOutputStream:
@@ -124,7 +126,7 @@ class AsyncLLM:
         def on_news(ticket: Ticket) -> None:
             try:
                 loop.call_soon_threadsafe(news.set)
-            except RuntimeError:  # the loop is closed: nobody listens any more
+            except RuntimeError:  # the event loop is closed, so no task can read the outputs any more
                 self._llm.cancel(ticket)
 
         ticket = self._llm.start(submission, on_news=on_news)
@@ -136,7 +138,7 @@ class AsyncLLM:
         return outputs[-1]
 
     async def warmup(self) -> None:
-        """Compiles every program that serving can need; the event loop goes on."""
+        """Compiles every program that a request can need, in a thread, so that the event loop is not blocked."""
         await asyncio.to_thread(self._llm.warmup)
 
     def stats(self) -> EngineStats:
@@ -155,14 +157,15 @@ class AsyncLLM:
 
 
 class AsyncOutputStream(AsyncIterator[RequestOutput]):
-    """Outputs of one request as they come; aclose(), dropping it or cancelling who waits for it aborts the request.
+    """An async iterator over the outputs of one request while it runs.
 
-    Every output is the state at the time it is asked for: who reads more slowly than tokens come gets several at once.
+    Calling aclose(), dropping the iterator or cancelling the task that waits for it aborts the request. Outputs are
+    not queued: a task that reads more slowly than tokens come gets several new tokens in one output.
 
     Args:
-      ticket: where they come from.
-      news: set when the ticket may have something new.
-      cancel: ends the request.
+      ticket: gives out the outputs.
+      news: set when the ticket may have a new output.
+      cancel: aborts the request.
     """
 
     def __init__(self, ticket: Ticket, news: asyncio.Event, cancel: Callable[[], None]):
@@ -180,7 +183,7 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
                     return output
                 await self._news.wait()
                 self._news.clear()
-        except CancelledError:  # the request's, by aclose() maybe in another task
+        except CancelledError:  # the request was cancelled (not this task), by aclose() in this or another task
             self._is_done = True
         except BaseException:
             await self.aclose()
@@ -194,12 +197,12 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
 
 
 class AsyncChatStream(AsyncIterator[RequestOutput]):
-    """Outputs of one request whose prompt is still being made; to its user what AsyncOutputStream is.
+    """An AsyncOutputStream for a chat request, whose prompt is still being rendered when the iterator is made.
 
     Args:
-      opening: makes the prompt and starts the request. It is cancelled with whoever waits for it, with aclose(), or
-        when this is dropped; a request then never starts.
-      loop: in which it runs.
+      opening: renders the prompt, starts the request and returns its stream. It is cancelled when the task that waits
+        for the first output is cancelled, by aclose(), or when this iterator is dropped; then no request starts.
+      loop: the event loop in which `opening` runs.
     """
 
     def __init__(self, opening: asyncio.Task[AsyncOutputStream], loop: asyncio.AbstractEventLoop):
@@ -220,7 +223,7 @@ class AsyncChatStream(AsyncIterator[RequestOutput]):
         return await anext(stream)
 
     async def aclose(self) -> None:
-        """Aborts the request if it still runs, or is still to start; iterating then ends."""
+        """Aborts the request, whether it already runs or has not started yet; iterating then ends."""
         self._is_done = True
         if self._opening.cancel() or self._opening.cancelled():
             return
@@ -229,6 +232,6 @@ class AsyncChatStream(AsyncIterator[RequestOutput]):
 
 
 def _cancel_soon(task: asyncio.Task[AsyncOutputStream], loop: asyncio.AbstractEventLoop) -> None:
-    """Cancels a task from whichever thread collects the garbage."""
-    with contextlib.suppress(RuntimeError):  # a closed loop has cancelled its tasks
+    """Cancels a task; the garbage collector may call it in any thread, so it goes through the task's event loop."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: its tasks run no more
         loop.call_soon_threadsafe(task.cancel)

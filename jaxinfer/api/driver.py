@@ -1,10 +1,13 @@
-"""One thread that drives a controller, so that any number of threads (and Ctrl-C) can come and go around it.
+"""The background thread that steps the controller, and the tickets through which other threads read the results.
 
-Owns: the thread, the inbox of submissions and cancellations, and the tickets through which answers are read.
-Does not know: prompts' meaning, the engine, devices.
+The controller and its engine are not thread-safe, so one thread steps them. Any number of other threads hand
+submissions to that thread and wait for their outputs; one of them being interrupted (Ctrl-C) does not disturb the rest.
 
-Whatever happens, everybody who holds a ticket hears of the end: by a finished output, by RequestFailedError if the
-request itself failed, by EngineClosedError if the engine did, or by CancelledError after cancel.
+Owns: the thread, the inbox of submissions and cancellations, and the tickets.
+Does not know: what prompts mean, the engine, devices.
+
+Every ticket is told how its request ended: with a finished output, with RequestFailedError if the request failed, with
+EngineClosedError if the engine was closed or failed, or with CancelledError after cancel.
 """
 
 from __future__ import annotations
@@ -27,20 +30,20 @@ logger = logging.getLogger("jaxinfer")
 
 @runtime_checkable
 class Answer(Protocol):
-    """What a driver sees of the answer to a submission; any thread may look at it while it grows."""
+    """What a driver needs of the answer to a submission; its properties may be read by any thread while it grows."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far."""
+        """Tokens generated so far."""
         ...
 
     @property
     def is_finished(self) -> bool:
-        """Whether it grows no more."""
+        """Whether the answer is complete and will not change any more."""
         ...
 
     def output(self) -> RequestOutput:
-        """A snapshot, or RequestFailedError; only one thread takes them."""
+        """Returns a snapshot of the answer, or raises RequestFailedError. Only one thread, the reader's, calls it."""
         ...
 
 
@@ -49,7 +52,7 @@ AnswerT = TypeVar("AnswerT", bound=Answer)
 
 @runtime_checkable
 class Drivable(Protocol[AnswerT]):
-    """What a driver asks of a controller, on the driver's thread."""
+    """What a driver needs of a controller; it calls these methods on the driver's thread only."""
 
     def submit(self, submission: Submission) -> AnswerT:
         """Starts a prepared submission."""
@@ -60,24 +63,24 @@ class Drivable(Protocol[AnswerT]):
         ...
 
     def step(self) -> Sequence[AnswerT]:
-        """Advances; returns the answers that changed."""
+        """Runs one engine step; returns the answers that changed."""
         ...
 
     def forget(self, answer: AnswerT) -> None:
-        """Ends an answer if need be and drops what is kept for it."""
+        """Aborts an answer if it still grows, and frees everything that is kept for it."""
         ...
 
 
 class Ticket(Generic[AnswerT]):
-    """One submission on its way, for one reader.
+    """One submission that was handed to the driver; one reader gets its outputs from here.
 
-    Nothing is queued for the reader: it gets the state at the time it looks, however long ago it last did.
+    Outputs are not queued. A reader that looks rarely gets one output with all tokens that came in between.
 
     Args:
-      submission: what runs.
-      stream: give out unfinished outputs too.
-      on_news: called when take may have something new, on the engine's thread or on the one that cancels; it must not
-        block. Without it next_output can wait for news.
+      submission: the request.
+      stream: also give out unfinished outputs; without it only the finished one.
+      on_news: called with the ticket when take may have something new, on the driver's thread or on the one that
+        cancels; it must not block. Without it the reader waits with next_output.
     """
 
     def __init__(
@@ -89,28 +92,28 @@ class Ticket(Generic[AnswerT]):
         self.error: RuntimeError | None = None
         self.is_cancelled = False
         self._num_taken = 0
-        # SimpleQueue, since its put may come amid another one: a stream that is garbage cancels from anywhere.
+        # SimpleQueue.put is reentrant: the garbage collector may cancel a dropped stream in the middle of another put.
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.on_news = on_news
         self._has_news = False
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far."""
+        """Tokens generated so far; 0 before the request starts."""
         return 0 if self.answer is None else self.answer.num_tokens
 
     def take(self) -> RequestOutput | None:
-        """The newest output, without waiting.
+        """Returns the newest output without waiting.
 
         Returns:
-          None if there is none, or only what was taken before; a finished output is given again.
+          None if there is no output yet or no new token since the last take. A finished output is returned every time.
 
         Raises:
           RequestFailedError: the request failed.
           EngineClosedError: the engine was closed or died before the request had ended.
           CancelledError: the request was cancelled.
         """
-        self._has_news = False  # before looking, so that what comes meanwhile is told again
+        self._has_news = False  # reset before looking, so that a token that comes meanwhile makes tell notify again
         if self.is_cancelled:
             raise CancelledError("the request was cancelled")
         if self.error is not None:
@@ -126,10 +129,10 @@ class Ticket(Generic[AnswerT]):
         """Waits for the next output.
 
         Args:
-          timeout: seconds to wait at most; None waits for ever.
+          timeout: seconds to wait at most; None waits without limit.
 
         Raises:
-          TimeoutError: none came in time.
+          TimeoutError: no output came in time.
           As take.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -141,7 +144,7 @@ class Ticket(Generic[AnswerT]):
         return output
 
     def tell(self) -> None:
-        """Tells the reader that take may have something new; for the driver."""
+        """Notifies the reader that take may have something new; called by the driver."""
         if not self._has_news:
             self._has_news = True
             self._news.put(None)
@@ -149,18 +152,18 @@ class Ticket(Generic[AnswerT]):
                 self.on_news(self)
 
     def cancel(self) -> None:
-        """Ends the reader's waiting; for the driver, which ends the request."""
+        """Makes the reader's wait end with CancelledError; called by the driver, which also ends the request."""
         if not self.is_cancelled:
             self.is_cancelled = True
             self.tell()
 
 
 class Driver(Generic[AnswerT]):
-    """Steps a controller on a thread of its own while there is work.
+    """Runs a thread that steps a controller while it has unfinished requests, and sleeps otherwise.
 
     Args:
-      controller: touched by the driver's thread alone from now on.
-      on_end: called on that thread when it ends, after every ticket has heard of it.
+      controller: only the driver's thread may submit to it and step it from now on.
+      on_end: called on that thread when it ends, after every open ticket got its error.
     """
 
     def __init__(self, controller: Drivable[AnswerT], *, on_end: Callable[[], None] = lambda: None):
@@ -169,8 +172,8 @@ class Driver(Generic[AnswerT]):
         self._changed = threading.Condition()
         self._inbox: deque[Ticket[AnswerT]] = deque()
         self._cancelled: deque[Ticket[AnswerT]] = deque()
-        self._open: set[Ticket[AnswerT]] = set()  # handed in and not ended
-        self._tickets: dict[AnswerT, Ticket[AnswerT]] = {}  # of the answers that grow
+        self._open: set[Ticket[AnswerT]] = set()  # submitted and not ended, started or not
+        self._tickets: dict[AnswerT, Ticket[AnswerT]] = {}  # started and not ended
         self._error: EngineClosedError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="jaxinfer-engine", daemon=True)
@@ -178,7 +181,7 @@ class Driver(Generic[AnswerT]):
 
     @property
     def is_running(self) -> bool:
-        """Whether submissions are taken: neither was it closed, nor did a step fail."""
+        """Whether submissions are accepted: False once the driver was closed or a step failed."""
         return self._error is None and not self._closing
 
     def submit(
@@ -188,11 +191,14 @@ class Driver(Generic[AnswerT]):
         stream: bool = False,
         on_news: Callable[[Ticket[AnswerT]], None] | None = None,
     ) -> list[Ticket[AnswerT]]:
-        """Hands in prepared submissions; all of them start before the next step.
+        """Queues prepared submissions for the driver's thread, which starts all of them before its next step.
 
         Args:
-          submissions: from the controller's prepare.
+          submissions: from the controller's prepare or prepare_beam_search.
           stream, on_news: as Ticket's.
+
+        Returns:
+          One ticket per submission, in order.
 
         Raises:
           EngineClosedError: the engine is closed or dead.
@@ -207,7 +213,7 @@ class Driver(Generic[AnswerT]):
         return tickets
 
     def cancel(self, tickets: Sequence[Ticket[AnswerT]]) -> None:
-        """Ends requests that are still running before the next step; their readers get a CancelledError at once."""
+        """Cancels requests: their readers get a CancelledError at once, the engine drops them before its next step."""
         with self._changed:
             self._cancelled.extend(tickets)
             self._changed.notify()
@@ -215,9 +221,10 @@ class Driver(Generic[AnswerT]):
             ticket.cancel()
 
     def close(self) -> None:
-        """Stops the thread after the step at hand; waiting callers get an EngineClosedError.
+        """Stops the thread after the step it is in and waits for that; readers that wait get an EngineClosedError.
 
-        On the driver's own thread, where the garbage collector may end an LLM, it only says so and returns.
+        The garbage collector may call it on the driver's own thread, which cannot wait for itself: there it only marks
+        the driver as closing and returns.
         """
         with self._changed:
             self._closing = True
@@ -233,7 +240,7 @@ class Driver(Generic[AnswerT]):
                 for answer in self._controller.step():
                     self._tell(answer, self._tickets[answer])
         except BaseException as cause:
-            # Whatever broke a step has broken the device state; everybody who waits must hear of it.
+            # After a failed step the device state cannot be trusted, so every open request ends with this error.
             error = EngineClosedError(f"the engine stopped: {type(cause).__name__}: {cause}")
             error.__cause__ = cause
         with self._changed:
@@ -244,7 +251,7 @@ class Driver(Generic[AnswerT]):
         self._on_end()
 
     def _wait_for_work(self) -> bool:
-        """Waits until there is something to do; False when closing."""
+        """Waits until there is something to do; returns False if the driver is closing."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closing or self._inbox or self._cancelled or self._controller.has_unfinished()
@@ -252,7 +259,7 @@ class Driver(Generic[AnswerT]):
         return not self._closing
 
     def _take_in(self) -> None:
-        """Starts and ends what was handed in."""
+        """Starts the submissions and cancels the requests that other threads queued."""
         while self._inbox:
             self._start(self._inbox.popleft())
         while self._cancelled:
@@ -275,10 +282,10 @@ class Driver(Generic[AnswerT]):
             self._tell(answer, ticket)
 
     def _tell(self, answer: AnswerT, ticket: Ticket[AnswerT]) -> None:
-        """Tells a reader of a change; a reader that cannot be told loses its request, nobody else's."""
+        """Notifies the reader of a changed answer; if its on_news raises, only this request ends."""
         is_finished = answer.is_finished
         if is_finished:
-            self._controller.forget(answer)  # first, so that whoever sees the end sees that its pages are free
+            self._controller.forget(answer)  # before the reader is told, so that the pages are free once it knows
             del self._tickets[answer]
         try:
             if is_finished or ticket.stream:
@@ -294,13 +301,13 @@ class Driver(Generic[AnswerT]):
             self._open.discard(ticket)
 
     def _drop(self, ticket: Ticket[AnswerT]) -> None:
-        """Ends a request about which nobody is to be told."""
+        """Ends a request without notifying its reader."""
         if ticket.answer is not None and self._tickets.pop(ticket.answer, None) is not None:
             self._controller.forget(ticket.answer)
         self._open.discard(ticket)
 
     def _end(self, ticket: Ticket[AnswerT], error: RuntimeError) -> None:
-        """Ends a ticket with an error."""
+        """Ends a ticket with an error, of which its reader is notified."""
         ticket.error = error
         try:
             ticket.tell()

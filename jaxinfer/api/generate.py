@@ -1,7 +1,7 @@
-"""The user's door in one call: generate().
+"""generate(), which loads a model and generates in one call.
 
-Owns: the one LLM that generate() keeps between calls; telling sampling fields from engine settings.
-Does not know: more of generation than LLM shows.
+Owns: the one LLM that generate() keeps loaded between calls; sorting keywords into sampling fields and engine settings.
+Does not know: anything of generation beyond the methods of LLM.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _KeptLLM:
         self._llm: LLM | None = None
 
     def get(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> LLM:
-        """The LLM of these settings; other settings close the old one, and one that no longer runs is replaced."""
+        """Returns the kept LLM if it has these settings and still runs; otherwise closes it and loads a new one."""
         key = (str(model), tokenizer, config)
         with self._lock:
             if self._key != key or self._llm is None or not self._llm.is_running:
@@ -60,17 +60,23 @@ def generate(
 
     Args:
       prompts: a string, a list of token ids, or a list of either.
-      sampling_params: taken as it is; without it the checkpoint's defaults, changed field by field by keywords.
+      sampling_params: one SamplingParams for all prompts, or a list with one for each. None takes the checkpoint's own
+        sampling settings, with those fields replaced that are given as keywords (temperature=0.5).
       model, tokenizer: as LLM's.
-      use_tqdm: show a progress bar for several prompts.
-      **fields: fields of SamplingParams and EngineConfig by name. `seed` is the sampling seed.
+      use_tqdm: show a progress bar if prompts is a list of prompts.
+      **fields: fields of SamplingParams and EngineConfig by name. Both classes have a `seed`; here it is the sampling
+        seed.
 
     Returns:
-      One RequestOutput for one prompt, a list in the same order for a list.
+      A RequestOutput if prompts is one prompt; a list of them, in the order of the prompts, if it is a list.
 
     Raises:
-      TypeError: an unknown keyword (the message names the nearest), or sampling keywords beside sampling_params.
+      TypeError: a keyword is unknown (the message names the nearest), or sampling_params and keywords for it are both
+        given.
       As LLM and LLM.generate.
+
+    Example:
+      generate("In the beginning", max_tokens=32, temperature=0.8, max_num_seqs=16).text
     """
     sampling, config = split_settings(fields, also_known=("model", "tokenizer", "use_tqdm"))
     if sampling_params is not None and sampling:
@@ -82,14 +88,14 @@ def generate(
 
 
 def split_settings(fields: Mapping[str, Any], *, also_known: Sequence[str] = ()) -> tuple[dict[str, Any], EngineConfig]:
-    """Sampling fields and engine settings that came together by name; `seed` is the sampling seed.
+    """Splits keywords into the fields of SamplingParams and an EngineConfig; `seed` is the sampling seed.
 
     Args:
-      fields: of SamplingParams and EngineConfig.
-      also_known: further names that an error may suggest.
+      fields: values of fields of SamplingParams and EngineConfig, by name.
+      also_known: further names that the error about an unknown name may suggest.
 
     Returns:
-      The fields of SamplingParams, checked but not completed, and the EngineConfig.
+      The given fields of SamplingParams, checked, without defaults for the others; and the EngineConfig.
 
     Raises:
       TypeError, ValueError: a field is unknown or has a wrong value.
@@ -99,5 +105,5 @@ def split_settings(fields: Mapping[str, Any], *, also_known: Sequence[str] = ())
         if name not in known:
             raise unknown_keyword(name, sorted({*known, *also_known}))
     sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
-    SamplingParams.from_keywords(sampling)  # a wrong value must not cost the loading of a model
+    SamplingParams.from_keywords(sampling)  # refuses a wrong value now, before the caller loads a model
     return sampling, EngineConfig.from_keywords({name: fields[name] for name in fields if name not in sampling})

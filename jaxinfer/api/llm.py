@@ -1,7 +1,8 @@
-"""The user's door: LLM.
+"""LLM, the main class of the Python API: loads a model and generates with it.
 
-Owns: a model's life from loading to closing; turning arguments into submissions, and these into outputs.
-Does not know: how anything is computed.
+Owns: loading and closing a model; turning the arguments of each call into submissions for the driver, and waiting for
+their outputs.
+Does not know: how tokens are computed, scheduled or turned into text.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ logger = logging.getLogger("jaxinfer")
 
 
 class LLM:
-    """A model, ready to generate; safe to use from several threads.
+    """A loaded model that generates text; several threads may use it at the same time.
 
     Args:
-      model: "demo", the bundled model; a checkpoint directory in Hugging Face format; or a hub id "owner/name".
-      tokenizer: a directory with a tokenizer.json or tokenizer.model, a Tokenizer, or "byte"; None takes the
-        checkpoint's own. Without any the LLM works on token ids.
+      model: a checkpoint directory in Hugging Face format, a hub id "owner/name", or "demo" for the bundled model.
+      tokenizer: None takes the checkpoint's own. Otherwise a directory or hub id with a tokenizer.json or
+        tokenizer.model, a Tokenizer object, or "byte" for one token per byte. If there is none at all, the LLM takes
+        and returns token ids only.
       **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
         num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
         attention_backend, draft_model, num_draft_tokens, seed and the parallel sizes.
@@ -84,12 +86,14 @@ class LLM:
         tokenizer: str | Path | Tokenizer | None = None,
         **engine: Any,
     ) -> LLM:
-        """An LLM from weights that are already in memory.
+        """Makes an LLM from weights that are already in memory.
 
         Args:
           config: the fields of a Hugging Face config.json.
-          params: checkpoint tensor name -> array, or the same nested by the parts of the names.
-          tokenizer, **engine: as LLM's.
+          params: maps each tensor name of the checkpoint to its array. The names may be nested at their dots:
+            {"model": {"norm": {"weight": array}}} is the same as {"model.norm.weight": array}.
+          tokenizer: as LLM's, except that None means no tokenizer.
+          **engine: as LLM's.
 
         Raises:
           As LLM.
@@ -132,12 +136,12 @@ class LLM:
             vocab_size=model_config.vocab_size,
             max_model_len=self.max_model_len,
             seed=config.seed,
-            provenance=named(),  # asks JAX for its devices, which only the line above may start
+            provenance=named(),  # asks JAX for its devices, so it must come after LoadedEngine, which starts JAX
         )
         self._driver = Driver(self._controller, on_end=self._loaded.close)
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
-        # At garbage collection and at exit: the driver's thread must not outlive its LLM.
+        # The driver's thread must end with its LLM, also when the LLM is garbage-collected or Python exits.
         self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._template_sandbox)
 
     @overload
@@ -165,20 +169,22 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> RequestOutput | list[RequestOutput]:
-        """Generates for one prompt or many, in flight together.
+        """Generates text for one prompt, or for many that are batched together, and waits for all of it.
 
         Args:
           prompts: a string, a list of token ids, or a list of either.
-          sampling_params: for all prompts, or one each; None samples as the checkpoint says.
-          use_tqdm: show a progress bar for several prompts.
+          sampling_params: one SamplingParams for all prompts, or a list with one for each. None takes default_params,
+            the checkpoint's own sampling settings.
+          use_tqdm: show a progress bar if prompts is a list of prompts.
 
         Returns:
-          One RequestOutput for one prompt, a list in the same order for a list.
+          A RequestOutput if prompts is one prompt; a list of them, in the order of the prompts, if it is a list.
 
         Raises:
-          TypeError, ValueError: a prompt or its parameters are wrong; nothing was started.
+          TypeError, ValueError: a prompt or its parameters are wrong; no request was started.
           EngineClosedError: the LLM is closed.
-          RequestFailedError: the tokenizer or constraint of one of the requests raised; the LLM goes on.
+          RequestFailedError: the tokenizer or constraint of one of the requests raised an exception. All requests of
+            this call are cancelled; the LLM stays usable.
         """
         prompt_list, is_single = as_prompts(prompts)
         params = self._params_for(prompt_list, sampling_params)
@@ -195,21 +201,22 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> Any:
-        """Looks for the most likely texts of one prompt or many, in flight together and beside other requests.
+        """Searches for the most likely continuations of one prompt or of many, batched with all other requests.
 
         Args:
           prompts: a string, a list of token ids, or a list of either.
-          params: for all prompts, or one each; None is BeamSearchParams().
-          use_tqdm: show a progress bar for several prompts.
+          params: one BeamSearchParams for all prompts, or a list with one for each; None is BeamSearchParams().
+          use_tqdm: show a progress bar if prompts is a list of prompts.
 
         Returns:
-          One RequestOutput for one prompt, a list in the same order for a list. outputs are the texts found, the one
-          with the highest score first.
+          A RequestOutput if prompts is one prompt; a list of them, in the order of the prompts, if it is a list. Its
+          `outputs` are the texts found, highest score first.
 
         Raises:
-          TypeError, ValueError: a prompt or its parameters are wrong, or there are more beams than max_num_seqs;
-            nothing was started.
+          TypeError, ValueError: a prompt or its parameters are wrong, or beam_width exceeds max_num_seqs; no search
+            was started.
           EngineClosedError: the LLM is closed.
+          RequestFailedError: as generate.
 
         Example:
           llm.beam_search("In the beginning", BeamSearchParams(beam_width=4, num_return_sequences=2)).outputs
@@ -225,33 +232,35 @@ class LLM:
     def score(
         self, prompts: Prompt | Sequence[Prompt], *, prompt_logprobs: int = 0, use_tqdm: bool = True
     ) -> RequestOutput | list[RequestOutput]:
-        """The log-probability of every token of a prompt, given those before it; nothing is generated.
+        """Returns the log-probability of every token of a prompt given the tokens before it; generates nothing.
 
         Args:
           prompts: a string, a list of token ids, or a list of either.
-          prompt_logprobs: 0 .. 20, the most likely tokens to report beside each.
-          use_tqdm: show a progress bar for several prompts.
+          prompt_logprobs: at each position, how many of the most likely tokens to report beside the prompt's own
+            token, 0 .. 20.
+          use_tqdm: show a progress bar if prompts is a list of prompts.
 
         Returns:
-          One RequestOutput for one prompt, a list in the same order for a list; prompt_logprobs has one entry a token,
-          the first None.
+          A RequestOutput if prompts is one prompt; a list of them, in the order of the prompts, if it is a list. Its
+          `prompt_logprobs` has one entry per prompt token; the first is None, since nothing precedes that token.
 
         Raises:
           As generate.
 
         Example:
+          out = llm.score("In the beginning")
           [entry[token].logprob for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])]
         """
         return self.generate(prompts, score_params(prompt_logprobs), use_tqdm=use_tqdm)
 
     def perplexity(self, text: Prompt, *, window: int | None = None, stride: int | None = None) -> Perplexity:
-        """How well the model predicts a text of any length, through a sliding window.
+        """Measures how well the model predicts a text of any length, by scoring overlapping windows of it.
 
         Args:
           text: a string, or token ids.
-          window: tokens that see each other, 2 .. max_model_len - 1; None takes as many as there can be.
-          stride: tokens by which windows follow each other, 1 .. window - 1; smaller is closer to unlimited context and
-            takes longer. None is half a window.
+          window: tokens that are scored together, 2 .. max_model_len - 1; None takes max_model_len - 1.
+          stride: tokens between the starts of two windows, 1 .. window - 1. A smaller stride gives each token more
+            context and takes longer. None is half a window.
 
         Raises:
           TypeError, ValueError: the text has less than two tokens, or a number is outside its range.
@@ -263,7 +272,7 @@ class LLM:
             raise ValueError(f"a text of at least 2 tokens has a perplexity, got {len(token_ids)}")
         logprob = 0.0
         windows = list(sliding_windows(len(token_ids), window=window, stride=stride))
-        for start in range(0, len(windows), self.config.max_num_seqs):  # what is held stays small
+        for start in range(0, len(windows), self.config.max_num_seqs):  # so that few outputs are in memory at once
             batch = windows[start : start + self.config.max_num_seqs]
             outputs: Any = self.score([token_ids[entry.start : entry.end] for entry in batch], use_tqdm=False)
             logprob += sum(_logprob(output, entry) for output, entry in zip(outputs, batch, strict=True))
@@ -282,39 +291,42 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Generates the next message of one conversation or many, in flight together.
+        """Generates the next message of one conversation, or of many that are batched together.
 
-        The checkpoint's chat template makes the prompt, special tokens included; none is added when the text is
-        encoded. A special token's name within a message is encoded as that token, as transformers does: take it out of
-        text you do not trust. The template works on a copy of the messages, in a process of its own, within limits of
-        size, time and memory (template_sandbox.SandboxLimits).
+        The checkpoint's chat template renders the messages into the prompt. The template writes the special tokens
+        itself, so the tokenizer adds none around the text. A special token's name inside a message ("<|im_end|>") is
+        encoded as that token, as in transformers: remove such names from text you do not trust. The template gets a
+        copy of the messages and runs in a process of its own, within limits of size, time and memory
+        (template_sandbox.SandboxLimits).
 
         Args:
-          messages: a conversation, which is a list of {"role", "content"}, or a list of conversations. What else a
-            message holds (tool_calls, name, ...) is the template's; entries that are None do not reach it. A content
-            may be a list of parts like {"type": "text", "text": ...}: a template that reads parts gets them, any other
-            gets their texts as one string.
-          sampling_params: for all conversations, or one each, taken as they are (SamplingParams() ends after 16
-            tokens); None samples as the checkpoint says, up to the end token or the end of the context.
-          use_tqdm: show a progress bar for several conversations.
-          add_generation_prompt: end the prompt with the beginning of an assistant's message.
-          continue_final_message: end the prompt within the last message, which the output then continues; takes
-            add_generation_prompt=False.
-          tools: JSON schemas of functions that the model may call; a log line says so if the template ignores them.
-          chat_template: a template in Jinja, or the name of one of the checkpoint's; None takes the checkpoint's (of
-            several, "tool_use" if there are tools, else "default").
-          chat_template_kwargs: more variables of the template, by name, such as documents or enable_thinking.
+          messages: a conversation, which is a list of {"role": ..., "content": ...}, or a list of conversations. Other
+            entries of a message (tool_calls, name, ...) are passed to the template, except those that are None.
+            "content" may be a list of parts like {"type": "text", "text": ...}: a template that reads parts gets the
+            list, any other gets the texts joined into one string.
+          sampling_params: one SamplingParams for all conversations, or a list with one for each; beware that
+            SamplingParams() stops after 16 tokens. None takes the checkpoint's own sampling settings and generates up
+            to the end token or the end of the context.
+          use_tqdm: show a progress bar if messages is a list of conversations.
+          add_generation_prompt: end the prompt with the opening of an assistant message.
+          continue_final_message: leave the last message open at the end of the prompt, so that the output continues
+            it; needs add_generation_prompt=False.
+          tools: JSON schemas of functions that the model may call. If the template ignores them, a warning is logged.
+          chat_template: a template in Jinja, or the name of one of the checkpoint's templates. None takes the
+            checkpoint's: "tool_use" if there is one and tools are given, otherwise "default".
+          chat_template_kwargs: further variables of the template, by name, such as documents or enable_thinking.
 
         Returns:
-          One RequestOutput for one conversation, a list in the same order for a list; prompt is the rendered text.
+          A RequestOutput for one conversation, a list in the same order for a list; its `prompt` is the rendered text.
 
         Raises:
-          TypeError, ValueError: messages or parameters are wrong, there is no template, or it is broken, refuses the
-            messages or exceeds a limit; nothing was started.
+          TypeError, ValueError: messages or parameters are wrong, there is no template, or the template is broken,
+            refuses the messages or exceeds a limit; no request was started.
           EngineClosedError: the LLM is closed.
+          RequestFailedError: as generate.
 
-        Source: transformers 5, apply_chat_template, whose text it reproduces. Deviation: to a template that takes
-          strings only, transformers gives the list of parts, which it cannot use.
+        Source: transformers 5, apply_chat_template, whose text it reproduces. Deviation: transformers passes a list of
+          parts even to a template that can only use strings.
 
         Example:
           llm.chat([{"role": "user", "content": "What is a river?"}], SamplingParams(max_tokens=64)).text
@@ -340,14 +352,15 @@ class LLM:
         return outputs[0] if is_single else outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> OutputStream:
-        """Generates for one prompt, an output after every new token.
+        """Generates for one prompt and gives out the text while it grows.
 
         Args:
           prompt: a string or a list of token ids.
-          sampling_params: None samples as the checkpoint says.
+          sampling_params: None takes default_params, the checkpoint's own sampling settings.
 
         Returns:
-          An iterator of RequestOutput: text grows, delta is what is new. Closing it aborts the request.
+          An iterator of RequestOutput. `text` is all text so far and `delta` what is new since the previous output,
+          usually one token's text, more if the caller reads slowly. Closing the iterator aborts the request.
 
         Raises:
           TypeError, ValueError: at the call, as generate.
@@ -360,7 +373,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> OutputStream:
-        """Generates the next message of one conversation, an output after every new token.
+        """Generates the next message of one conversation and gives out the text while it grows.
 
         Args:
           messages, sampling_params: as chat's, for one conversation.
@@ -375,14 +388,14 @@ class LLM:
         return self._stream(self.prepare_chat(messages, sampling_params, **template))
 
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
-        """A validated request for one prompt, for start; arguments and errors as stream's."""
+        """Makes a validated request for one prompt, to be passed to start; arguments and errors as stream's."""
         prompts, is_single = as_prompts(prompt)
         if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         return self._controller.prepare(prompt, self._params_or_default(sampling_params))
 
     def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> Submission:
-        """A validated beam search for one prompt, for start; arguments and errors as beam_search's."""
+        """Makes a validated beam search for one prompt, to be passed to start; arguments as beam_search's."""
         params = BeamSearchParams() if params is None else checked("params", params, BeamSearchParams)
         return self._controller.prepare_beam_search(prompt, params)
 
@@ -392,7 +405,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> Submission:
-        """A validated request for one conversation, for start; arguments and errors as stream_chat's."""
+        """Makes a validated request for one conversation, to be passed to start; arguments as stream_chat's."""
         return self.check_chat(messages, sampling_params, **template)()
 
     def check_chat(
@@ -401,11 +414,14 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> Callable[[], Submission]:
-        """Checks a request for one conversation, as far as that needs no rendering; arguments as stream_chat's.
+        """Checks a request for one conversation without rendering its template; arguments as stream_chat's.
 
         Returns:
-          What renders the template and makes the validated request, for start. It may be called in any thread and
-          raises what only the template and the length of its text can bring about.
+          A function that renders the template and returns the validated request for start. Any thread may call it. It
+          raises ValueError if the template fails or the rendered prompt is too long.
+
+        Raises:
+          TypeError, ValueError: messages or sampling_params are wrong, or there is no template.
         """
         conversations, is_single = as_conversations(messages)
         if not is_single:
@@ -415,12 +431,12 @@ class LLM:
         return lambda: self._prepare_chat(render(), params, is_default=sampling_params is None)
 
     def start(self, submission: Submission, *, on_news: Callable[[Ticket], None] | None = None) -> Ticket:
-        """Starts a prepared request, whose outputs the ticket gives out while it runs.
+        """Starts a prepared request; its outputs are read from the returned ticket while it runs.
 
         Args:
-          submission: from prepare or prepare_chat.
-          on_news: called on the engine's thread, which it must not block, when ticket.take may have a new output; None
-            lets ticket.next_output wait for it.
+          submission: from prepare, prepare_chat or prepare_beam_search.
+          on_news: called with the ticket when ticket.take may have a new output. It usually runs on the engine's
+            thread and must not block. Without it, wait with ticket.next_output.
 
         Raises:
           EngineClosedError: the LLM is closed.
@@ -428,29 +444,29 @@ class LLM:
         return self._driver.submit([submission], stream=True, on_news=on_news)[0]
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends the request of a ticket if it still runs; whoever waits for its output gets a CancelledError."""
+        """Ends the ticket's request if it still runs; a thread that waits for its output gets a CancelledError."""
         self._driver.cancel([ticket])
 
     @property
     def default_params(self) -> SamplingParams:
-        """The checkpoint's own way of sampling, used where no SamplingParams are given."""
+        """Sampling settings of the checkpoint's generation_config, used by calls that give no SamplingParams."""
         return self._controller.default_params
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are taken: the LLM was not closed, and its engine has not died of an error."""
+        """Whether new requests are accepted: False once the LLM was closed or its engine stopped on an error."""
         return self._driver.is_running
 
     def warmup(self) -> None:
-        """Compiles every program that serving can need, so that no request waits for the compiler."""
+        """Compiles every program that a request can need, so that no request waits for the compiler."""
         self._loaded.warmup()
 
     def stats(self) -> EngineStats:
-        """Queue, pages, cache hits, preemptions, drafts, tokens, steps and compilations so far."""
+        """Returns how many requests run and wait, how many KV pages are used, and counts of all work so far."""
         return self._loaded.stats()
 
     def close(self) -> None:
-        """Ends running requests and frees device memory; a closed LLM can only be closed again."""
+        """Ends running requests and frees device memory; afterwards only close may be called, which does nothing."""
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -465,11 +481,15 @@ class LLM:
 
     @property
     def _chat_params(self) -> SamplingParams:
-        """A message ends by itself: a limit of tokens that nobody asked for would cut it."""
+        """default_params without a token limit: SamplingParams' 16 tokens would cut a message short."""
         return dataclasses.replace(self.default_params, max_tokens=None)
 
     def _prepare_chat(self, prompt: str, params: SamplingParams, *, is_default: bool) -> Submission:
-        """A rendered conversation; one whose length nobody chose also ends where the KV pages do."""
+        """The submission of a rendered conversation.
+
+        With the default parameters the reply also ends when the request fills all KV pages, if that is before
+        max_model_len; otherwise an LLM with few pages would refuse the request as too long.
+        """
         ends_at = self._loaded.longest_request if is_default else None
         return self._controller.prepare(prompt, params, add_special_tokens=False, ends_at=ends_at)
 
@@ -497,17 +517,17 @@ class LLM:
 
 
 def _logprob(output: RequestOutput, window: Window) -> float:
-    """Sum of the log-probabilities of the tokens of a window that count."""
+    """Sum of the log-probabilities of a window's tokens from window.first on; those before are context only."""
     pairs = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
     counted = itertools.islice(pairs, window.first - window.start, None)
     return sum(found[token_id].logprob for token_id, found in counted if found is not None)
 
 
 def find_chat_templates(*sources: str | Path | Tokenizer | None) -> ChatTemplates:
-    """The chat templates of an LLM, without loading it.
+    """The chat templates that an LLM would have, found without loading it.
 
     Args:
-      sources: its tokenizer and its model, as LLM takes them.
+      sources: the LLM's arguments tokenizer and model, in this order of precedence.
 
     Raises:
       FileNotFoundError: no such directory or hub id.
@@ -544,7 +564,7 @@ def _shut_down(driver: Driver, sandbox: TemplateSandbox) -> None:
 
 
 def _show_log_lines() -> None:
-    """Shows jaxinfer's own start-up lines unless the user has set up logging."""
+    """Prints jaxinfer's log lines to standard error unless the user has set up logging."""
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("jaxinfer: %(message)s"))

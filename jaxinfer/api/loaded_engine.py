@@ -1,6 +1,6 @@
-"""An engine with its model on the devices, and with the draft model that the settings name.
+"""LoadedEngine: an engine whose model, and draft model if there is one, are loaded onto the devices.
 
-Owns: the order of loading, the checks that a draft model fits, the common life of both models.
+Owns: the order of loading, the checks that a draft model suits the model, warming up and closing both together.
 Does not know: tokenizers, text.
 """
 
@@ -23,17 +23,17 @@ from jaxinfer.wrappers.jax_start import start_jax
 
 
 class LoadedEngine:
-    """A model ready to run requests; starts JAX if it does not run yet.
+    """An engine ready to run requests. Making one starts JAX, if it does not run yet, and loads the weights.
 
     Args:
-      model_config: its numbers.
-      store: its tensors.
+      model_config: the model's architecture and sizes.
+      store: the model's weights.
       config: the engine's settings.
 
     Raises:
-      FileNotFoundError: no such draft model.
-      ValueError: tensors that do not fit, a mesh the model cannot be laid out on, no room for KV pages; a draft model
-        with another vocabulary or too short a context.
+      FileNotFoundError: there is no such draft model.
+      ValueError: the weights do not match model_config, the model cannot be laid out on the mesh, or there is no memory
+        for KV pages; or the draft model has another vocabulary or too short a context.
     """
 
     def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
@@ -41,11 +41,11 @@ class LoadedEngine:
         self.max_model_len = context_length(config, model_config)
         self._page_size = config.page_size
         draft = find_draft(config, model_config, max_model_len=self.max_model_len)
-        draft_store = None if draft is None else draft.open()  # a missing file must not cost the loading of the model
+        draft_store = None if draft is None else draft.open()  # a missing file is noticed before the model is loaded
         beside = None if draft is None else footprint(draft.model_config, draft.config)
         self.wrapper = assemble(model_config, store, config, beside=beside)
         self._draft_wrapper: DecoderWrapper | None = None
-        if draft is not None and draft_store is not None:  # with pages beside those of the model it drafts for
+        if draft is not None and draft_store is not None:  # the draft model gets as many KV pages as the model
             draft_config = dataclasses.replace(draft.config, num_kv_pages=self.wrapper.num_pages)
             self._draft_wrapper = assemble(draft.model_config, draft_store, draft_config, role="draft model")
         drafter = _make_drafter(config, self._draft_wrapper)
@@ -53,16 +53,16 @@ class LoadedEngine:
 
     @property
     def longest_request(self) -> int:
-        """Tokens of prompt and output together of the longest request there can be: max_model_len, or all pages."""
+        """Tokens of prompt and output that one request can have: max_model_len, or fewer if the KV pages hold fewer."""
         return min(self.max_model_len, self.wrapper.num_pages * self._page_size)
 
     def warmup(self) -> None:
-        """Compiles every program that serving can need."""
+        """Compiles every program that a request can need."""
         for wrapper in self._wrappers:
             wrapper.warmup()
 
     def stats(self) -> EngineStats:
-        """The engine's, with the compilations of both models."""
+        """The engine's statistics; num_compilations counts those of both models."""
         num_compilations = sum(wrapper.num_compilations for wrapper in self._wrappers)
         return dataclasses.replace(self.engine.stats(), num_compilations=num_compilations)
 
@@ -78,12 +78,12 @@ class LoadedEngine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
-    """A draft model that is not loaded yet.
+    """A draft model that was found and suits its model, but is not loaded yet.
 
     Args:
-      path: its directory.
-      model_config: its numbers.
-      config: the engine's settings, for this model.
+      path: its checkpoint directory.
+      model_config: its architecture and sizes.
+      config: the engine's settings, with max_model_len set to that of the model it drafts for.
     """
 
     path: Path
@@ -91,20 +91,21 @@ class Draft:
     config: EngineConfig
 
     def open(self) -> SafetensorsStore:
-        """Its tensors, of which none is read yet."""
+        """Opens its weight files; no tensor is read yet."""
         return SafetensorsStore(directory.weight_files(self.path))
 
 
 def find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int) -> Draft | None:
-    """The draft model that the settings name; None if they name none, or prompt lookup.
+    """Finds the draft model that the settings name; None if they name none, or prompt lookup, which needs no model.
 
     Args:
       config: the engine's settings.
       model: the model to draft for.
-      max_model_len: its context.
+      max_model_len: the context length of that model, which the draft model must have too.
 
     Raises:
-      FileNotFoundError, ValueError: as LoadedEngine, but for missing weights.
+      FileNotFoundError: there is no such draft model. Its weight files are not looked for yet.
+      ValueError: the draft model has another vocabulary or too short a context.
     """
     if config.draft_model is None or config.draft_model == PROMPT_LOOKUP:
         return None

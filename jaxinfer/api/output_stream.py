@@ -1,6 +1,6 @@
-"""Outputs as they come from the engine's thread to a caller's.
+"""How a caller's thread gets the outputs of its requests while the driver's thread makes them.
 
-Owns: the iterator over one request's outputs, the wait for many with a progress bar.
+Owns: the iterator over the outputs of one request; waiting for many requests, with a progress bar.
 Does not know: models, prompts.
 """
 
@@ -20,13 +20,14 @@ _BAR_SECONDS = 0.25
 
 
 class OutputStream(Iterator[RequestOutput]):
-    """Outputs of one request as they come; close() (or leaving a with block, or dropping it) aborts the request.
+    """An iterator over the outputs of one request while it runs.
 
-    Every output is the state at the time it is asked for: who reads more slowly than tokens come gets several at once.
+    close(), leaving a `with` block or dropping the iterator aborts the request. Outputs are not queued: a caller that
+    reads more slowly than tokens come gets several new tokens in one output.
 
     Args:
-      ticket: where they come from.
-      cancel: ends the request.
+      ticket: gives out the outputs.
+      cancel: aborts the request.
     """
 
     def __init__(self, ticket: Ticket, cancel: Callable[[], None]):
@@ -39,7 +40,7 @@ class OutputStream(Iterator[RequestOutput]):
             raise StopIteration
         try:
             output = self._ticket.next_output()
-        except CancelledError:  # by close(), maybe from another thread
+        except CancelledError:  # close() was called, perhaps by another thread
             self._is_done = True
             raise StopIteration from None
         except BaseException:
@@ -65,7 +66,7 @@ def wait_for(tickets: Sequence[Ticket], *, show_bar: bool) -> list[RequestOutput
 
     Raises:
       RequestFailedError: one of the requests failed.
-      EngineClosedError: they will not come.
+      EngineClosedError: the engine was closed or stopped on an error before all requests had ended.
     """
     started = time.monotonic()
     outputs: list[RequestOutput] = []

@@ -1,7 +1,7 @@
-"""Where the outputs of an LLM come from, found out once for each LLM.
+"""Collects the provenance of an LLM's outputs (model, settings, versions, device), once for each LLM.
 
-Owns: which packages' versions are kept, how model and tokenizer are named.
-Does not know: what is done with it.
+Owns: which packages' versions are recorded, and how model and tokenizer are named in a record.
+Does not know: what the provenance is used for.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy")
 def find_provenance(
     config: EngineConfig, *, model: str | Path | None, tokenizer: object, directory: Path | None
 ) -> Provenance:
-    """The provenance of an LLM; starts JAX's backend.
+    """Collects the provenance of an LLM. It asks JAX for its devices, which starts JAX's backend.
 
     Args:
       config: the engine's settings.
       model, tokenizer: as given to LLM; model is None for weights in memory.
-      directory: the model's files; None for weights in memory.
+      directory: the checkpoint's folder, whose files are fingerprinted; None for weights in memory.
     """
     device = jax.devices()[0]
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}

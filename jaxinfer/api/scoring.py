@@ -1,7 +1,7 @@
-"""How likely a model finds a long text: windows over it, and what they add up to.
+"""Perplexity of a text that may be longer than the model's context.
 
-Owns: the plan of windows, Perplexity.
-Does not know: how tokens are scored.
+Owns: how the text is cut into overlapping windows; Perplexity, the result.
+Does not know: how the tokens of a window are scored.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Perplexity:
     """How well a model predicts a text.
 
     Args:
-      num_tokens: predicted, all but the first.
-      logprob: natural logarithm of their probability.
-      num_bytes: of the text in UTF-8; None for a text given as token ids.
+      num_tokens: tokens that were predicted, which is all but the text's first.
+      logprob: sum of their log-probabilities (natural logarithm).
+      num_bytes: length of the text in UTF-8; None for a text given as token ids.
     """
 
     num_tokens: int
@@ -29,22 +29,22 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp of the mean negative log-probability of a token."""
+        """The perplexity: exp of the mean negative log-probability of a token."""
         return math.exp(-self.logprob / self.num_tokens)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, unlike the value; None for token ids."""
+        """Negative log2-probability per byte, comparable between tokenizers; None for a text given as token ids."""
         return None if self.num_bytes is None else -self.logprob / math.log(2) / self.num_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """A stretch of a text to be scored together.
+    """A stretch of a text whose tokens are scored together.
 
     Args:
-      start, end: its tokens.
-      first: the first token that counts; those before it are its context only.
+      start, end: the window is tokens start .. end - 1 of the text.
+      first: the first token of the text whose score counts; those before it in the window are context only.
     """
 
     start: int
@@ -53,7 +53,7 @@ class Window:
 
 
 def check_windows(window: int | None, stride: int | None, *, max_model_len: int) -> tuple[int, int]:
-    """Window and stride of a model, with its defaults for what is None; arguments and errors as LLM.perplexity's."""
+    """Returns window and stride, checked, with defaults in place of None; arguments and errors as LLM.perplexity's."""
     longest = max_model_len - 1
     window = longest if window is None else require_int("window", window, 2, longest)
     stride = max(window // 2, 1) if stride is None else require_int("stride", stride, 1, window - 1)
@@ -61,13 +61,13 @@ def check_windows(window: int | None, stride: int | None, *, max_model_len: int)
 
 
 def sliding_windows(num_tokens: int, *, window: int, stride: int) -> Iterator[Window]:
-    """Windows in which every token but the first counts once.
+    """Yields windows over a text such that the score of every token but the first counts in exactly one of them.
 
     Args:
-      num_tokens: of the text.
-      window: tokens of a window at most.
-      stride: tokens by which windows follow each other; from the second window on, a token sees at least
-        window - stride tokens before it.
+      num_tokens: length of the text.
+      window: length of a window; the last one may be shorter.
+      stride: tokens between the starts of two windows. A token that counts in the second window or a later one is
+        scored with at least window - stride tokens before it.
 
     Source: the sliding window of transformers' documentation, "Perplexity of fixed-length models".
 

@@ -1,29 +1,33 @@
-"""The errors that end a request after it was accepted.
+"""The errors that end a request after it was accepted; wrong arguments raise ValueError or TypeError before that.
 
-Owns: EngineClosedError and RequestFailedError, and which exceptions are never a request's own.
-Does not know: anything else. What is wrong with a call's arguments is a ValueError or TypeError where it is found.
+Owns: EngineClosedError and RequestFailedError; the list of exceptions that are never blamed on a request.
+Does not know: any other module.
 """
 
 from __future__ import annotations
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
-"""Exceptions that come from outside. All others may be a request's own, including those that are no Exception: a panic
-of a library written in Rust derives from BaseException."""
+"""Exceptions that interrupt the whole process or a generator, so they must not be taken for the failure of a request.
+
+Any other BaseException may be caused by a request, not only an Exception: a panic in a library written in Rust (such as
+tokenizers) derives from BaseException directly.
+"""
 
 
 class EngineClosedError(RuntimeError):
-    """The engine was closed, or died of the exception in __cause__, while or before a request ran."""
+    """The engine was closed, or stopped on the exception in __cause__, before the request had ended."""
 
 
 class RequestFailedError(RuntimeError):
-    """One request was ended by an exception of its own, which is the __cause__; the other requests go on.
+    """One request failed, because of the exception in __cause__; the other requests go on.
 
-    Such an exception comes from what belongs to the request: its tokenizer, its constraint or whoever reads its output.
+    Such an exception is raised by something that serves this request alone: the decoding of its tokens, its constraint,
+    or the callback (on_news) that notifies its reader.
     """
 
     @classmethod
     def caused_by(cls, cause: BaseException) -> RequestFailedError:
-        """The error that tells a caller of a cause."""
+        """Makes the error for a cause, which becomes its __cause__ and part of its message."""
         error = cls(f"the request failed: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         return error

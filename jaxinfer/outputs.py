@@ -1,7 +1,7 @@
-"""What comes back for a prompt, and what is kept to get it again.
+"""The result of a request (RequestOutput), and the record from which it can be generated again (GenerationRecord).
 
-Owns: RequestOutput and its parts, GenerationRecord.
-Does not know: jax, how outputs come about.
+Owns: both classes and their parts, and how an output is shown in a notebook.
+Does not know: jax, how outputs are generated.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Logprob:
-    """One token's raw log-probability.
+    """The log-probability of one token at one position.
 
     Args:
-      logprob: natural log of the model's probability, before temperature and filters.
-      rank: 1 for the most likely token of its position.
-      decoded_token: its text alone; None without a tokenizer.
+      logprob: natural logarithm of the model's probability, before temperature and filters.
+      rank: 1 for the most likely token of the position, 2 for the next, and so on.
+      decoded_token: the token decoded by itself; None without a tokenizer.
     """
 
     logprob: float
@@ -37,16 +37,18 @@ class CompletionOutput:
     """One generated text.
 
     Args:
-      index: which of the n samples.
+      index: which of the n samples this is, from 0.
       text: the text so far; None without a tokenizer.
       token_ids: the tokens so far, the end token included.
-      delta: the text that came since the previous output of a stream.
-      logprobs: one mapping a token, id -> Logprob, when asked for.
-      cumulative_logprob: sum of the sampled tokens' log-probabilities, when asked for.
-      finish_reason: "stop", "length", "abort", or None while running.
-      stop_reason: the stop string or stop token id that matched; None for an end token of the checkpoint.
-      seed: of the sampling noise.
-      score: beam search's, log-probability / length ** length_penalty; None otherwise.
+      delta: the text that is new since the previous output of a stream; None without a tokenizer.
+      logprobs: one mapping id -> Logprob per token, of the sampled token and the most likely ones; None unless
+        SamplingParams.logprobs asked for them.
+      cumulative_logprob: sum of the log-probabilities of the sampled tokens; None unless logprobs were asked for.
+      finish_reason: "stop" after an end token, stop token or stop string, "length" at a limit of tokens, "abort" if the
+        request was aborted; None while it runs.
+      stop_reason: the stop string or stop token id that ended the text; None if an end token of the checkpoint did.
+      seed: the seed of this sample's noise.
+      score: for beam search, log-probability / length ** length_penalty; None for samples.
     """
 
     index: int
@@ -63,7 +65,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompletionRecord:
-    """What is kept of one generated text; fields as in CompletionOutput."""
+    """The part of a GenerationRecord that describes one generated text; fields as in CompletionOutput."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -73,21 +75,21 @@ class CompletionRecord:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it came to its own end; more tokens would have followed otherwise."""
+        """Whether generation had ended; False if it was aborted or still running when the record was made."""
         return self.finish_reason in ("stop", "length")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRecord(JsonRecord):
-    """One prompt, what was made of it, and all that is needed to make it again (`jaxinfer replay`).
+    """One prompt, the texts generated from it, and all that is needed to generate them again (`jaxinfer replay`).
 
     Args:
       provenance: model, settings, versions and devices.
-      prompt: the text asked with; None when asked with ids.
-      prompt_token_ids: the ids the model saw.
-      sampling_params: as used, the seed filled in; None for a beam search.
-      beam_search_params: of a beam search; None for samples.
-      outputs: the samples.
+      prompt: the prompt's text; None if the caller gave token ids.
+      prompt_token_ids: the prompt as the model saw it.
+      sampling_params: the parameters with the seed that was used; None for a beam search.
+      beam_search_params: the parameters of a beam search; None for samples.
+      outputs: the generated texts.
     """
 
     provenance: Provenance
@@ -109,9 +111,9 @@ class RequestMetrics:
     """Times of one request, in seconds of time.monotonic().
 
     Args:
-      arrival_time: submission.
-      first_token_time: its first token was read; None before.
-      finished_time: it ended; None before.
+      arrival_time: when it was handed to the engine.
+      first_token_time: when its first token arrived on the host; None before. A beam search has its end here.
+      finished_time: when it ended; None before.
     """
 
     arrival_time: float
@@ -121,20 +123,21 @@ class RequestMetrics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOutput:
-    """The answer to one prompt; `str()` of it is the text.
+    """The answer to one prompt, complete or, in a stream, so far. `str()` of it is the text of its first sample.
 
     Args:
-      request_id: unique in its LLM.
-      prompt: the text asked with; None when asked with ids.
-      prompt_token_ids: the ids the model saw.
-      prompt_logprobs: one entry a prompt token, the first None, when asked for.
-      outputs: the samples.
-      finished: nothing more will come.
-      num_cached_tokens: prompt tokens that came from the prefix cache.
-      metrics: times.
-      sampling_params: as asked; None for a beam search, and where no LLM made the output.
-      beam_search_params: of a beam search.
-      provenance: what all outputs of one LLM have in common; None where no LLM made the output.
+      request_id: unique within its LLM.
+      prompt: the prompt's text; None if the caller gave token ids.
+      prompt_token_ids: the prompt as the model saw it.
+      prompt_logprobs: one mapping id -> Logprob per prompt token, None for the first token, which nothing precedes;
+        None as a whole unless SamplingParams.prompt_logprobs asked for them.
+      outputs: the generated texts, one per sample.
+      finished: whether all texts have ended.
+      num_cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+      metrics: when the request arrived, gave its first token and ended.
+      sampling_params: the caller's; None for a beam search, and for an output that was not made by an LLM.
+      beam_search_params: the caller's; None unless it is a beam search.
+      provenance: model, settings, versions and devices of the LLM; None for an output that was not made by one.
     """
 
     request_id: str
@@ -151,7 +154,7 @@ class RequestOutput:
 
     @property
     def record(self) -> GenerationRecord:
-        """What is needed to make this output again; record.to_json() is one line.
+        """What is needed to generate this output again; its to_json() is one line of JSON.
 
         Raises:
           ValueError: no LLM made this output.
@@ -169,7 +172,7 @@ class RequestOutput:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer as plain values, for JSON; without what only its record needs."""
+        """The answer as a dict of plain values, for JSON, without sampling parameters and provenance (see record)."""
         answer = dataclasses.asdict(self)
         for name in ("sampling_params", "beam_search_params", "provenance"):
             del answer[name]
@@ -177,7 +180,7 @@ class RequestOutput:
 
     @property
     def text(self) -> str | None:
-        """Text of the first sample; None without a tokenizer."""
+        """Text of the first sample so far; None without a tokenizer."""
         return self.outputs[0].text
 
     @property
@@ -187,24 +190,24 @@ class RequestOutput:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Tokens of the first sample."""
+        """Tokens of the first sample so far."""
         return self.outputs[0].token_ids
 
     @property
     def logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
-        """Log-probabilities of the first sample, when asked for."""
+        """Log-probabilities of the first sample; None unless they were asked for."""
         return self.outputs[0].logprobs
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the first sample ended."""
+        """Why the first sample ended; None while it runs."""
         return self.outputs[0].finish_reason
 
     def __str__(self) -> str:
         return self.text if self.text is not None else str(list(self.token_ids))
 
     def _repr_html_(self) -> str:
-        """For notebooks: the tokens, coloured by probability where logprobs were asked for, alternatives on hover."""
+        """HTML for notebooks: with logprobs, each token is coloured by probability and shows alternatives on hover."""
         prompt = self.prompt if self.prompt is not None else f"{list(self.prompt_token_ids)} "
         return render(prompt, [_view(output) for output in self.outputs])
 

@@ -1,1 +1,1 @@
-"""Which tokens may come next: grammars, choices, bad words, each as a packed mask over the vocabulary."""
+"""Constraints on the token to be sampled next: grammars, choices, bad words, each as a packed vocabulary mask."""

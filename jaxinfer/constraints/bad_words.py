@@ -1,7 +1,7 @@
-"""Words that a text must not contain, whichever tokens would spell them.
+"""BadWords: the constraint that keeps certain words out of the output, whichever tokens would spell them.
 
-Owns: BadWords, the constraint that forbids each token which would complete a word.
-Does not know: tokenizers (it is given their tables of bytes), requests, jax.
+Owns: finding the tokens that would complete a word at each step.
+Does not know: tokenizers (it is given the bytes of each token), requests, jax.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from jaxinfer.constraints.constraint import ConstraintState, pack_ids
 
 
 class BadWords:
-    """The constraint that the output never contains one of some words, across token borders too.
+    """The constraint that the output contains none of the given words, not even spread over several tokens.
 
-    Of the output only its end matters: the longest end that begins a word. A word may then go on from that end or from
-    a shorter end of it (behind "aa" both "aab" and "ab" need one more letter). Masks are made when an output first ends
-    so, a few milliseconds each for 150,000 tokens, and shared by all sequences.
+    It forbids every token that would complete a word. Which tokens these are depends only on the tail of the output:
+    its longest suffix that is a proper prefix of a word. With the word "hello" and an output that ends in "say hel" the
+    tail is "hel", and tokens that begin with "lo" are forbidden. Shorter suffixes count too: with the words "aab" and
+    "ab", the tail "aa" forbids tokens that begin with "b" because of either word. Tokens that contain a whole word are
+    always forbidden. The mask of a tail is made when an output first ends in it, in a few milliseconds for 150,000
+    tokens, and is then shared by all sequences.
 
-    Tokens that add no bytes, such as the end token, can complete no word and are always allowed; a vocabulary without
-    one may come to a state in which no token is allowed, and allowed() is then all zeros.
+    Tokens that add no bytes, such as the end token, can complete no word and are always allowed. A vocabulary without
+    such a token may reach a state in which no token is allowed; allowed() is then all zeros.
 
     Args:
-      words: texts, none empty.
-      token_bytes: what each token adds to a text, by token id (vocabulary.token_bytes).
-      vocab_size: tokens of the model; ids that token_bytes lacks are allowed, those beyond vocab_size are left out.
+      words: the words, none empty.
+      token_bytes: the bytes that each token adds to a text, by token id (vocabulary.token_bytes).
+      vocab_size: tokens of the model. Ids that token_bytes lacks are allowed; ids from vocab_size on are not in the
+        mask.
 
     Raises:
       ValueError: a word is empty.
@@ -40,7 +44,7 @@ class BadWords:
     """
 
     def __init__(self, words: Sequence[str], token_bytes: Sequence[bytes], vocab_size: int) -> None:
-        # A lone surrogate is no text: its bytes are in no token, so the word never comes.
+        # A word with a lone surrogate is kept as it is: no token contains such bytes, so it forbids nothing.
         self._words = tuple(dict.fromkeys(word.encode(errors="surrogatepass") for word in words))
         if b"" in self._words:
             raise ValueError(f"bad_words must not contain an empty string, got {words!r}")
@@ -52,14 +56,14 @@ class BadWords:
         self._masks: dict[bytes, np.ndarray] = {}
 
     def start(self) -> ConstraintState:
-        """The state of an empty output."""
+        """Makes the state of an empty output."""
         return _BadWordsState(self)
 
     def allowed_behind(self, tail: bytes) -> np.ndarray:
-        """The tokens that complete no word.
+        """Returns the mask of the tokens that complete no word after a tail.
 
         Args:
-          tail: the longest end of the output that begins a word.
+          tail: the longest suffix of the output that is a proper prefix of a word; b"" if there is none.
 
         Returns:
           uint32[W], shared and read-only.
@@ -69,7 +73,7 @@ class BadWords:
         return self._masks[tail]
 
     def tail_behind(self, tail: bytes, token_id: int) -> bytes:
-        """The longest end that begins a word, after one more token."""
+        """Returns the tail of the output after one more token."""
         text = tail + self._vocabulary.bytes_of(token_id)
         ends = (text[start:] for start in range(max(0, len(text) - self._longest), len(text)))
         return next((end for end in ends if end in self._beginnings), b"")
@@ -101,7 +105,7 @@ class _BadWordsState:
 
 
 class _Vocabulary:
-    """All tokens as one array of bytes, searched without a loop over tokens."""
+    """The bytes of all tokens in one array, so that numpy can search all of them at once."""
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         self._tokens = token_bytes
@@ -113,19 +117,19 @@ class _Vocabulary:
         return self._tokens[token_id] if token_id < len(self._tokens) else b""
 
     def starting_with(self, text: bytes) -> np.ndarray:
-        """Ids of the tokens that begin with a text, int64[n]."""
+        """Ids of the tokens that begin with the text, int64[n]."""
         ids = np.flatnonzero(self._lens >= len(text))
         return ids[self._match(self._starts[ids], text)]
 
     def containing(self, text: bytes) -> np.ndarray:
-        """Ids of the tokens with a text anywhere in them, int64[n]; an id may come twice."""
+        """Ids of the tokens that contain the text, int64[n]; an id comes as often as its token contains it."""
         places = np.arange(max(0, len(self._letters) - len(text) + 1))
         places = places[self._match(places, text)]
         ids = np.searchsorted(self._starts, places, side="right") - 1
         return ids[places + len(text) <= self._starts[ids] + self._lens[ids]]
 
     def _match(self, places: np.ndarray, text: bytes) -> np.ndarray:
-        """Indices of those places where a text begins, int64[n]."""
+        """Indices into places of those at which the text begins, int64[n]."""
         found = np.arange(len(places))
         for offset, letter in enumerate(text):
             found = found[self._letters[places[found] + offset] == letter]

@@ -1,8 +1,11 @@
-"""Which tokens may come next: what a rule about the text is to the engine, which knows only ids.
+"""TokenConstraint: a rule about the output in a form that the engine can use, a mask of allowed tokens at each step.
 
-Owns: the two protocols (a rule, and where one sequence stands in it), the packed mask, a fixed set of tokens as a rule,
-the conjunction of rules.
-Does not know: text, tokenizers, requests, jax, what any rule says.
+For example, "the output is a JSON object" becomes: of an empty output, the next token must be one of those that begin
+with "{"; and so on after every token. The engine asks for the mask, samples from it and reports the sampled token.
+
+Owns: the protocols TokenConstraint (the rule) and ConstraintState (the position of one sequence in it), the packed
+mask, a fixed set of tokens as a constraint (OnlyThese), the conjunction of constraints (AllOf).
+Does not know: text, tokenizers, requests, jax, the meaning of any rule.
 """
 
 from __future__ import annotations
@@ -17,50 +20,52 @@ WORD_BITS = 32
 
 
 class ConstraintError(RuntimeError):
-    """A constraint cannot be followed any further; the sequence has to end."""
+    """A constraint cannot tell what may come next, or got a token that it did not allow; its request fails."""
 
 
 @runtime_checkable
 class ConstraintState(Protocol):
-    """Where one sequence stands in a constraint; changes with every token."""
+    """The position of one sequence in a constraint; it moves on with every token."""
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next; asking again before the next advance costs little.
-
-        Raises:
-          ConstraintError: nobody can say.
+        """Returns the mask of the tokens that may come next. Asking again before the next advance costs little.
 
         Returns:
-          uint32[W], W = ceil(vocab_size / 32): bit t % 32 of word t // 32 is set for an allowed token t. It may be the
-          state's own memory: not to be written to, and valid until the next advance. All zeros if nothing may follow.
+          uint32[W], W = ceil(vocab_size / 32): bit t % 32 of word t // 32 is set if token t is allowed. All zeros if no
+          token may follow. The array may be the state's own memory: do not write to it, and do not use it after the
+          next advance.
+
+        Raises:
+          ConstraintError: the constraint cannot tell.
         """
         ...
 
     def advance(self, token_id: int) -> None:
-        """Takes the token that came."""
+        """Moves on by the token that was sampled."""
         ...
 
     @property
     def is_complete(self) -> bool:
-        """Nothing may follow any more: the text must end here."""
+        """Whether the text must end here because nothing may follow."""
         ...
 
 
 @runtime_checkable
 class TokenConstraint(Protocol):
-    """A rule about which tokens may come; immutable, shared by any number of sequences."""
+    """A rule about which tokens may come next; immutable, so that any number of sequences can share it."""
 
     def start(self) -> ConstraintState:
-        """The state of a sequence that has no output yet.
+        """Makes the state of a sequence that has no output yet.
 
-        Several threads may call it at the same time. Every request starts one state to be checked before it is queued,
-        and one a sample: a constraint whose first mask costs much had better compute it once for all of them.
+        Several threads may call it at the same time. It is called twice or more per request: once for a check before
+        the request is queued, then once for each sample. A constraint whose first mask is expensive should therefore
+        compute that mask once and share it.
         """
         ...
 
 
 class OnlyThese:
-    """The constraint that allows the same tokens all the time; never complete.
+    """The constraint that allows the same tokens at every step; it is never complete.
 
     Args:
       token_ids: each in 0 .. vocab_size - 1.
@@ -73,11 +78,11 @@ class OnlyThese:
         self._mask = pack_ids(token_ids, vocab_size)
 
     def start(self) -> ConstraintState:
-        """Itself, for it has no state."""
+        """Returns itself, since it has no state."""
         return self
 
     def allowed(self) -> np.ndarray:
-        """The mask."""
+        """Returns the mask of the given tokens."""
         return self._mask
 
     def advance(self, token_id: int) -> None:
@@ -86,9 +91,9 @@ class OnlyThese:
 
 @dataclass(frozen=True, slots=True)
 class AllOf:
-    """The constraint that holds where all of several hold; complete when one of them is.
+    """The conjunction of several constraints: it allows a token if all of them do, and is complete when one of them is.
 
-    Constraints that each leave tokens may leave none together: then allowed() is all zeros.
+    Constraints that each allow some tokens may have none in common: then allowed() is all zeros.
 
     Args:
       constraints: at least one, all for the same vocabulary size.
@@ -101,7 +106,7 @@ class AllOf:
             raise ValueError("AllOf needs at least one constraint, got none")
 
     def start(self) -> ConstraintState:
-        """A state that starts each of the constraints."""
+        """Makes a state that holds one started state of each constraint."""
         return _AllOfState([constraint.start() for constraint in self.constraints])
 
 
@@ -122,7 +127,7 @@ class _AllOfState:
 
 
 def packed_len(vocab_size: int) -> int:
-    """Words in the mask of a vocabulary.
+    """Number of 32-bit words in the mask of a vocabulary.
 
     Example:
       >>> packed_len(32), packed_len(33)
@@ -132,7 +137,7 @@ def packed_len(vocab_size: int) -> int:
 
 
 def pack_ids(token_ids: Collection[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """The mask that allows just these tokens.
+    """Makes the mask that allows exactly these tokens.
 
     Args:
       token_ids: each in 0 .. vocab_size - 1, in any order.
@@ -151,7 +156,7 @@ def pack_ids(token_ids: Collection[int] | np.ndarray, vocab_size: int) -> np.nda
 
 
 def allows_beside(mask: np.ndarray, token_ids: Collection[int]) -> bool:
-    """Whether a mask allows any token but these.
+    """Whether a mask allows any token other than the given ones.
 
     Example:
       >>> allows_beside(pack_ids([3, 7], 40), [7, 99]), allows_beside(pack_ids([3, 7], 40), [3, 7])

@@ -1,10 +1,12 @@
-"""Program: compiles one grammar, in a process that may die of it; structured.py runs it, with limits.
+"""A program that tries to compile one grammar; structured.py runs it in a process with limits, which may crash.
 
-Owns: what a trial is; nothing comes back but the exit status (by a signal, or 0).
-Does not know: jaxinfer, which takes seconds to import; whether the grammar is right (the caller compiles it again).
+Owns: the trial. Its only result is how the process ends: exit status 0, or a signal if it crashed or hit a limit.
+Does not know: jaxinfer, which takes seconds to import; whether the grammar is correct (the caller compiles a grammar
+that survived the trial again and reports its errors).
 
-llguidance bounds much of its work itself, but (1.9.1) a chain of 8,000 rules overflows the stack and ends the process,
-and {"type": "integer", "multipleOf": 999983} takes 7 s and 400 MB: not in the process that serves everybody else.
+The trial is needed because a grammar can harm the process that compiles it. llguidance bounds much of its work itself,
+but in version 1.9.1 a chain of 8,000 rules overflows the stack and crashes the process, and {"type": "integer",
+"multipleOf": 999983} takes 7 s and 400 MB.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import llguidance
 
 
 class ByteTokens:
-    """A vocabulary of single bytes, as llguidance.TokenizerWrapper takes one; 255 ends the text."""
+    """A vocabulary of single bytes in the form that llguidance.TokenizerWrapper takes; token 255 ends the text."""
 
     tokens = (*(bytes([byte]) for byte in range(255)), b"")
     eos_token_id = 255
@@ -23,7 +25,7 @@ class ByteTokens:
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles the grammar on standard input; takes no arguments."""
+    """Compiles the grammar on standard input and computes its first mask; it ignores its arguments."""
     wrapper = llguidance.TokenizerWrapper(ByteTokens())
     tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(ByteTokens.tokens))
     grammar = sys.stdin.buffer.read().decode()

@@ -1,6 +1,7 @@
-"""Structured output: a JSON schema, regex, choice or grammar as a constraint on the tokens. The adapter of llguidance.
+"""Structured output: turns a JSON schema, regex, choice or grammar into a constraint on the tokens, with llguidance.
 
-Owns: StructuredOutput -> llguidance's grammar -> TokenConstraint; the limits on what a grammar may cost.
+Owns: the way from a StructuredOutput to a grammar in llguidance's syntax and from there to a TokenConstraint; the limits
+on the time and memory that a grammar may take. No other module imports llguidance, except the trial program.
 Does not know: requests, the engine, jax.
 """
 
@@ -28,35 +29,39 @@ logger = logging.getLogger("jaxinfer")
 
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_LEXER_STATES = 50_000
-"""Of one or two kilobytes each, made while texts go on; llguidance's own limit is five times that."""
+"""Limit of the states that llguidance makes while a grammar is followed, one or two kilobytes each. llguidance's own
+limit is five times as many."""
 MAX_MESSAGE_LEN = 500
 NUM_KEPT = 64
-"""Grammars kept compiled; an application asks for the same few again and again."""
+"""How many compiled grammars stay cached; an application usually asks for the same few again and again."""
 TRIAL_SECONDS = 20.0
-"""Of wall-clock time, for a machine too busy to give the trial its one second of processor time sooner."""
+"""Wall-clock limit of a trial. It exceeds the one second of processor time in TRIAL_LIMITS for the sake of machines so
+busy that the trial has to wait for the processor."""
 TRIAL = Path(__file__).with_name("grammar_trial.py")
 TRIAL_LIMITS = {"RLIMIT_CPU": 1, "RLIMIT_AS": 1 << 30, "RLIMIT_STACK": 2 << 20}
-"""Seconds of processor time, bytes of address space, and bytes of stack: a quarter of the usual stack of a thread, in
-which the grammar will be compiled and followed."""
-MARKER = b"\xff"  # llguidance takes tokens that begin with this byte, which UTF-8 never has, for special ones
-# Without it a mask would hold only the tokenization that the tokenizer itself would choose for text that must come.
+"""Seconds of processor time, bytes of address space, bytes of stack. The stack is a quarter of a thread's usual 8 MiB,
+so that a grammar that passes the trial is safe in the thread that compiles and follows it later."""
+MARKER = b"\xff"  # llguidance takes tokens that begin with this byte, which UTF-8 never contains, for special tokens
 WHITESPACE = r"\n? {0,12}"
-"""Between the tokens of JSON, unless a schema's own x-guidance says otherwise; unlimited, a weak model may never get
-beyond it."""
+"""The whitespace allowed between the tokens of JSON, unless the schema's own x-guidance says otherwise. It is limited
+because a weak model might otherwise generate nothing but whitespace."""
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+"""Makes llguidance allow every tokenization of text that must come. By default its mask allows only the one that the
+tokenizer would choose."""
 
 
 class GrammarCompiler:
-    """Makes constraints of structured-output requests, for one tokenizer and model.
+    """Turns StructuredOutput into constraints, for one tokenizer and model.
 
-    Any sequence of tokens that spells an allowed text is allowed, not only the one the tokenizer would choose. Special
-    tokens never come inside the text. Where the text may end, all end tokens are allowed; without end tokens it ends
-    once nothing more can follow (an open-ended text such as a+ then goes on to its other limits).
+    Every sequence of tokens that spells an allowed text is allowed, not only the one that the tokenizer would choose.
+    Special tokens are not allowed inside the text. Where the text may end, all end tokens are allowed. A model without
+    end tokens ends where nothing more can follow; a text that could always go on, such as one of the regex a+, then
+    ends only at max_tokens or another limit.
 
     Args:
       tokenizer: of the checkpoint.
-      vocab_size: tokens of the model; ids beyond the tokenizer's never come.
-      eos_token_ids: tokens that end a text; they never stand for text here, whatever they spell.
+      vocab_size: tokens of the model; ids that the tokenizer lacks are never allowed.
+      eos_token_ids: tokens that end a text; they are never used as text, whatever they spell.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -66,10 +71,11 @@ class GrammarCompiler:
         self._kept = lru_cache(maxsize=NUM_KEPT)(self._compile)
 
     def compile(self, spec: StructuredOutput) -> TokenConstraint:
-        """The constraint that only texts of this form come.
+        """Returns the constraint that allows only outputs of this form.
 
         The first call builds llguidance's view of the vocabulary (up to a second for 150,000 tokens). Each new grammar
-        is tried in a process of its own first (about 0.1 s) and may take one second there.
+        is first compiled in a process of its own, which usually takes about 0.1 s and may take one second of processor
+        time. A grammar that was compiled recently is taken from a cache.
 
         Raises:
           ImportError: llguidance is not installed.
@@ -119,9 +125,10 @@ class GrammarCompiler:
 
 
 class _Tokens:
-    """A vocabulary as llguidance.TokenizerWrapper takes one: the model's and one more token, which ends a text.
+    """The model's vocabulary, and one more token, in the form that llguidance.TokenizerWrapper takes.
 
-    llguidance must have an end token; a model may have several or none, so they are put in place of this one.
+    llguidance needs exactly one end token, but a model may have several or none. The added token is llguidance's end
+    token; _GrammarState drops it from the masks and allows the model's end tokens where the text may end.
     """
 
     bos_token_id = None
@@ -133,14 +140,14 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """llguidance's tokenizer beside the model's masks.
+    """The vocabulary as llguidance sees it, and masks of the model's own tokens.
 
     Args:
-      native: an LLTokenizer of size + 1 tokens.
+      native: an LLTokenizer of size + 1 tokens (see _Tokens).
       size: tokens of the model.
-      text: mask of the tokens that stand for text, uint32[W].
-      ends: mask of the end tokens, uint32[W].
-      end_ids: the end tokens.
+      text: mask of the tokens that add text, uint32[W].
+      ends: mask of the model's end tokens, uint32[W].
+      end_ids: ids of the model's end tokens.
     """
 
     native: Any
@@ -152,13 +159,13 @@ class _Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class _Grammar:
-    """A compiled grammar; every sequence follows it with a copy of the matcher (some microseconds).
+    """A compiled grammar. Every sequence follows it with a matcher of its own, a copy that takes some microseconds.
 
     Args:
-      matcher: an LLMatcher that never moves; any thread may copy it.
+      matcher: an LLMatcher at the start of the grammar. It is never advanced, so any thread may copy it.
       vocabulary: of the model.
-      first: the text mask of an empty text, uint32[W], read-only: the same for all sequences, and some milliseconds'
-        work where many of 150,000 tokens may begin.
+      first: the text mask of an empty output, uint32[W], read-only. All sequences share it, since computing it takes
+        some milliseconds if many of 150,000 tokens may begin the text.
     """
 
     matcher: Any
@@ -170,16 +177,16 @@ class _Grammar:
 
 
 class _GrammarState:
-    """Where one text stands in a grammar.
+    """The position of one text in a grammar.
 
     Args:
-      matcher: its own copy.
+      matcher: a copy of the grammar's matcher, for this text alone.
       vocabulary: of the model.
-      text: the text mask of the present state, where it is known already.
+      text: the text mask of the present position, if it is known already.
 
     Raises:
-      ConstraintError: allowed, when following the grammar exceeds llguidance's limits or the vocabulary cannot write
-        what must come next; advance, for a token that is not allowed.
+      ConstraintError: raised by allowed if following the grammar exceeds llguidance's limits, or if no token can write
+        what must come next; raised by advance for a token that is not allowed.
     """
 
     def __init__(self, matcher: Any, vocabulary: _Vocabulary, text: np.ndarray | None = None) -> None:
@@ -207,7 +214,7 @@ class _GrammarState:
         return self._ended or self._matcher.is_accepting()
 
     def text_mask(self) -> np.ndarray:
-        """The tokens that may go on with the text, uint32[W]; computed once a token."""
+        """Mask of the tokens that may continue the text, end tokens excluded, uint32[W]; computed once per position."""
         if self._text is None:
             self._text = self._compute_text_mask()
         return self._text
@@ -236,7 +243,7 @@ def _llguidance() -> Any:
 
 
 def _grammar(spec: StructuredOutput) -> tuple[str, str]:
-    """The field that is given, and its grammar in llguidance's Lark."""
+    """Returns the name of the field that is given, and its grammar in llguidance's dialect of Lark."""
     if spec.json is not None:
         schema = {"x-guidance": {"whitespace_pattern": WHITESPACE}} | (json.loads(str(spec.json)) or {"type": "object"})
         return "structured.json", f"start: %json {json.dumps(schema)}{NO_FORCING}"
@@ -249,16 +256,16 @@ def _grammar(spec: StructuredOutput) -> tuple[str, str]:
 
 
 def _literal(text: str) -> str:
-    """A string of Lark's, whose escapes are JSON's; DEL, which JSON leaves as it is, must be escaped too."""
+    """The text as a string literal of Lark. Its escapes are those of JSON, except that DEL must be escaped too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _try_elsewhere(field: str, grammar: str, llguidance: Any) -> None:
-    """Compiles a grammar in a process of its own, which may die of it.
+    """Compiles a grammar in a process of its own, so that a grammar that crashes or hangs does no harm here.
 
     Raises:
-      ValueError: it did.
-      RuntimeError: the trial itself could not be run.
+      ValueError: the process crashed or exceeded a limit.
+      RuntimeError: the trial program itself failed, for example because it cannot import llguidance.
     """
     try:
         trial = subprocess.run(

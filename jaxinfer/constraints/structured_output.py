@@ -1,7 +1,7 @@
-"""What the whole output must look like, as the user says it.
+"""StructuredOutput: the user's description of what the whole output must look like.
 
-Owns: StructuredOutput, its fields checked once.
-Does not know: grammars, tokens; structured.py makes a constraint of it.
+Owns: the class and the checks of its fields, which are made once, at construction.
+Does not know: grammars and tokens; structured.py turns it into a constraint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _require_text(name: str, value: object) -> str:
 
 
 def _require_schema(name: str, value: object) -> str:
-    """A JSON schema as JSON text."""
+    """Returns a JSON schema as JSON text, whether it was given as text or as a dict."""
     expected = f"{name} must be a JSON object, as a dict or as its text"
     if not isinstance(value, (str, Mapping)):
         raise TypeError(f"{expected}, got {value!r} of type {type(value).__name__}")
@@ -61,7 +61,7 @@ class StructuredOutput:
       lark: a context-free grammar in llguidance's dialect of Lark; its rule `start` is the output.
 
     Raises:
-      TypeError, ValueError: none or several are given, or one is not what it must be; the message names the field.
+      TypeError, ValueError: no field or several are given, or its value is wrong; the message names the field.
 
     Example:
       >>> StructuredOutput(json={"type": "integer"}).json

@@ -1,1 +1,1 @@
-"""Text around an engine that only knows ids: prompts become requests, tokens become text, stop strings end it."""
+"""Text around an engine that works on token ids: tokenises prompts, detokenises outputs, looks for stop strings."""

@@ -1,7 +1,8 @@
-"""The answer to one prompt while it grows.
+"""GrowingAnswer: the answer to one prompt while its tokens arrive.
 
-Owns: its texts, its prompt's log-probabilities, its times and what made it fail; the snapshot of all these.
-Does not know: the engine, threads, where requests come from.
+Owns: the answer's texts (one per sample), the log-probabilities of its prompt, its times and the error that made it
+fail; the RequestOutput that is a snapshot of all these.
+Does not know: the engine, how threads are started, where requests come from.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ PromptLogprobs = tuple[dict[int, Logprob] | None, ...]
 
 
 class GrowingAnswer:
-    """The answer to one submission. One thread lets it grow while another one reads it, as with GrowingCompletion.
+    """The answer to one submission while it grows.
+
+    One thread adds tokens (push, end_search, finish) while another one takes snapshots (output), without a lock;
+    GrowingCompletion explains the order of reads and writes that makes this safe.
 
     Args:
-      submission: what was asked.
-      tokenizer: None works on ids alone.
+      submission: the prompt and its requests.
+      tokenizer: None makes outputs with token ids only.
       eos_token_ids: the end tokens of the checkpoint.
-      provenance: for the records of outputs; None makes outputs without a record.
+      provenance: put into every output, for its record; None makes outputs without a record.
     """
 
     def __init__(
@@ -65,12 +69,12 @@ class GrowingAnswer:
 
     @property
     def request_id(self) -> str:
-        """Of its first request."""
+        """The id of its first request, which names the whole answer."""
         return self.submission.requests[0].request_id
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all its texts so far."""
+        """Tokens generated so far, summed over its texts."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
     @property
@@ -79,13 +83,13 @@ class GrowingAnswer:
         return self.error is not None or all(entry.finish_reason is not None for entry in self.completions)
 
     def push(self, index: int, event: TokenEvent) -> None:
-        """Takes the next token of one of its texts, and what came with it."""
+        """Adds the next token to the text of that index, and takes the other results that the event carries."""
         self._first_token_time = self._first_token_time or time.monotonic()
         if index == 0:
             self._num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self._found_in_prompt = event.prompt_logprobs
-        if self.submission.params.max_tokens == 0:  # the engine samples one token at least
+        if self.submission.params.max_tokens == 0:  # the engine samples at least one token, which is not part of it
             self.finish("length")
             return
         self.completions[index].push(event)
@@ -93,10 +97,12 @@ class GrowingAnswer:
             self._finished_time = time.monotonic()
 
     def end_search(self, hypotheses: Sequence[Hypothesis], *, num_cached_tokens: int) -> None:
-        """Takes the texts that a beam search found, best first.
+        """Ends the answer with the texts that a beam search found.
 
-        They are fewer than asked for if the vocabulary has no more; none, if the model's numbers are not finite, ends
-        the answer with "abort".
+        Args:
+          hypotheses: the texts, best first. They are fewer than num_return_sequences if a tiny vocabulary has no more.
+            An empty sequence means that the model's logits were not finite; the answer then ends with "abort".
+          num_cached_tokens: prompt tokens that came from the prefix cache.
         """
         self._num_cached_tokens = num_cached_tokens
         self._first_token_time = self._finished_time = time.monotonic()
@@ -109,21 +115,22 @@ class GrowingAnswer:
         self.completions = completions
 
     def finish(self, reason: Literal["length", "abort"]) -> None:
-        """Ends the texts that have not ended yet."""
+        """Ends all texts that have not ended yet, with this reason."""
         self._finished_time = self._finished_time or time.monotonic()
         for completion in self.completions:
             if completion.finish_reason is None:
                 completion.finish(reason)
 
     def output(self) -> RequestOutput:
-        """A snapshot; its deltas are the text since the previous one.
+        """Takes a snapshot; the deltas in it hold the text that is new since the previous snapshot.
 
         Raises:
           RequestFailedError: the answer failed, or its tokens cannot be turned into text.
         """
         if self.error is not None:
             raise RequestFailedError.caused_by(self.error)
-        is_finished, submission = self.is_finished, self.submission  # read first, as GrowingCompletion says
+        # is_finished is read before the tokens: if it is True, all tokens are there (see GrowingCompletion).
+        is_finished, submission = self.is_finished, self.submission
         try:
             outputs = tuple(completion.output() for completion in self.completions)
             prompt_logprobs = self._read_prompt_logprobs()
@@ -149,7 +156,7 @@ class GrowingAnswer:
         )
 
     def _read_prompt_logprobs(self) -> PromptLogprobs | None:
-        """Log-probabilities of the prompt's tokens, converted once."""
+        """Log-probabilities of the prompt's tokens, converted to Logprob objects at the first call."""
         if self._prompt_logprobs is None and self._found_in_prompt is not None:
             pairs = zip(self.submission.requests[0].prompt_token_ids[1:], self._found_in_prompt, strict=True)
             self._prompt_logprobs = (None, *(as_logprobs(*pair, self._tokenizer) for pair in pairs))

@@ -1,7 +1,8 @@
-"""One text while its tokens arrive.
+"""GrowingCompletion: one generated text while its tokens arrive.
 
-Owns: detokenisation, stop strings, the state from which a CompletionOutput is made.
-Does not know: prompts, the engine, devices.
+Owns: turning the tokens into text piece by piece, looking for stop strings, the state from which a CompletionOutput is
+made.
+Does not know: how prompts are prepared, the engine, devices.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from jaxinfer.tokenizer.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class StopMatcher:
-    """Finds stop strings in text that arrives in pieces, and holds back what may begin one.
+    """Finds stop strings in text that arrives in pieces, and holds back an end that may be the beginning of one.
 
     Args:
-      stop_strings: none of them empty.
-      include: leave the match in the text.
+      stop_strings: the strings, none of them empty.
+      include: whether the stop string itself is part of the text.
+
+    Example:
+      >>> matcher = StopMatcher(["END"], include=False)
+      >>> matcher.push("The E"), matcher.push("ast"), matcher.push(" END."), matcher.matched
+      ('The ', 'East', ' ', 'END')
     """
 
     def __init__(self, stop_strings: Sequence[str], *, include: bool):
@@ -30,11 +36,14 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str, *, suspended: bool = False) -> str:
-        """Takes new text; returns what is certain not to belong to a stop string, up to the first match.
+        """Takes new text; returns as much of the text not yet returned as is certain.
+
+        After a match, that is the text up to the stop string, or through it with include=True, and `matched` is the
+        string. Without a match, it is everything but an end that may begin a stop string.
 
         Args:
-          text: what is new.
-          suspended: a stop string that ends in it does not count.
+          text: the new text.
+          suspended: do not look for stop strings now, because min_tokens is not reached.
         """
         self._held += text
         stop_strings = () if suspended else self._stop_strings
@@ -50,24 +59,24 @@ class StopMatcher:
         return released
 
     def finish(self) -> str:
-        """Returns what was held back: no stop string will come any more."""
+        """Returns the text that was held back; called at the end, when it cannot become a stop string any more."""
         released, self._held = self._held, ""
         return released
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a proper prefix of the stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
 class GrowingText:
-    """The text of one completion, token by token.
+    """The text of one completion, built token by token.
 
     Args:
-      tokenizer: decodes.
-      prompt_token_ids: what the text follows.
-      params: its stop strings, and which tokens it shows.
-      stop_token_ids: ids that end the text and are no part of it.
+      tokenizer: decodes the tokens.
+      prompt_token_ids: the prompt, on which the text of the first tokens may depend (a character may span both).
+      params: uses stop, include_stop_str_in_output, min_tokens and skip_special_tokens.
+      stop_token_ids: ids that end the text and are left out of it.
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class GrowingText:
             tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
         )
         self.pieces: list[str] = []
-        """What each token made certain; finish adds one more."""
+        """The text that each token made certain, one entry per token ("" if none); finish adds one entry more."""
         self.num_tokens = 0
 
     @property
@@ -103,25 +112,27 @@ class GrowingText:
         self.pieces.append(piece)
 
     def finish(self) -> None:
-        """Ends the text; what was held back becomes the last piece. A second call changes nothing."""
+        """Ends the text: what was held back becomes one more piece. A second call changes nothing."""
         if len(self.pieces) == self.num_tokens:
             rest = "" if self.matched else self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             self.pieces.append(rest)
 
 
 class GrowingCompletion:
-    """One text of one prompt. One thread lets it grow (push, complete, finish) while another one reads it (output).
+    """One generated text of one prompt, written by one thread and read by another without a lock.
 
-    Neither waits for the other. What grows is only appended to: of one token first its log-probabilities, then its
-    text, then its id; and finish_reason is set after all tokens are there. A reader looks in the opposite order, so
-    that what it sees belongs together. Each position is turned into text and Logprobs once: by the reader, or, if stop
-    strings have to be looked for, into text as soon as it comes.
+    The writer calls push, complete and finish, the reader calls output. The lists are only appended to, and always in
+    this order: a token's log-probabilities, its text, its id, and after the last token finish_reason. The reader reads
+    in the opposite order: if it sees a token's id, the text and log-probabilities of that token are there already.
+
+    Each token is turned into text once: by the reader when it takes an output, or by the writer if the text must be
+    searched for stop strings. Only the reader makes Logprob objects.
 
     Args:
-      index: which of the prompt's texts.
-      request: what the engine was asked for.
-      params: how its text ends and reads.
-      tokenizer: None works on ids alone.
+      index: which of the prompt's samples this is, from 0.
+      request: the engine's request for it.
+      params: uses ignore_eos, logprobs and the fields that GrowingText uses.
+      tokenizer: None makes outputs with token ids only.
       eos_token_ids: the end tokens of the checkpoint.
     """
 
@@ -144,14 +155,14 @@ class GrowingCompletion:
         self._found: list[TokenLogprobs] = []
         self._stop_reason: str | int | None = None
         self._score: float | None = None
-        # Of the reader: what its last snapshot held.
+        # Only the reader uses these; they hold what its last snapshot contained.
         self._text = ""
         self._num_pieces = 0
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
 
     def push(self, event: TokenEvent) -> None:
-        """Takes its next token; it may end by that or by a stop string in its text."""
+        """Adds the next token. The completion ends if the engine says so or if a stop string is found."""
         if event.logprobs is not None:
             self._found.append(event.logprobs)
         if self._params.stop_strings and self._growing_text is not None:
@@ -164,21 +175,21 @@ class GrowingCompletion:
             self.finish(event.finish_reason)
 
     def complete(self, token_ids: Sequence[int], reason: FinishReason, score: float) -> None:
-        """Takes all its tokens at once, with beam search's score."""
+        """Sets all tokens at once and ends the completion, with the score of beam search."""
         self.token_ids.extend(token_ids)
         self._score = score
         self.finish(reason)
 
     def finish(self, reason: FinishReason) -> None:
-        """Ends it."""
+        """Ends the completion. If it ends with one of the caller's stop_token_ids, that becomes its stop_reason."""
         last = self.token_ids[-1] if self.token_ids else None
         if last in self.request.stop_token_ids and last not in self._eos_token_ids and self._stop_reason is None:
             self._stop_reason = last
         self.finish_reason = reason
 
     def output(self) -> CompletionOutput:
-        """A snapshot; its delta is the text since the last one."""
-        reason = self.finish_reason  # read first: once it is there, nothing grows any more
+        """Takes a snapshot; its delta is the text that is new since the previous snapshot."""
+        reason = self.finish_reason  # read first: if it is set, all tokens are there
         num_tokens = len(self.token_ids)
         delta = self._read_text(num_tokens, has_ended=reason is not None)
         wants_logprobs = self._params.logprobs is not None
@@ -199,7 +210,7 @@ class GrowingCompletion:
 
     @cached_property
     def _growing_text(self) -> GrowingText | None:
-        """Made by whoever turns tokens into text."""
+        """Created at the first use, by the one thread that turns this completion's tokens into text."""
         if self._tokenizer is None:
             return None
         request = self.request
@@ -208,7 +219,7 @@ class GrowingCompletion:
         )
 
     def _read_text(self, num_tokens: int, *, has_ended: bool) -> str | None:
-        """Takes the text of the leading tokens; returns what is new of it, or None without a tokenizer."""
+        """Extends the snapshot's text to the first num_tokens tokens; returns what is new, None without a tokenizer."""
         text = self._growing_text
         if text is None:
             return None
@@ -230,7 +241,7 @@ class GrowingCompletion:
 
 
 def as_logprobs(token_id: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """What was found at one position, as users see it: the token of that position first, then the most likely ones."""
+    """Makes the Logprob objects of one position: the token of that position first, then the most likely tokens."""
 
     def entry(token_id: int, logprob: float, rank: int) -> Logprob:
         text = None if tokenizer is None else tokenizer.token_text(token_id)

@@ -1,7 +1,10 @@
-"""Text in, text out, around an engine that only knows ids.
+"""TextGenerationController: the engine's front end, with prompts as text or ids going in and answers coming out.
 
-Owns: which answer each of the engine's events belongs to, and what ends an answer before the engine would.
-Does not know: devices, threads, schedules. Counterpart of Megatron's TextGenerationController.
+Owns: the answer that each engine event belongs to; ending an answer early because of a stop string, an error or an
+abort.
+Does not know: devices, threads, scheduling.
+
+It is the counterpart of Megatron's TextGenerationController.
 """
 
 from __future__ import annotations
@@ -20,17 +23,17 @@ from jaxinfer.tokenizer.tokenizer import Tokenizer
 class TextGenerationController:
     """Turns prompts into engine requests and engine tokens into text.
 
-    Not thread-safe, save for prepare and prepare_beam_search: one thread submits and steps. Answers may be read by
-    another one.
+    Any thread may call encode, prepare and prepare_beam_search. All other methods belong to one thread, which submits
+    and steps; another thread may read the answers.
 
     Args:
       engine: runs the requests.
-      tokenizer: None works on ids alone.
-      defaults: of the checkpoint.
-      vocab_size: of the model; prompt ids lie below it.
-      max_model_len: tokens of prompt and output together.
-      seed: from which the seeds of requests without one are derived.
-      provenance: for the records of outputs; None makes outputs without a record.
+      tokenizer: None takes and returns token ids only.
+      defaults: the checkpoint's sampling settings and end tokens.
+      vocab_size: the model's; prompt ids must be below it.
+      max_model_len: tokens of prompt and output together that a request may have.
+      seed: for a request without a seed of its own, one is derived from this and the request's number.
+      provenance: put into every output, for its record; None makes outputs without a record.
     """
 
     def __init__(
@@ -51,48 +54,48 @@ class TextGenerationController:
         self._preparation = Preparation(
             tokenizer, defaults=defaults, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed
         )
-        # The engine's request id -> the answer, and which of its texts.
+        # The engine's request id -> the answer it belongs to, and the index of its text in that answer.
         self._places: dict[str, tuple[GrowingAnswer, int]] = {}
 
     @property
     def default_params(self) -> SamplingParams:
-        """The checkpoint's own way of sampling, for calls that bring no SamplingParams."""
+        """The checkpoint's own sampling settings, for calls that give no SamplingParams."""
         return SamplingParams(
             temperature=self._defaults.temperature, top_k=self._defaults.top_k, top_p=self._defaults.top_p
         )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt as generation would see it; errors as prepare's."""
+        """Token ids of a prompt, with special tokens, as generate would use them; errors as prepare's."""
         return self._preparation.encode(prompt)
 
     def prepare(
         self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True, ends_at: int | None = None
     ) -> Submission:
-        """Tokenises and validates a prompt, changing nothing.
+        """Tokenises and validates a prompt. Nothing starts until the result is passed to submit.
 
         Args:
           prompt: text, or token ids.
           params: how to sample.
-          add_special_tokens: put around a text what the tokenizer puts around prompts (BOS and such); a chat template
-            has written that itself.
-          ends_at: tokens of prompt and output together at which a request without max_tokens ends; None is
+          add_special_tokens: let the tokenizer put its special tokens (BOS and such) around a text prompt. False for
+            the text of a chat template, which contains them already.
+          ends_at: a request with max_tokens=None ends when prompt and output together have this many tokens; None is
             max_model_len.
 
         Raises:
           TypeError: the prompt is neither text nor ids.
-          ValueError: it is empty, too long, has ids outside the vocabulary, or could never fit the KV pages; or the
-            parameters contradict each other, need a tokenizer that is not there, or bring a bad grammar.
-          ImportError: structured output without llguidance.
+          ValueError: the prompt is empty, too long, has ids outside the vocabulary, or could never fit the KV pages; or
+            the parameters contradict each other, need a tokenizer that the LLM lacks, or contain a bad grammar.
+          ImportError: the parameters ask for structured output and llguidance is not installed.
         """
         submission = self._preparation.samples(prompt, params, add_special_tokens=add_special_tokens, ends_at=ends_at)
         self._engine.check_request(submission.requests[0])
         return submission
 
     def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams) -> Submission:
-        """As prepare, for a beam search.
+        """Tokenises and validates a prompt for a beam search.
 
         Raises:
-          TypeError, ValueError: as prepare; or more beams than can run side by side.
+          TypeError, ValueError: as prepare, or beam_width exceeds the number of sequences that can run side by side.
         """
         submission = self._preparation.beam_search(prompt, params)
         self._engine.check_request(submission.requests[0], beam_width=params.beam_width)
@@ -105,7 +108,7 @@ class TextGenerationController:
           Its answer, which grows with every step until it is finished.
 
         Raises:
-          Whatever the submission's constraint raises when it starts; then nothing was queued.
+          Whatever exception the submission's constraint raises when it starts; no request is left in the engine then.
         """
         answer = GrowingAnswer(
             submission,
@@ -130,7 +133,7 @@ class TextGenerationController:
         return answer
 
     def has_unfinished(self) -> bool:
-        """Whether the engine still has work."""
+        """Whether the engine still has requests to run."""
         return self._engine.has_unfinished()
 
     def step(self) -> list[GrowingAnswer]:
@@ -155,25 +158,25 @@ class TextGenerationController:
         return list(changed)
 
     def abort(self, answer: GrowingAnswer) -> None:
-        """Ends an answer with what it has so far."""
+        """Ends an answer with finish reason "abort"; it keeps the tokens that it has."""
         self._end_requests(answer)
         answer.finish("abort")
 
     def forget(self, answer: GrowingAnswer) -> None:
-        """Ends an answer, if it still grows, and drops what is kept for it here and in the engine."""
+        """Aborts an answer if it still grows, and frees what the controller and the engine keep for it."""
         self.abort(answer)
         for request in answer.submission.requests:
             self._places.pop(request.request_id, None)
 
     def _consume(self, answer: GrowingAnswer, index: int, event: TokenEvent) -> None:
-        """Takes a token to its text."""
+        """Adds a token to its text in the answer."""
         if answer.error is not None or answer.completions[index].finish_reason is not None:
-            return  # a stop string ended the text with an earlier token of this very step
+            return  # an earlier token of this step ended the text by a stop string, or made the answer fail
         try:
             answer.push(index, event)
         except INTERRUPTS:
             raise
-        except BaseException as error:  # of a tokenizer: a panic of one written in Rust is no Exception
+        except BaseException as error:  # the tokenizer failed; a panic of one written in Rust is not an Exception
             self._fail(answer, error)
         else:
             if event.finish_reason is None and answer.completions[index].finish_reason is not None:

@@ -1,8 +1,8 @@
-"""From a prompt and wishes to validated requests for the engine.
+"""Turns a prompt and its parameters into validated requests for the engine.
 
-Owns: tokenising a prompt, the sampling policy (defaults, seeds, end tokens, constraints), every check that needs the
-model's numbers.
-Does not know: devices, schedules, how texts grow.
+Owns: tokenising prompts; choosing seeds, end tokens, token limits and constraints; every check of parameters that needs
+the model's vocabulary size or context length.
+Does not know: devices, scheduling, how tokens become text again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxinfer.tokenizer.vocabulary import token_bytes
 
 Prompt = str | Sequence[int]
 NUM_KEPT_WORDS = 64
-"""Lists of bad words kept with their masks."""
+"""How many lists of bad words stay cached, with the masks that were made for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +36,11 @@ class Submission:
     """A validated prompt, ready for the engine.
 
     Args:
-      prompt: the text asked with; None when asked with ids.
-      params: as asked; for a beam search what its texts and their ends have in common with samples.
-      requests: for the engine, one a sample; their max_tokens are at least 1 even when nothing is to be generated.
-      beam_search: how beams are searched; None samples.
+      prompt: the prompt's text; None if the caller gave token ids.
+      params: the caller's parameters. For a beam search, SamplingParams made from those settings that both kinds have
+        (max_tokens, stop tokens and the like).
+      requests: the engine's requests, one per sample. Their max_tokens is at least 1, even if params.max_tokens is 0.
+      beam_search: the parameters of a beam search; None for sampling.
     """
 
     prompt: str | None
@@ -52,11 +53,11 @@ class Preparation:
     """Turns prompts into submissions; safe to use from several threads.
 
     Args:
-      tokenizer: None works on ids alone.
-      defaults: of the checkpoint.
-      vocab_size: of the model; prompt ids lie below it.
-      max_model_len: tokens of prompt and output together.
-      seed: from which the seeds of requests without one are derived.
+      tokenizer: None takes prompts as token ids only.
+      defaults: the checkpoint's end tokens.
+      vocab_size: the model's; prompt ids must be below it.
+      max_model_len: tokens of prompt and output together that a request may have.
+      seed: for a request without a seed of its own, one is derived from this and the request's number.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Preparation:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._seed = seed
-        self._numbers = itertools.count()  # next() is atomic, so that threads may prepare at the same time
+        self._numbers = itertools.count()  # next() of it is atomic, so threads need no lock
         eos = defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
         self.eos_token_ids = frozenset(eos)
         self._bad_words = lru_cache(NUM_KEPT_WORDS)(self._make_bad_words)
@@ -80,7 +81,7 @@ class Preparation:
     def samples(
         self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True, ends_at: int | None = None
     ) -> Submission:
-        """A submission that samples; arguments and errors as TextGenerationController.prepare's."""
+        """Makes a submission for sampling; arguments and errors as TextGenerationController.prepare's."""
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)[-(params.truncate_prompt_tokens or 0) :]
@@ -95,7 +96,7 @@ class Preparation:
             max_tokens=max(limit, 1),
             stop_token_ids=self._stop_token_ids(params),
             temperature=params.temperature,
-            top_k=params.top_k if params.top_k < self._vocab_size else 0,  # keeps all, which is cheaper left undone
+            top_k=params.top_k if params.top_k < self._vocab_size else 0,  # 0 also keeps all tokens and costs nothing
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed,
@@ -115,7 +116,7 @@ class Preparation:
         return Submission(prompt=_text(prompt), params=params, requests=(first, *others))
 
     def beam_search(self, prompt: Prompt, params: BeamSearchParams) -> Submission:
-        """A submission that searches with beams; errors as samples'."""
+        """Makes a submission for beam search; errors as samples'."""
         ends = SamplingParams(
             temperature=0.0,
             max_tokens=params.max_tokens,
@@ -128,7 +129,7 @@ class Preparation:
         return dataclasses.replace(submission, beam_search=params)
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a prompt, at least one, all in the vocabulary; errors as samples'."""
+        """Returns the token ids of a prompt, after checking that there is one and that all are in the vocabulary."""
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer, this LLM has none; pass token ids or tokenizer=...")
@@ -147,7 +148,7 @@ class Preparation:
         return token_ids
 
     def _check_edits(self, params: SamplingParams, request: Request) -> None:
-        """Refuses token ids outside the vocabulary, and masks that leave no token."""
+        """Raises ValueError for token ids outside the vocabulary and for masks that leave no token to sample."""
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             beyond = [token_id for token_id in getattr(params, name) or () if token_id >= self._vocab_size]
             if beyond:
@@ -165,7 +166,10 @@ class Preparation:
         return own if params.ignore_eos else own | self.eos_token_ids
 
     def _constraint(self, params: SamplingParams) -> TokenConstraint | None:
-        """What params say of which tokens may come, as far as it takes more than a fixed mask."""
+        """The constraint for bad_words and structured, whose mask changes with every token; None without them.
+
+        allowed_token_ids alone is a fixed mask, which the device applies (LogitEdits).
+        """
         constraints: list[TokenConstraint] = []
         if params.bad_words:
             self._require_tokenizer("bad_words")
@@ -175,7 +179,8 @@ class Preparation:
             constraints.append(self._grammars.compile(params.structured))
         if not constraints:
             return None
-        if params.allowed_token_ids is not None:  # so that together they are seen to leave no token
+        # allowed_token_ids is added here too, so that the engine notices when all of them together leave no token.
+        if params.allowed_token_ids is not None:
             inside = [token_id for token_id in params.allowed_token_ids if token_id < self._vocab_size]
             constraints.append(OnlyThese(inside, self._vocab_size))
         return constraints[0] if len(constraints) == 1 else AllOf(constraints)
@@ -199,7 +204,7 @@ class Preparation:
 
     @staticmethod
     def _hash(text: str) -> int:
-        """A seed, 0 .. 2**63 - 1."""
+        """A seed in 0 .. 2**63 - 1, the same for the same text."""
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

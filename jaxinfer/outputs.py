@@ -44,8 +44,9 @@ class CompletionOutput:
       logprobs: one mapping id -> Logprob per token, of the sampled token and the most likely ones; None unless
         SamplingParams.logprobs asked for them.
       cumulative_logprob: sum of the log-probabilities of the sampled tokens; None unless logprobs were asked for.
-      finish_reason: "stop" after an end token, stop token or stop string, "length" at a limit of tokens, "abort" if the
-        request was aborted; None while it runs.
+      finish_reason: "stop" after an end token, stop token or stop string, or once structured output is complete;
+        "length" at a limit of tokens; "abort" if the request was aborted or its constraints left no token; None while
+        it runs.
       stop_reason: the stop string or stop token id that ended the text; None if an end token of the checkpoint did.
       seed: the seed of this sample's noise.
       score: for beam search, log-probability / length ** length_penalty; None for samples.

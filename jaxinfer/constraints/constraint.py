@@ -20,7 +20,7 @@ WORD_BITS = 32
 
 
 class ConstraintError(RuntimeError):
-    """A constraint cannot tell what may come next, or got a token that it did not allow; its request fails."""
+    """A constraint cannot tell what may come next, or got a token that it did not allow; its sequence must end."""
 
 
 @runtime_checkable

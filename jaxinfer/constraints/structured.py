@@ -1,7 +1,7 @@
 """Structured output: turns a JSON schema, regex, choice or grammar into a constraint on the tokens, with llguidance.
 
-Owns: the way from a StructuredOutput to a grammar in llguidance's syntax and from there to a TokenConstraint; the limits
-on the time and memory that a grammar may take. No other module imports llguidance, except the trial program.
+Owns: the way from a StructuredOutput to a grammar in llguidance's syntax and from there to a TokenConstraint; the
+limits on the time and memory that a grammar may take. Only this module and the trial program import llguidance.
 Does not know: requests, the engine, jax.
 """
 

@@ -1,1 +1,1 @@
-"""What is written down of an output: its record as a line of JSON, its picture as HTML."""
+"""How an output is written down: its record as a line of JSON, and its tokens as HTML for notebooks."""

@@ -1,6 +1,6 @@
-"""Generated tokens as HTML for notebooks: coloured by probability, alternatives on hover.
+"""Renders generated tokens as HTML for notebooks: coloured by probability, with the alternatives on hover.
 
-Owns: the markup. Everything that comes from a model or a user is escaped.
+Owns: the markup, and escaping everything in it that comes from a model or a user.
 Does not know: requests, tokenizers; it gets texts and numbers.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _STRONGEST = 0.85
-"""Opacity of the colour behind a token of probability 0; one of probability 1 has none."""
+"""Opacity of the background colour of a token of probability 0; it falls linearly to 0 at probability 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,9 +20,9 @@ class TokenView:
     """One token as shown.
 
     Args:
-      text: of the token.
-      logprob: natural log of its probability; None when it is not known.
-      alternatives: (text, logprob) of the most likely tokens of its position, best first.
+      text: the token's text.
+      logprob: natural logarithm of its probability; None if it is not known, and then the token has no colour.
+      alternatives: (text, logprob) of the most likely tokens at its position, best first.
     """
 
     text: str
@@ -35,8 +35,8 @@ class OutputView:
     """One generated text as shown.
 
     Args:
-      tokens: in order; one without log-probabilities may hold the whole text.
-      caption: a line below it.
+      tokens: the tokens in order; without log-probabilities, one TokenView may hold the whole text.
+      caption: a line below the text.
     """
 
     tokens: tuple[TokenView, ...]
@@ -44,11 +44,11 @@ class OutputView:
 
 
 def render(prompt: str, outputs: Sequence[OutputView]) -> str:
-    """HTML of a prompt and what was generated from it.
+    """Renders a prompt and the texts generated from it.
 
     Args:
-      prompt: as text.
-      outputs: the samples.
+      prompt: the prompt's text.
+      outputs: the generated texts; the prompt is repeated before each.
 
     Returns:
       One <div> that needs neither scripts nor style sheets and is readable on light and dark pages.

@@ -1,7 +1,8 @@
-"""Frozen dataclasses as lines of JSON, and where the outputs of an LLM come from.
+"""JsonRecord, a base class that writes dataclasses as lines of JSON and reads them back; and Provenance.
 
-Owns: the format of a line and its version, the way from JSON back to typed fields, Provenance.
-Does not know: jax, requests, how provenance is found out.
+Owns: the format of a line and its version; turning JSON back into typed fields; Provenance, the part of a record that
+says which model, settings and machine made it.
+Does not know: jax, requests, how the provenance is collected.
 """
 
 from __future__ import annotations
@@ -18,30 +19,32 @@ from typing import Any, Literal, Self
 from jaxinfer.config import EngineConfig
 
 FORMAT = 1
-"""Version of the lines; another one is refused."""
+"""Version of the format, written into every line; a line of another version is refused."""
 _SHOWN_CHARACTERS = 60
 
 
 class JsonRecord:
-    """A dataclass that can be written as one line of JSON and read back.
+    """Base of dataclasses that can be written as one line of JSON and read back.
 
-    Fields may be plain values, sequences (read back as tuples), mappings, further dataclasses, and unions of these.
-    A field without a default must be in the line; the classes check the rest themselves.
+    Fields may be plain values, sequences (read back as tuples), mappings, other dataclasses, and unions of these.
+    Reading checks that every field without a default is in the line and that types fit; further checks are up to the
+    dataclass's __post_init__.
     """
 
     __slots__ = ()
 
     def to_json(self) -> str:
-        """One line of ASCII, without a line break."""
+        """Writes the record as one line of ASCII, without a line break at its end."""
         fields = dataclasses.asdict(typing.cast(Any, self))
         return json.dumps({"format": FORMAT, **fields})
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """What to_json wrote.
+        """Reads a record that to_json wrote.
 
         Raises:
-          ValueError: not a JSON object, an unknown format version, a field that is missing, unknown or wrong.
+          ValueError: the line is not a JSON object or of an unknown format version, or a field is missing, unknown or
+            wrong.
         """
         try:
             fields = json.loads(line)
@@ -54,23 +57,23 @@ class JsonRecord:
             raise ValueError(f"unknown format version {_shown(found)}, this version of jaxinfer reads {FORMAT}")
         try:
             return _build(cls, fields)
-        except (TypeError, NotImplementedError) as error:  # how settings refuse a value
+        except (TypeError, NotImplementedError) as error:  # raised by checks of the dataclasses, beside ValueError
             raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance(JsonRecord):
-    """What all outputs of one LLM have in common.
+    """Where the outputs of an LLM come from: model, settings, versions and devices, the same for all its outputs.
 
     Args:
-      model: as the user named it; None for weights that were in memory.
-      fingerprint: of the checkpoint's files (checkpoint.directory.fingerprint); None for weights that were in memory.
-      tokenizer: as the user named it, a class name in angle brackets for an object; None for the checkpoint's own.
-      engine: all settings.
-      versions: of Python ("python") and of packages by name.
+      model: the model as the user named it; None for weights that were in memory.
+      fingerprint: hash of the checkpoint's files (checkpoint.directory.fingerprint); None for weights in memory.
+      tokenizer: the tokenizer as the user named it, or "<ClassName>" for an object; None for the checkpoint's own.
+      engine: the engine's settings.
+      versions: version of Python (under "python") and of packages, by name.
       platform: "cpu", "gpu" or "tpu".
-      device_kind: of the first device, as JAX names it.
-      mesh: pipeline stages and tensor shards.
+      device_kind: kind of the first device, as JAX names it.
+      mesh: numbers of pipeline stages and of tensor shards.
     """
 
     model: str | None
@@ -83,7 +86,10 @@ class Provenance(JsonRecord):
     mesh: tuple[int, int]
 
     def changes(self, now: Provenance) -> tuple[str, ...]:
-        """What may explain other tokens, in words: other versions, devices or files of the model, if recorded."""
+        """Compares with the provenance of now: one phrase for each version, device or model file that has changed.
+
+        Such a change may explain why a replay gives other tokens. What was not recorded is not compared.
+        """
         before, after = self._circumstances(), now._circumstances()
         return tuple(
             f"{name} was {before[name]}, is now {value}"
@@ -109,7 +115,7 @@ def _build(cls: type, fields: Mapping[str, Any]) -> Any:
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:
-    """A field's value from its JSON; a union is read as its first member that can hold it."""
+    """Makes a field's value from its JSON; for a union, the first member that can hold the value is taken."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     for option in typing.get_args(hint) if is_union else (hint,):
         if _fits(option, value):

@@ -1,1 +1,1 @@
-"""Child processes for what a stranger wrote: chat templates, and the confinement that they and grammars run in."""
+"""Child processes with limits, for untrusted input: chat templates are rendered and grammars are tried in them."""

@@ -1,6 +1,9 @@
-"""Program: renders Jinja templates, one request a line of JSON; template_sandbox.py runs it, in a process that may die.
+"""A program that renders Jinja templates; template_sandbox.py runs it in a process that may be killed.
 
-Owns: the Jinja environment of chat templates, what can be read off a template, what a broken template's error says.
+It reads one request per line of standard input, as JSON, and writes one answer per line to standard output.
+
+Owns: the Jinja environment of chat templates; what can be told about a template without rendering it; the error message
+of a broken template.
 Does not know: jaxinfer, which takes seconds to import; messages, checkpoints.
 """
 
@@ -35,7 +38,7 @@ _FILTERS_OF_ENTRIES = ("map", "selectattr", "rejectattr", "groupby")
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks what a model wrote, for training; here it is its body."""
+    """{% generation %} ... {% endgeneration %} marks the model's own words for training; here only its body counts."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own signature
 
@@ -82,10 +85,10 @@ def make_environment() -> jinja2.Environment:
 
 
 def main(arguments: list[str]) -> None:
-    """Answers requests, one a line, until there are no more; leaves the interpreter when memory runs out.
+    """Answers requests until standard input ends; exits with EXIT_MEMORY when memory runs out.
 
     Args:
-      arguments: the characters that a render may have, and its seconds of processor time.
+      arguments: the limit of characters of a rendered text, and the limit of a render in seconds of processor time.
     """
     rendered_chars, seconds = int(arguments[0]), float(arguments[1])
     environment = make_environment()
@@ -116,7 +119,7 @@ def _text(request: dict[str, Any], compiled: Any) -> dict[str, Any]:
         return {"text": compiled(request["source"]).render(names)}
     except MemoryError:
         raise
-    except Exception as error:  # whatever a template can do wrong concerns this request only
+    except Exception as error:  # a template may raise anything; it must fail this request only
         return {"error": _error_line(error)}
 
 
@@ -132,13 +135,14 @@ def _traits(request: dict[str, Any], environment: jinja2.Environment) -> dict[st
 
 
 def reads_parts(tree: nodes.Template) -> bool:
-    """Whether a template expects that a message's content may be a list of parts, and takes it apart itself.
+    """Whether a template can handle a message's content that is a list of parts.
 
-    It does if it loops over a content, maps or selects by attributes of its entries, or reads the text or type of an
-    entry. The content may have come through a variable, a macro's parameter, a slice or a filter; what a method returns
-    (content.split("\\n")) is no content any more.
+    It can if it loops over a content, uses map, selectattr, rejectattr or groupby on it, or reads the text or type of
+    one of its entries (content[0].text). The content may reach that place through a variable, a macro's parameter, a
+    slice or a filter. The result of a method, such as content.split("\\n"), does not count as content.
 
-    Source: vLLM, entrypoints/chat_utils.py (_detect_content_format). Deviations: vLLM knows loops only, and no macros.
+    Source: vLLM, entrypoints/chat_utils.py (_detect_content_format). Deviations: vLLM recognises only loops, and does
+    not look into macros.
 
     Example:
       >>> parse = make_environment().parse
@@ -158,7 +162,7 @@ def reads_parts(tree: nodes.Template) -> bool:
 
 
 def _content_names(tree: nodes.Template) -> frozenset[str]:
-    """Variables and parameters of macros that hold a message's content somewhere in the template."""
+    """Names of the variables and macro parameters that hold a message's content anywhere in the template."""
     macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
     bindings = [(entry.target, entry.node) for entry in tree.find_all(nodes.Assign)]
     for call in tree.find_all(nodes.Call):
@@ -176,7 +180,10 @@ def _content_names(tree: nodes.Template) -> frozenset[str]:
 
 
 def _is_content(node: Any, names: frozenset[str]) -> bool:
-    """Whether an expression is a message's content, or a part or a choice of it."""
+    """Whether an expression is a message's content, a slice of it, or one of several values of which one is content.
+
+    names: variables known to hold content.
+    """
     match node:
         case nodes.Name():
             return node.name in names
@@ -201,7 +208,7 @@ def _key(access: Any) -> Any:
 
 
 def _error_line(error: Exception) -> str:
-    """What follows the template's origin: the line where it is known, the kind of error, the message."""
+    """The error message after the template's origin, such as ", line 3: UndefinedError: 'x' is undefined"."""
     frames = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in frames if frame.f_code.co_filename == _COMPILED_NAME]
     if isinstance(error, jinja2.TemplateSyntaxError):
@@ -212,9 +219,10 @@ def _error_line(error: Exception) -> str:
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """Has the system end this process when it has computed for so long from now on.
+    """Makes the system end this process after that much more processor time.
 
-    The one who asked ends a process that takes too long, mostly sooner; but nobody does once that one is gone.
+    Usually the parent kills a process that takes too long before this limit is reached. The limit is for the case that
+    the parent has died.
     """
     if resource is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,12 +1,11 @@
-"""Has Jinja templates rendered that nobody has vetted: in a process of its own, with limits on size, time and memory.
+"""TemplateSandbox: renders untrusted Jinja templates in a child process, with limits on size, time and memory.
 
-A template is a program. Jinja's sandbox keeps it away from Python's insides, but not from looping for ever or asking
-for a terabyte, often inside one C call that holds the interpreter (`10 ** 10 ** 9`, `"x" * 10 ** 11`) and that no
-exception or tracing in this process could end. A process can be ended, and what it did is gone with it. The process is
-a confined one (confined.py): it sees none of this process's environment variables, writes no files, and has no network
-where the system allows that.
+A template is a program. Jinja's sandbox keeps it away from Python's internals, but does not stop it from looping for
+ever or asking for a terabyte of memory, often inside one C call (`10 ** 10 ** 9`, `"x" * 10 ** 11`) that no exception
+raised in the same process can interrupt. A separate process can be killed. It is confined (confined.py): it sees none
+of this process's secrets, writes no files, and has no network where the system allows that.
 
-Owns: the process, its limits, the errors that name a template's origin.
+Owns: the child process, its limits, the errors that name a template's origin.
 Does not know: Jinja (template_renderer.py is the program that runs there), messages, checkpoints, tokenizers.
 """
 
@@ -34,15 +33,15 @@ _EXIT_PROCESSOR_TIME = tuple(-getattr(signal, name) for name in ("SIGXCPU",) if 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SandboxLimits:
-    """What a template may use.
+    """The most that a template may use.
 
     Args:
-      source_chars: characters of the template.
-      rendered_chars: characters of the text that it renders.
-      seconds: wall-clock time of one render, compiling included. A process whose parent is gone ends itself after
-        about as much processor time.
-      memory_bytes: address space of the process, Python's own 25 MB included. Enforced where the system knows
-        RLIMIT_AS (Linux); elsewhere only the time limits a render.
+      source_chars: length of the template in characters.
+      rendered_chars: length of the rendered text in characters.
+      seconds: wall-clock time of one render, compiling the template included. If the parent has died, the child ends
+        itself after about as much processor time.
+      memory_bytes: address space of the child process, of which Python itself takes 25 MB. Enforced on systems with
+        RLIMIT_AS (Linux); on others only the time of a render is limited.
 
     Raises:
       ValueError: a limit that is not positive.
@@ -61,11 +60,11 @@ class SandboxLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateTraits:
-    """What can be read off a chat template without rendering it.
+    """What can be told about a chat template without rendering it.
 
     Args:
-      uses_tools: it reads the variable tools.
-      reads_parts: it takes apart a message's content that is a list (template_renderer.reads_parts).
+      uses_tools: whether it reads the variable `tools`.
+      reads_parts: whether it can handle a content that is a list of parts (template_renderer.reads_parts).
     """
 
     uses_tools: bool
@@ -73,9 +72,9 @@ class TemplateTraits:
 
 
 class TemplateSandbox:
-    """One process that renders templates, started with the first one; safe to use from several threads.
+    """Renders templates in one child process, which starts at the first render; safe to use from several threads.
 
-    A template that exceeds a limit costs the process, and the next render starts another.
+    If a template exceeds the limit of time or memory, the process is ended, and the next render starts another.
 
     Args:
       limits: of each render.
@@ -94,36 +93,36 @@ class TemplateSandbox:
         self._end_process = weakref.finalize(self, lambda: None)
 
     def render(self, source: str, variables: Mapping[str, Any], *, origin: str, now: datetime | None = None) -> str:
-        """The text of a template.
+        """Renders a template.
 
         Args:
-          source: the template.
-          variables: by name; JSON data. The template sees a copy.
-          origin: where the template is from, for error messages.
-          now: what the template's strftime_now formats; None takes the time of the call.
+          source: the template's text.
+          variables: the template's variables by name, as JSON data. The template gets a copy.
+          origin: the file or argument that the template comes from, for error messages.
+          now: the time that the template's strftime_now formats; None takes the time of the call.
 
         Raises:
-          ValueError: in one line that begins with the origin: the template is broken, refuses what it was given
-            (raise_exception), does what the sandbox forbids, or exceeds a limit.
+          ValueError: the template is broken, calls raise_exception, does something that Jinja's sandbox forbids, or
+            exceeds a limit. The message is one line that begins with the origin.
         """
         now = now or datetime.now()
         request = {"ask": "text", "source": source, "variables": dict(variables), "now": now.isoformat()}
         return self._answer(request, origin)["text"]
 
     def traits(self, source: str, *, origin: str) -> TemplateTraits:
-        """What can be read off a template.
+        """Examines a template without rendering it.
 
         Args:
-          source: the template.
-          origin: where the template is from, for error messages.
+          source: the template's text.
+          origin: the file or argument that the template comes from, for error messages.
 
         Raises:
-          ValueError: as render's, of a template that is broken or exceeds a limit.
+          ValueError: the template is broken or exceeds a limit; the message is as render's.
         """
         return TemplateTraits(**self._answer({"ask": "traits", "source": source}, origin))
 
     def close(self) -> None:
-        """Ends the process; a later render starts another."""
+        """Ends the child process; a later render starts another."""
         self._end_process()
         self._process = None
 
@@ -142,7 +141,7 @@ class TemplateSandbox:
         requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
         late = threading.Event()
 
-        def end_late_process() -> None:  # from here, which also ends one endless C call
+        def end_late_process() -> None:  # killed from outside, so that even an endless C call ends
             late.set()
             process.kill()
 
@@ -155,7 +154,7 @@ class TemplateSandbox:
             answer = answers.readline()
         except BrokenPipeError:
             answer = b""
-        except BaseException:  # Ctrl-C: an answer that nobody waits for must not meet the next question
+        except BaseException:  # after Ctrl-C the answer still comes and would be taken for that of the next request
             self.close()
             raise
         finally:
@@ -164,7 +163,7 @@ class TemplateSandbox:
             exit_code = process.wait()
             self.close()
             return {"error": f": {self._why_ended(exit_code, is_late=late.is_set())}"}
-        if late.is_set():  # just in time, but the process is gone
+        if late.is_set():  # the answer came just before the process was killed
             self.close()
         return json.loads(answer)
 
@@ -180,11 +179,11 @@ class TemplateSandbox:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=confined.environment(sys.path),
-            start_new_session=True,  # Ctrl-C in a terminal is for this process only
+            start_new_session=True,  # so that Ctrl-C in a terminal does not reach the child
         )
         self._process = process
         self._end_process = weakref.finalize(self, _end, process)
-        cast(IO[bytes], process.stdout).readline()  # it is ready; starting it does not count as a template's time
+        cast(IO[bytes], process.stdout).readline()  # waits until it is ready: its start is not part of a render's time
         return process
 
     def _why_ended(self, exit_code: int, *, is_late: bool) -> str:

@@ -1,7 +1,8 @@
-"""Messages to prompt text: which chat template a checkpoint brings, what it is given, what it may not do.
+"""Turns the messages of a conversation into the text of a prompt, with the checkpoint's chat template.
 
-Owns: reading the template files and the names of special tokens, the checks of messages and tools, the variables of a
-template, content in parts for templates that take strings, continuing a final message.
+Owns: reading the template files and the names of special tokens; checking messages and tools; the variables that a
+template gets; joining a content given in parts, for templates that take strings only; prompts that end inside the last
+message (continue_final_message).
 Does not know: Jinja (template_sandbox.py renders), token ids, requests, models, jax.
 """
 
@@ -32,11 +33,11 @@ _NAMED_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplate:
-    """One template.
+    """One chat template.
 
     Args:
-      source: the template.
-      origin: where it is from, for error messages.
+      source: the template's text, in Jinja.
+      origin: the file or argument it comes from, for error messages.
     """
 
     source: str
@@ -45,12 +46,12 @@ class ChatTemplate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplates:
-    """What a checkpoint says about chats.
+    """The chat templates of a checkpoint, and the special tokens that they may use.
 
     Args:
-      templates: by name; "default" is used unless tools are given and there is a "tool_use".
+      templates: the templates by name. "default" is used, or "tool_use" if there is one and tools are given.
       special_tokens: variable name (bos_token, eos_token and such) -> the token's text.
-      directories: where templates were looked for; none is an LLM made from memory.
+      directories: where templates were looked for; empty for an LLM whose weights were in memory.
     """
 
     templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
@@ -58,16 +59,16 @@ class ChatTemplates:
     directories: tuple[Path, ...] = ()
 
     def select(self, chat_template: str | None, *, has_tools: bool, knob: str = "chat_template=...") -> ChatTemplate:
-        """The template to use.
+        """Chooses the template to use.
 
         Args:
-          chat_template: a template, or the name of one of these; None takes the checkpoint's choice.
-          has_tools: whether the caller gave tools, be it an empty list.
-          knob: how the caller can pass a template, for the error.
+          chat_template: a template's text, or the name of one of these templates; None takes the checkpoint's choice.
+          has_tools: whether the caller gave tools, even if the list is empty.
+          knob: how the user can pass a template, for the error message.
 
         Raises:
           TypeError: chat_template is not a string.
-          ValueError: nothing was asked for and there is no default; the message says what is missing.
+          ValueError: chat_template is None and the checkpoint has no default; the message says what is missing.
         """
         if chat_template is None:
             name = TOOL_USE if has_tools and TOOL_USE in self.templates else DEFAULT
@@ -91,17 +92,19 @@ class ChatTemplates:
 
 
 def read_chat_templates(directories: Sequence[Path]) -> ChatTemplates:
-    """The chat templates of the first directory that has some.
+    """Reads the chat templates of the first directory that has any.
 
-    chat_template.jinja and additional_chat_templates/*.jinja (each named after its file) win over what
-    tokenizer_config.json holds under "chat_template": a template, or a list of {"name", "template"}. The special
-    tokens are those of tokenizer_config.json beside the template: every "..._token" and the named extra ones.
+    Templates are the files chat_template.jinja ("default") and additional_chat_templates/*.jinja (each named after its
+    file). If there are none, they are the entry "chat_template" of tokenizer_config.json: a template, or a list of
+    {"name": ..., "template": ...}. The special tokens come from the tokenizer_config.json of the same directory: every
+    "..._token" and those in extra_special_tokens or model_specific_special_tokens that have a name.
 
     Args:
-      directories: of a tokenizer or checkpoint, in order of precedence; none is an LLM made from memory.
+      directories: folders of a tokenizer or checkpoint, in order of precedence; empty for an LLM whose weights were in
+        memory.
 
     Returns:
-      The templates; none of them, with the first directory's special tokens, where no directory has one.
+      The templates found. If no directory has a template: no templates, and the first directory's special tokens.
 
     Raises:
       ValueError: a file cannot be read; the message names it.
@@ -118,9 +121,9 @@ class ChatRenderer:
     """Turns conversations into prompt text.
 
     Args:
-      templates: of the checkpoint.
-      sandbox: renders; its limits apply.
-      clock: tells the time to templates that write the date.
+      templates: the checkpoint's templates.
+      sandbox: renders the templates, within its limits.
+      clock: returns the present time, for templates that write the date.
 
     Example:
       >>> sandbox = TemplateSandbox()
@@ -141,7 +144,7 @@ class ChatRenderer:
         self._known_to_ignore: set[str] = set()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The text of one conversation; arguments and errors as check's, and what the rendering it returns raises."""
+        """Checks and renders one conversation; arguments as check's, errors as check's and those of its result."""
         return self.check(messages, **options)()
 
     def check(
@@ -154,11 +157,12 @@ class ChatRenderer:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Callable[[], str]:
-        """Checks a conversation, as far as that takes no template; the arguments are those of LLM.chat.
+        """Checks a conversation without running the template; the arguments are those of LLM.chat.
 
         Returns:
-          What renders it, in any thread; it may wait for a process. It raises ValueError when the template is broken,
-          refuses the conversation, or exceeds a limit.
+          A function that renders the conversation and returns the text. Any thread may call it; it waits for the
+          sandbox's process. It raises ValueError if the template is broken, refuses the conversation or exceeds a
+          limit.
 
         Raises:
           TypeError, ValueError: the conversation is malformed, or there is no template.
@@ -211,7 +215,7 @@ class ChatRenderer:
     def _as_the_template_takes_them(
         self, messages: Sequence[dict[str, Any]], template: ChatTemplate
     ) -> Sequence[dict[str, Any]]:
-        """The messages; their text parts as one string each where the template takes strings only."""
+        """The messages, with the text parts of each content joined if the template takes strings only."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if self._traits(template).reads_parts:
@@ -223,10 +227,10 @@ class ChatRenderer:
 
 
 def as_conversations(messages: Any) -> tuple[list[Any], bool]:
-    """Conversations as a list, and whether there was only one, not in a list.
+    """Returns the conversations as a list, and whether the caller gave a single one rather than a list of them.
 
     Raises:
-      TypeError: neither messages nor a list of conversations.
+      TypeError: messages is neither a list of messages nor a list of conversations.
 
     Example:
       >>> as_conversations([{"role": "user", "content": "hi"}])
@@ -278,7 +282,7 @@ def _is_named_template(item: Any) -> bool:
 
 
 def _special_tokens(config: Mapping[str, Any], file: Path) -> dict[str, str]:
-    # add_bos_token and its like are flags
+    # The type is checked because names such as add_bos_token also end in "_token" but are flags.
     entries = {name: e for name, e in config.items() if name.endswith("_token") and isinstance(e, (str, dict))}
     for group in (config.get(name) for name in _NAMED_TOKENS):
         entries |= group if isinstance(group, dict) else {}
@@ -296,7 +300,7 @@ def _as_list(entries: Any) -> list[Any]:
 
 
 def _checked_message(message: Any, where: str) -> dict[str, Any]:
-    """A copy of a message, without its None entries, made of plain data."""
+    """A checked copy of a message that consists of plain data, without the entries that are None."""
     if not isinstance(message, Mapping):
         raise TypeError(f'{where} must be a mapping with "role" and "content", got {type(message).__name__}')
     plain = {name: value for name, value in _plain(message, where).items() if value is not None}
@@ -331,7 +335,7 @@ def _checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy made of dict, list, str, int, float, bool and None: what a template may see."""
+    """A copy that consists of dict, list, str, int, float, bool and None only, the types that a template may get."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Mapping):
@@ -348,7 +352,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _mark_end(message: dict[str, Any], marker: str) -> str:
-    """Appends the marker to the message's (last) text; returns the text as it was."""
+    """Appends the marker to the message's text, or to its last text part; returns that text without the marker."""
     content = message.get("content")
     if isinstance(content, str):
         message["content"] = content + marker
@@ -363,9 +367,9 @@ def _mark_end(message: dict[str, Any], marker: str) -> str:
 
 
 def _with_joined_parts(message: dict[str, Any], number: int, origin: str) -> dict[str, Any]:
-    """A message whose content is a string, also where it came as a list of text parts.
+    """The message with its content as a string; the texts of a content in parts are joined.
 
-    The texts follow each other without anything between them, as in templates that loop over parts.
+    Nothing is put between the texts, as in templates that loop over parts.
     """
     content = message.get("content")
     if not isinstance(content, list):
@@ -380,10 +384,11 @@ def _with_joined_parts(message: dict[str, Any], number: int, origin: str) -> dic
 
 
 def _cut_at(text: str, marker: str, final_text: str, origin: str) -> str:
-    """The rendered text up to the end of the final message's own text.
+    """Cuts the rendered text off where the final message's own text ends, which is where the marker begins.
 
-    The marker ends in a space. Where the template kept it, it keeps the spaces around a message; where it did not, it
-    would have taken the final message's own spaces, too.
+    The marker ends in a space, which shows whether the template strips messages. If the space is still there, the
+    template keeps spaces, and so are the message's own kept. If it is gone, the template would have stripped the
+    message's trailing spaces too, so they are stripped here.
     """
     end = text.rfind(marker.strip())
     if end < 0 or final_text.strip() not in text:

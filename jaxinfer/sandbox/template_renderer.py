@@ -180,9 +180,11 @@ def _content_names(tree: nodes.Template) -> frozenset[str]:
 
 
 def _is_content(node: Any, names: frozenset[str]) -> bool:
-    """Whether an expression is a message's content, a slice of it, or one of several values of which one is content.
+    """Whether an expression is a message's content, a slice of it, or a choice of values one of which is content.
 
-    names: variables known to hold content.
+    Args:
+      node: the expression.
+      names: the variables known to hold content.
     """
     match node:
         case nodes.Name():

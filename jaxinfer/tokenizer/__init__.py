@@ -1,1 +1,1 @@
-"""Text to token ids and back: a checkpoint's tokenizer, the bytes of its tokens, text that grows token by token."""
+"""Tokenizers: text to token ids and back, the bytes of each token, and decoding token by token."""

@@ -1,7 +1,7 @@
-"""Text to token ids and back: the tokenizers a checkpoint may bring, and text that grows with the tokens.
+"""Tokenizers: text to token ids and back, for whole texts and for outputs that grow token by token.
 
-Owns: reading tokenizer.json, tokenizer.model and tokenizer_config.json, the built-in byte tokenizer, incremental
-detokenisation.
+Owns: the tokenizers that are read from a checkpoint's tokenizer.json or tokenizer.model, the built-in byte tokenizer,
+incremental detokenisation.
 Does not know: models, requests, stop strings, chat templates, jax.
 """
 
@@ -21,17 +21,18 @@ import tokenizers
 
 REPLACEMENT = "\ufffd"
 SPACE = "\u2581"  # as sentencepiece writes it in its pieces
-# A character that is not complete lacks at least one of its at most four bytes.
+# A character has at most four bytes in UTF-8, so an incomplete one shows as at most three U+FFFD.
 MAX_HELD = 3
-# Detokenisation window: when it reaches MAX_WINDOW tokens, all but the newest KEPT_WINDOW are let go. 32 tokens of one
-# byte each hold seven characters even where each takes four bytes: more than the MATCHED_TAIL that must agree before
-# anything is let go.
+# When the detokenisation window reaches MAX_WINDOW tokens, all but the newest KEPT_WINDOW are dropped from it. Before
+# that, the last MATCHED_TAIL characters of its text must read the same without the dropped tokens. The kept tokens hold
+# at least seven whole characters, even if each token is one byte and each character takes four: enough to compare.
 MAX_WINDOW = 64
 KEPT_WINDOW = 32
 MATCHED_TAIL = 6
-ANCHOR = "a"  # a piece that every decoder leaves as it is
-BYTE_LEVEL_SPACE = "\u0120"
-# Steps of a decoder in tokenizer.json that turn each token into text by itself, byte tokens of ByteFallback apart.
+ANCHOR = "a"  # a piece that every decoder turns into the same text
+BYTE_LEVEL_SPACE = "\u0120"  # the piece by which ByteLevel writes a space
+# Decoder steps in tokenizer.json that turn each token into text without a look at its neighbours (except the byte
+# tokens of ByteFallback).
 TOKENWISE_STEPS = frozenset({"Replace", "ByteFallback", "Metaspace", "Strip"})
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 SPECIAL_TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -41,12 +42,12 @@ BYTE_SPECIAL_NAMES = {256: b"<s>", 257: b"</s>"}
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the controller asks of a tokenizer.
+    """What jaxinfer needs of a tokenizer; any object with these methods will do.
 
     Attributes:
       vocab_size: one more than the largest token id.
-      eos_token_ids: the tokens that end a text, as the tokenizer's own files name them; a checkpoint's
-        generation_config may say otherwise and then counts.
+      eos_token_ids: the tokens that end a text according to the tokenizer's own files. If the checkpoint's
+        generation_config names end tokens, those are used instead.
       special_token_ids: the tokens that decode leaves out when skip_special_tokens is True.
     """
 
@@ -57,7 +58,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text, as the tokenizer's own files name them."""
+        """The tokens that end a text according to the tokenizer's own files."""
         ...
 
     @property
@@ -66,11 +67,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens (BOS and such) that the checkpoint puts around one."""
+        """Ids of a prompt, with the special tokens (BOS and such) that the checkpoint puts around prompts."""
         ...
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone, with no special token put around it; special tokens named in it become tokens."""
+        """Ids of the text, with no special token added; names of special tokens in the text become those tokens."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -96,11 +97,12 @@ class PlainText:
 
 
 class PlainTexts(dict[int, PlainText | None]):
-    """The texts of a tokenizer's plain tokens by token id, None for other ids; each is found out when first asked for.
+    """The texts of a tokenizer's plain tokens by token id, None for other ids; an entry is computed at its first use.
 
-    A token is plain if no token before or behind it changes its text, save that the first token of a text may lose a
-    space. Most words are. A token that holds a part of a character is not: its text is U+FFFD or a part of a
-    character, depending on its neighbours. IncrementalDetokenizer looks plain tokens up here instead of decoding them.
+    A token is plain if its text does not depend on its neighbours, except that the first token of a text may lose a
+    space. Most tokens are plain, words for example. A token that holds part of a character is not: its text is U+FFFD
+    or part of a character, depending on its neighbours. IncrementalDetokenizer looks plain tokens up here instead of
+    decoding them.
 
     Args:
       decode: the tokenizer's method.
@@ -121,7 +123,8 @@ class PlainTexts(dict[int, PlainText | None]):
     def _find(self, token_id: int) -> PlainText | None:
         alone, twice, thrice = (self._decode([token_id] * n) for n in (1, 2, 3))
         inside = twice[len(alone) :]
-        # A decoder that takes more spaces off a text's beginning than this token has would take the next token's, too.
+        # A decoder that strips more leading spaces than this token has also strips the next token's; the comparison
+        # with three copies excludes such tokens.
         is_plain = inside.endswith(alone) and thrice == alone + inside + inside
         return PlainText(inside=inside, alone=alone) if inside and is_plain and REPLACEMENT not in thrice else None
 
@@ -129,11 +132,10 @@ class PlainTexts(dict[int, PlainText | None]):
 class FileTokenizer:
     """The tokenizer of a checkpoint directory: tokenizer.json, with tokenizer_config.json where there is one.
 
-    What is put around a prompt is what tokenizer.json's post-processor says. `add_bos_token` and `add_eos_token` in
-    tokenizer_config.json are not read: transformers drops them where a tokenizer.json exists, so no BOS is added twice
-    or against the file. Truncation and padding stored in the file are turned off, `clean_up_tokenization_spaces` is
-    ignored (as transformers does for BPE). A special token that tokenizer_config.json names and the vocabulary lacks
-    counts as absent.
+    The post-processor in tokenizer.json decides which special tokens are put around a prompt. `add_bos_token` and
+    `add_eos_token` in tokenizer_config.json are not read; transformers ignores them too if there is a tokenizer.json.
+    Truncation and padding stored in the file are turned off, and `clean_up_tokenization_spaces` is ignored (as
+    transformers does for BPE). A special token that tokenizer_config.json names but the vocabulary lacks is ignored.
 
     Args:
       directory: the checkpoint's folder.
@@ -157,7 +159,7 @@ class FileTokenizer:
         known = [name for name in names if name is not None and self._tokenizer.token_to_id(name) is not None]
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content for token in added.values() if token.special}
-        # Named in the config but not flagged in tokenizer.json: flag it, or decode would not leave it out.
+        # Tokens that only the config calls special are flagged here, so that decode leaves them out too.
         self._tokenizer.add_special_tokens([name for name in known if name not in special])
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -183,11 +185,11 @@ class FileTokenizer:
         return self._special_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with what the post-processor puts around it."""
+        """Ids of a prompt, with the special tokens that the post-processor adds."""
         return self._tokenizer.encode(text).ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone; a Llama-2 style tokenizer still puts its leading space in front."""
+        """Ids of the text without added special tokens; a Llama-2 style tokenizer still adds its leading space."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -195,7 +197,7 @@ class FileTokenizer:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token alone; a Llama-2 style tokenizer drops the leading space."""
+        """Text of one token by itself; a Llama-2 style tokenizer drops its leading space."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self) -> tuple[bytes, ...]:
@@ -208,15 +210,15 @@ class FileTokenizer:
 
     def _is_tokenwise(self, token_id: int) -> bool:
         piece = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
-        return piece is not None and not piece.startswith("<0x")  # a byte token if the decoder has a ByteFallback
+        return piece is not None and not piece.startswith("<0x")  # "<0x41>" is a byte token of ByteFallback
 
 
 class SentencePieceTokenizer:
     """The tokenizer of a checkpoint directory that has a sentencepiece tokenizer.model and no tokenizer.json.
 
-    BOS is put in front of a prompt unless tokenizer_config.json says `add_bos_token: false`; EOS behind it only where
-    `add_eos_token` is true. Special are the control pieces and the unknown piece. sentencepiece itself reads "<s>" as
-    three letters; here, as in a tokenizer.json, the name of a special token in a text is the token.
+    BOS is put before a prompt unless tokenizer_config.json says `add_bos_token: false`; EOS is put after it only if
+    `add_eos_token` is true. The special tokens are the control pieces and the unknown piece. sentencepiece itself reads
+    "<s>" in a text as three letters; here, as with a tokenizer.json, it becomes the special token of that name.
 
     Args:
       directory: the checkpoint's folder.
@@ -226,8 +228,8 @@ class SentencePieceTokenizer:
       ValueError: a file cannot be read, or the checkpoint adds tokens to the sentencepiece model, which only a
         tokenizer.json can describe; the message names the file.
 
-    Source: transformers' LlamaTokenizer (legacy), for what is put around a prompt and the names of special tokens; ids
-    and text between them are sentencepiece's own.
+    Source: transformers' LlamaTokenizer (legacy), for the special tokens; sentencepiece itself encodes and decodes the
+    text between them.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -251,22 +253,22 @@ class SentencePieceTokenizer:
         self.plain_texts = PlainTexts(self.decode, self._is_tokenwise) if decodes_tokenwise else None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, between the BOS and EOS that tokenizer_config.json asks for."""
+        """Ids of a prompt, with the BOS and EOS that tokenizer_config.json asks for."""
         return self._prefix + self.encode_plain(text) + self._suffix
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of the text alone; a special token's name in it becomes that token.
+        """Ids of the text without BOS and EOS; a special token's name in it becomes that token.
 
-        A model with a dummy prefix puts its space in front of the text and of what follows a special token.
+        A model with a dummy prefix adds its space at the beginning of the text and after each special token.
         """
         ids: list[int] = []
-        for part in self._special_names.split(text):  # the names, too, for they are a group
+        for part in self._special_names.split(text):  # the names are a group, so split returns them as parts too
             special_id = self._special_ids.get(part)
             ids += self._model.encode(part) if special_id is None else [special_id]
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of the ids, as sentencepiece decodes the runs between special tokens."""
+        """Text of the ids. Special tokens become their names; sentencepiece decodes the runs of tokens between them."""
         known = [i for i in token_ids if 0 <= i < self.vocab_size]
         if skip_special_tokens:
             return self._model.decode([i for i in known if i not in self.special_token_ids])
@@ -278,7 +280,7 @@ class SentencePieceTokenizer:
         return "".join(texts)
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token alone, without the space that a text's first word would lose."""
+        """Text of one token by itself; it lacks its leading space, as the first word of a text does."""
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self) -> tuple[bytes, ...]:
@@ -296,13 +298,13 @@ class SentencePieceTokenizer:
         return is_ordinary and not self._model.is_byte(token_id)
 
     def _run_text(self, token_ids: list[int], is_first: bool) -> str:
-        """Text of ordinary tokens; sentencepiece drops the first one's space, which is right at the beginning only."""
+        """Text of ordinary tokens. sentencepiece drops the first token's space; it is put back unless is_first."""
         space = "" if is_first or not self._model.id_to_piece(token_ids[0]).startswith(SPACE) else " "
         return space + self._model.decode(token_ids)
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8: ids 0 to 255 are the bytes, 256 begins a text, 257 ends it. Needs no file.
+    """One token per byte of UTF-8: ids 0 to 255 are the bytes, 256 is BOS, 257 is EOS. Needs no file.
 
     Args:
       add_bos: whether encode puts BOS in front.
@@ -340,7 +342,7 @@ class ByteTokenizer:
         return b"".join(pieces).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
-        """Text of one byte alone; U+FFFD for a byte that is no character by itself."""
+        """Text of one byte by itself; U+FFFD for a byte that is not a whole character."""
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self) -> tuple[bytes, ...]:
@@ -352,11 +354,11 @@ class ByteTokenizer:
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory.
+    """Loads the tokenizer of a checkpoint directory.
 
     Returns:
-      A FileTokenizer where there is a tokenizer.json, else a SentencePieceTokenizer where there is a tokenizer.model;
-      None where the checkpoint has no tokenizer.
+      A FileTokenizer if there is a tokenizer.json, otherwise a SentencePieceTokenizer if there is a tokenizer.model,
+      otherwise None.
 
     Raises:
       ValueError: a tokenizer file cannot be read; the message names it.
@@ -370,40 +372,38 @@ def load_tokenizer(directory: Path | str) -> Tokenizer | None:
 
 
 class IncrementalDetokenizer:
-    """The text of an output while its tokens arrive: decode(prompt + output) with decode(prompt) taken off the front.
-
-    Text is given out as soon as it is certain, never half a character: up to three U+FFFD at the end are held back,
-    because the next tokens may turn them into one character. More of them in a row cannot be one cut-off character, so
-    the older ones are given out: a U+FFFD that belongs to the text waits for three more tokens with text at most, or
-    for finish. What push and finish return adds up to
+    """Decodes an output token by token. What push and finish return adds up to the text that follows the prompt's text:
 
         decode(prompt + output)[len(decode(prompt)):]
 
-    Two cases where that formula alone would not do:
-    - A prompt that ends in half a character: the character counts as the prompt's (its U+FFFD was the prompt's last),
-      so the output begins behind it.
-    - A tokenizer with ByteFallback decodes a run of byte tokens to U+FFFD throughout if any of it is malformed, also
-      characters given out before the malformed byte came. Text given out is never taken back: those characters stay,
-      and only the bytes behind them become U+FFFD (sentencepiece reads such a run in this way).
+    Text is returned as soon as it is certain, and never half a character. A character whose bytes are spread over
+    several tokens decodes to up to three U+FFFD until it is complete, so up to three U+FFFD at the end of the text are
+    held back. If there are more in a row, the older ones cannot be part of one incomplete character and are returned.
 
-    A plain token (see PlainTexts; nearly all tokens of ordinary text) that follows another is not decoded, its text is
-    looked up. Any other token costs one decode of a window: the tokens since the last plain one, or at most about
-    MAX_WINDOW of them, whatever the length of the text. (The window grows beyond that only while its end depends on
-    its beginning: in a malformed run of byte tokens longer than the window.) Of the prompt, too, only such a window is
-    ever decoded.
+    In two cases the text differs from that formula:
+    - A prompt ends in half a character. The character counts as part of the prompt, so the output begins after it.
+    - A tokenizer with ByteFallback gets a malformed run of byte tokens. It would decode the whole run to U+FFFD, even
+      characters that were returned before the malformed byte came. Returned text is never taken back: those characters
+      stay, and only the bytes after them become U+FFFD (as sentencepiece decodes such a run).
+
+    Cost: a plain token (see PlainTexts; nearly all tokens of ordinary text are plain) that follows a plain token is
+    looked up, not decoded. Any other token costs one decode of a window: the tokens from the last plain one on, at most
+    about MAX_WINDOW of them however long the text is. (The window grows further only inside a malformed run of byte
+    tokens longer than the window, because its end then depends on its beginning.) Of the prompt, only such a window is
+    decoded.
 
     Args:
-      tokenizer: decodes. Where it has an attribute plain_texts that is not None, plain tokens are looked up there.
+      tokenizer: decodes. If it has an attribute plain_texts that is not None, plain tokens are looked up there.
       prompt_token_ids: the prompt.
       skip_special_tokens: leave special tokens out of the text.
 
     Source: the prefix_offset/read_offset scheme of text-generation-inference
     (server/text_generation_server/models/model.py, Model.decode_token) and vLLM
     (transformers_utils/detokenizer_utils.py, detokenize_incrementally): decode a short window with and without the new
-    tokens and give out the difference. Deviations: the border between old and new text is kept as a count of
-    characters, not as a token offset, so that text is given out although every token ends inside a character, and
-    U+FFFD in the text is not held for ever; the window moves only to a plain token, or after its end has been seen not
-    to depend on what is let go; special tokens that are left out never enter the window.
+    tokens and return the difference. Deviations: the border between old and new text is a number of characters, not of
+    tokens, so that text comes out even if every token ends inside a character, and U+FFFD that belong to the text are
+    not held back for ever; the window moves only to a plain token, or after a check that its end does not depend on the
+    tokens dropped; special tokens that are left out of the text never enter the window.
 
     Example:
       >>> detokenizer = IncrementalDetokenizer(ByteTokenizer(), [104], skip_special_tokens=True)
@@ -419,8 +419,8 @@ class IncrementalDetokenizer:
         self._parts: list[str] = []
         self._window: list[int] = []
         self._max_window = MAX_WINDOW
-        # The window's text is _given + _held as of its first _num_settled tokens; later ones await a decision. Behind a
-        # plain token the window is that token and nothing is held or undecided.
+        # The first _num_settled tokens of the window decode to _given (returned already) + _held (held back). Tokens
+        # after them are undecided. After a plain token the window is that token, and nothing is held or undecided.
         self._given = self._held = ""
         self._num_settled = 0
         self._is_after_plain = False
@@ -428,15 +428,15 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """All text given out so far."""
+        """All text that push and finish have returned so far."""
         self._parts = ["".join(self._parts)]
         return self._parts[0]
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Takes the next output tokens.
+        """Adds the next output tokens.
 
         Returns:
-          The text that they make certain; "" while a character is incomplete.
+          The text that is certain now and was not returned before; "" while a character is incomplete.
         """
         new_text = "".join([self._push(token_id) for token_id in token_ids if token_id not in self._dropped])
         self._parts.append(new_text)
@@ -446,7 +446,7 @@ class IncrementalDetokenizer:
         """Ends the output.
 
         Returns:
-          The text that was held back: a character that was cut off, as U+FFFD. "" when called again.
+          The text that was held back, which is an incomplete character as U+FFFD; "" if there is none.
         """
         new_text = self._restart() if self._num_settled < len(self._window) else ""
         new_text += self._held
@@ -455,7 +455,7 @@ class IncrementalDetokenizer:
         return new_text
 
     def _read_prompt(self, token_ids: Sequence[int]) -> None:
-        """Takes as much of the prompt's end into the window as the text behind it depends on."""
+        """Makes the window of the end of the prompt, as many tokens as the output's text can depend on."""
         newest_first = (i for i in reversed(token_ids) if i not in self._dropped)
         if self._plain_texts is None:
             self._grow_window(newest_first)
@@ -471,7 +471,7 @@ class IncrementalDetokenizer:
             self._slide()
 
     def _grow_window(self, newest_first: Iterator[int]) -> None:
-        """Doubles the window, from the prompt's end on, until its own end reads the same without its older tokens."""
+        """Takes ever more tokens of the prompt's end into the window until its text no longer depends on the oldest."""
         num_more = MAX_WINDOW
         while True:
             more = list(islice(newest_first, num_more))
@@ -481,7 +481,7 @@ class IncrementalDetokenizer:
             num_more = len(self._window)
 
     def _take_as_given(self, window: list[int]) -> None:
-        """Makes tokens of the prompt the window; their text is the prompt's."""
+        """Sets the window to tokens of the prompt, whose text is not part of the output."""
         self._window, self._num_settled = window, len(window)
         self._given = self._decode(window)
 
@@ -495,25 +495,26 @@ class IncrementalDetokenizer:
         return new_text
 
     def _start_at(self, token_id: int, plain: PlainText) -> None:
-        """Lets go of all that is before a plain token: no text behind it depends on that."""
+        """Starts the window anew at a plain token, since no later text depends on the tokens before it."""
         self._window, self._given, self._num_settled = [token_id], plain.alone, 1
         self._max_window = MAX_WINDOW
         self._is_after_plain = True
 
     def _read(self, token_id: int) -> str:
-        """Decodes the window with one more token."""
+        """Adds a token to the window, decodes the window and returns the text that is new and certain."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.startswith(self._given.rstrip(REPLACEMENT)):
             return self._advance(text)
-        # Text given out reads differently now: ByteFallback amid a character, or in a run that has become malformed.
+        # Text that was returned decodes differently now. Either ByteFallback waits for the rest of a character, or its
+        # run of byte tokens has become malformed, which is certain after more than MAX_HELD tokens.
         num_open = len(self._window) - self._num_settled
         if text.endswith(REPLACEMENT) and num_open <= MAX_HELD:
             return ""
         return self._restart()
 
     def _advance(self, text: str) -> str:
-        """Gives out what is new and certain in the window's text."""
+        """Returns the part of the window's text that is new and certain, and remembers it as returned."""
         end = max(self._certain_len(text), len(self._given))
         new_text = text[len(self._given) : end]
         self._given, self._held = text[:end], text[end:]
@@ -523,28 +524,28 @@ class IncrementalDetokenizer:
         return new_text
 
     def _certain_len(self, text: str) -> int:
-        """How much of the window's text no further token can change."""
+        """Length of the beginning of the window's text that no further token can change."""
         settled_len = len(text.rstrip(REPLACEMENT))
         if len(text) - settled_len <= MAX_HELD:
             return settled_len
-        # ByteFallback turns whole U+FFFD in the text into one for each byte while the next character is incomplete.
+        # While a character is incomplete, ByteFallback decodes even a whole U+FFFD of the text to one for each byte.
         shorter = (self._decode(self._window[:-i]) for i in range(1, MAX_HELD + 1))
         return max(settled_len, min(len(text) - MAX_HELD, *map(len, shorter)))
 
     def _restart(self) -> str:
-        """Leaves the text as it was given out and reads the undecided tokens by themselves."""
+        """Keeps the text that was returned, drops its tokens, and decodes the undecided tokens by themselves."""
         held = self._held
         del self._window[: self._num_settled]
         self._given = self._held = ""
         return held + self._advance(self._decode(self._window))
 
     def _slide(self) -> bool:
-        """Lets the oldest tokens of the window go, if its end reads the same without them; returns whether it does."""
+        """Drops the oldest tokens of the window if its end decodes the same without them; returns whether it did."""
         newest = len(self._window) - KEPT_WINDOW
-        # Without its last one to three tokens as well: then a malformed run is told from one that is only incomplete.
+        # Compared also without the last one to three tokens, to tell a malformed run from one that is only incomplete.
         ends = [len(self._window) - i for i in range(MAX_HELD + 1)]
         old = [self._decode(self._window[:end]) for end in ends]
-        for start in range(newest, newest - MAX_HELD - 1, -1):  # one of four neighbours is not inside a character
+        for start in range(newest, newest - MAX_HELD - 1, -1):  # of four neighbours one does not split a character
             new = [self._decode(self._window[start:end]) for end in ends]
             if _end_alike(old, new):
                 del self._window[:start]
@@ -552,7 +553,7 @@ class IncrementalDetokenizer:
                 self._num_settled = len(self._window)
                 self._max_window = MAX_WINDOW
                 return True
-        self._max_window *= 2  # so that trying again costs no more than the tokens did
+        self._max_window *= 2  # so that all further attempts together cost no more than decoding the tokens
         return False
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -560,16 +561,17 @@ class IncrementalDetokenizer:
 
 
 def _end_alike(old: list[str], new: list[str]) -> bool:
-    """Whether the texts end in the same characters, and the first two grew out of the last two by as many."""
+    """Whether texts at the same index end in the same MATCHED_TAIL characters, and the first text of each list is
+    longer than its last by equally many characters."""
     alike = all(len(b) > MATCHED_TAIL and b.endswith(a[-MATCHED_TAIL:]) for a, b in zip(old, new, strict=True))
     return alike and len(old[0]) - len(old[-1]) == len(new[0]) - len(new[-1])
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in one of a tokenizer's JSON files.
+    """Reads a tokenizer's JSON file, which must hold an object.
 
     Raises:
-      ValueError: it is no JSON object; the message names the file.
+      ValueError: the file is not JSON or not an object; the message names the file.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -593,13 +595,13 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 
 def _reads_tokenwise(decoder: tokenizers.decoders.Decoder | None) -> bool:
-    """Whether a decoder turns each token into text, or into bytes of UTF-8, without a look at its neighbours."""
+    """Whether a decoder turns each token into text, or into bytes of UTF-8, independently of its neighbours."""
     steps = [] if decoder is None else _decoder_steps(json.loads(decoder.__getstate__()))
     names = [step["type"] for step in steps]
     if names == ["ByteLevel"]:
         return True
     num_tokenwise = names.index("Fuse") if "Fuse" in names else len(names)
-    # Fuse joins the tokens; of what may follow, a Strip of the text's beginning concerns the first token only.
+    # Fuse joins the tokens. After it, only a Strip of the text's beginning is harmless: it concerns the first token.
     on_joined = [step for step in steps[num_tokenwise:] if step["type"] != "Fuse"]
     return (
         bool(steps)
@@ -609,17 +611,17 @@ def _reads_tokenwise(decoder: tokenizers.decoders.Decoder | None) -> bool:
 
 
 def _decoder_steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
-    """A decoder as tokenizer.json writes it, as the list of its steps."""
+    """Flattens a decoder, in the form that tokenizer.json has, into the list of its steps."""
     if decoder["type"] != "Sequence":
         return [decoder]
     return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
 
 
 def _piece_reader(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
-    """What turns a token as tokenizer.json writes it into the bytes that it adds in the middle of a text.
+    """Returns a function from a token as written in tokenizer.json (a piece) to the bytes that it adds inside a text.
 
-    The decoder is asked how it reads pieces, because it may be a sequence of several: whether it knows ByteLevel's
-    letters for bytes, ByteFallback's <0xNN>, and what a piece becomes between two others.
+    A decoder may consist of several steps, so its kind is found out by decoding samples: whether it understands
+    ByteLevel's letters for bytes or ByteFallback's <0xNN>. Any other piece is decoded between two anchors.
     """
     join = " ".join if tokenizer.decoder is None else tokenizer.decoder.decode
     if join([ANCHOR, BYTE_LEVEL_SPACE]) == ANCHOR + " ":
@@ -637,19 +639,19 @@ def _piece_reader(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
 
 
 def _byte_of(piece: str) -> bytes:
-    """The byte of a piece <0xNN>."""
+    """The byte that a piece <0xNN> stands for."""
     return bytes([int(piece[3:-1], 16)])
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    """The bytes of a ByteLevel piece; an added token with other letters than ByteLevel's is plain text."""
+    """The bytes of a ByteLevel piece; a piece with other letters than ByteLevel's, an added token, is plain text."""
     if all(letter in BYTE_LEVEL_LETTERS for letter in piece):
         return bytes(BYTE_LEVEL_LETTERS[letter] for letter in piece)
     return piece.encode()
 
 
 def _byte_level_letters() -> dict[str, int]:
-    """ByteLevel's letter of each byte: printable Latin-1 is itself, the others follow in order from U+0100."""
+    """Maps ByteLevel's letters to bytes: printable Latin-1 stands for itself, U+0100 and on for the other bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
@@ -685,10 +687,14 @@ def _id_or_none(token_id: int) -> int | None:
 
 
 def token_name(entry: object, file: Path) -> str | None:
-    """The text of a special token as tokenizer_config.json names it: a string, or an object with "content"; or None.
+    """Returns a special token's text from its entry in tokenizer_config.json.
+
+    Args:
+      entry: a string, an object with "content", or None, which gives None.
+      file: the file, for the error message.
 
     Raises:
-      ValueError: anything else; the message names the file.
+      ValueError: the entry is anything else.
     """
     if isinstance(entry, dict):
         entry = entry.get("content")

@@ -1,6 +1,6 @@
-"""What each token adds to a text, in bytes.
+"""token_bytes(): the table of the bytes that each token of a vocabulary adds to a text.
 
-Owns: the table of bytes by token id, whatever the tokenizer; how a tokenizer that does not know it is asked.
+Owns: the table for any tokenizer, and how it is found for one that cannot tell it: by decoding each token.
 Does not know: models, requests, constraints, jax.
 """
 
@@ -14,21 +14,21 @@ from jaxinfer.tokenizer.tokenizer import REPLACEMENT, Tokenizer
 
 @runtime_checkable
 class _KnowsBytes(Protocol):
-    """A tokenizer that has the table itself."""
+    """A tokenizer that can return the table itself."""
 
     def token_bytes(self) -> tuple[bytes, ...]: ...
 
 
 def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
-    """The bytes that each token adds to a text in the middle of it.
+    """Returns the bytes that each token adds when it stands inside a text, for example b" house".
 
-    The bytes of several tokens in a row, joined, are the UTF-8 text that decode makes of them, except that a text may
-    lose a space at its beginning, and that decode writes bytes that are no UTF-8 as U+FFFD.
+    The joined bytes of several tokens are the UTF-8 text that decode makes of them, with two exceptions: decode may
+    drop a space at the beginning of a text, and it replaces bytes that are not UTF-8 by U+FFFD.
 
     Args:
-      tokenizer: one of jaxinfer's, or any object with the methods of the Tokenizer protocol. The latter is asked for
-        the text of each token behind an ordinary one: a token that holds part of a character then counts as U+FFFD,
-        as decode shows it, unless the tokenizer has a method token_bytes() that returns the table.
+      tokenizer: one of jaxinfer's tokenizers, or any object that follows the Tokenizer protocol. If it has a method
+        token_bytes(), that returns the table. Otherwise each token is decoded behind an ordinary one, and a token that
+        holds part of a character counts as U+FFFD, because decode shows it so.
 
     Returns:
       One entry for each id below tokenizer.vocab_size; b"" for special tokens and for ids that name no token.
@@ -49,7 +49,7 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
 
 
 def _anchor(tokenizer: Tokenizer) -> int:
-    """A token whose text stays as it is whatever follows: a letter if there is one, else any with whole characters."""
+    """Finds a token whose text does not depend on what follows: a letter if there is one, else whole characters."""
     ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_token_ids]
     texts = {token_id: tokenizer.decode([token_id]) for token_id in ordinary}
     whole = [token_id for token_id, text in texts.items() if text.strip() and REPLACEMENT not in text]

@@ -1,1 +1,1 @@
-"""`jaxinfer ...`: the commands, and the flags that are views of the settings' fields."""
+"""The command line `jaxinfer ...`: its commands, and their flags, which are made from the settings dataclasses."""

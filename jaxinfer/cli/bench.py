@@ -1,7 +1,7 @@
-"""The commands of `jaxinfer bench`: arguments to measurements, results to table, JSON and plot.
+"""The commands of `jaxinfer bench`: each runs one benchmark and writes its result as a table, JSON and a plot.
 
-Owns: flags and their defaults. Each command measures in its own file, which also renders.
-Does not know: how anything is measured.
+Owns: the commands' flags and their defaults.
+Does not know: how anything is measured. Each benchmark is a module of jaxinfer.bench, which also renders its result.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def latency(
     plot: Plot = None,
     **fields: Any,
 ) -> None:
-    """Prefill and decode times of fixed batches: medians, warm-up outside, end token ignored."""
+    """Median times of prefill and decode for fixed batches, without the warm-up; end tokens are ignored."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
         result = latency_bench.measure(
@@ -98,8 +98,8 @@ def throughput(
     plot: Plot = None,
     **fields: Any,
 ) -> None:
-    """A trace of requests: rates, time to first token, between tokens and end to end; prompt_len and output_len are
-    the means."""
+    """Serve a trace of requests and report rates, time to first token, between tokens and end to end; for drawn
+    requests prompt_len and output_len are means."""
     target = _target(model, random_weights, fields)
     drawn = {"distribution": distribution, "prompt_len": prompt_len, "output_len": output_len, "spread": spread}
     entries = workload.read_trace(trace) if trace else workload.draw_trace(num_requests, seed=target.seed, **drawn)
@@ -124,9 +124,10 @@ def startup(
     json_file: JsonFile = "",
     **fields: Any,
 ) -> None:
-    """Import, load, compile and first token in fresh processes, with an empty and a full compilation cache."""
+    """Time of import, loading, compilation and first token in fresh processes, with an empty and with a filled
+    compilation cache."""
     target = _target(model, random_weights, fields)
-    target.fields()  # a wrong path must not cost a process
+    target.fields()  # raises for a wrong path before a process is started
     EngineConfig.from_keywords(fields)
     report.warn_if_busy()
     result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
@@ -158,7 +159,8 @@ def roofline(
     plot: Plot = None,
     **fields: Any,
 ) -> None:
-    """Decode step and prefill against the floor that the device's measured bandwidth and matmul rate set."""
+    """Times of decode steps and prefills beside the lower bound from the device's measured bandwidth and matmul
+    rate."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     lengths = _whole_numbers("prefill_len", prefill_lens)
     is_cpu = jax.default_backend() == "cpu"
@@ -201,10 +203,10 @@ def compare(
     plot: Plot = None,
     **fields: Any,
 ) -> None:
-    """The same prompts and weights through another engine and through this one, in turns, greedy."""
+    """Run the same prompts and weights, greedily, through another engine and through this one, in turns."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     if apart:
-        # This process must leave the device's memory to the peer's.
+        # The peer runs first, in another process, and needs the device's memory: JAX must not preallocate it here.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         works = [
             apart_bench.Work(num_requests=count, is_trace=bool(trace), prompt_len=prompt_len, output_len=output_len)
@@ -259,7 +261,8 @@ def kernels(
     prompt_len: Annotated[int, typer.Option(min=0, help="of the timed prefill; 0: 256 on CPU, 8192 elsewhere")] = 0,
     json_file: JsonFile = "",
 ) -> None:
-    """Paged attention's backends on this device: equal to the oracle, and how fast; exit status 1 if one is wrong."""
+    """Check the backends of paged attention on this device against the reference and time them; exits with 1 if one is
+    wrong."""
     is_cpu = jax.default_backend() == "cpu"
     large = {
         "num_rows": decode_rows or (4 if is_cpu else 128),
@@ -284,9 +287,11 @@ def golden(
     cases: Annotated[str, typer.Option(help="folders in it, with commas; none for all")] = "",
     json_file: JsonFile = "",
 ) -> None:
-    """This device's tokens and log-probabilities against transformers' in float32; exit status 1 if a case fails.
+    """Compare tokens and log-probabilities on this device with those of transformers in float32; exits with 1 if a case
+    fails.
 
-    In bfloat16 tokens may differ where two are nearly as likely."""
+    In bfloat16 tokens may differ where two are nearly equally likely.
+    """
     names = cases.split(",") if cases else []
     result = golden_bench.measure(directory, budget_seconds, dtypes=dtype.split(","), names=names)
     _emit(golden_bench, result, {"directory": directory}, json_file)
@@ -312,7 +317,8 @@ def gpu(
         str, typer.Option("--json", help="all results, written again after each section")
     ] = "bench-gpu.json",
 ) -> None:
-    """Correctness, roofline, transformers beside us and startup on a GPU within a time budget, short tables last."""
+    """Run the checks of correctness and the benchmarks for a GPU (roofline, comparison with transformers, startup)
+    within a time budget; short tables come last."""
     plan = gpu_bench.tiny_plan(golden_directory) if tiny else gpu_bench.full_plan(golden_directory, configs)
     chosen = gpu_bench.choose(plan, sections.split(",") if sections else [])
     outcomes = gpu_bench.run(
@@ -364,7 +370,7 @@ def _settings(target: Target, config: EngineConfig) -> dict[str, Any]:
 
 
 def _emit(bench: Any, result: Any, settings: dict[str, Any], json_file: str, plot: Path | None = None) -> None:
-    """Shows a result: a table, unless standard output is for JSON, and the files asked for."""
+    """Prints a result as a table, unless JSON goes to standard output, and writes the files that were asked for."""
     if json_file != "-":
         typer.echo(bench.render(result))
     if json_file:

@@ -1,7 +1,7 @@
-"""The conversation of `jaxinfer chat`: turns that fit the context, replies as they come, commands.
+"""Conversation: the loop of `jaxinfer chat` over messages, commands such as /reset, and replies printed as they come.
 
-Owns: which turns the model still sees, what ends a reply, the commands.
-Does not know: templates, how a terminal is read.
+Owns: dropping the oldest turns when the context is full, printing and cutting replies, the commands.
+Does not know: chat templates, how messages are read from a terminal.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from jaxinfer.text.preparation import Submission
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C ends a reply"
 _COMMAND = re.compile(r"/\w+")
 _SHARE_OF_REPLY = 4
-"""Turns are forgotten until a quarter of the context is left for a reply, or as much as max_tokens."""
+"""A reply should have 1 / _SHARE_OF_REPLY of the context, or max_tokens if that is less: the oldest turns are dropped
+until so much is free."""
 
 
 class Conversation:
-    """Talks to a model.
+    """A conversation with a model.
 
     Args:
       llm: the model.
-      params: of every reply.
-      system: the system message, which is never forgotten; None for none.
+      params: the sampling parameters of every reply.
+      system: the system message, which is never dropped; None for none.
       chat_template: as LLM.chat's.
     """
 
@@ -41,17 +42,17 @@ class Conversation:
         self._turns: list[tuple[str, str]] = []
 
     def run(self, read: Callable[[], str | None], *, is_terminal: bool) -> bool:
-        """Answers messages until there are no more, or one is /quit.
+        """Answers messages until the input ends or a message is /quit.
 
         Args:
-          read: the next message, None at the end.
-          is_terminal: somebody sits there: Ctrl-C between replies is answered with the help.
+          read: returns the next message, or None at the end of the input.
+          is_terminal: whether a person types the messages; if so, Ctrl-C between replies prints the help.
 
         Returns:
           Whether every message had a reply.
 
         Raises:
-          KeyboardInterrupt: Ctrl-C between replies, without a terminal.
+          KeyboardInterrupt: Ctrl-C was pressed between replies and is_terminal is False.
         """
         all_answered = True
         while True:
@@ -68,7 +69,7 @@ class Conversation:
                 all_answered &= self.take(message)
 
     def take(self, message: str) -> bool:
-        """Answers one message, or does what it says if it is a command; whether that could be done."""
+        """Answers one message, or runs it if it is a command; returns False if that failed."""
         word = message.split()[0]
         if not (message.startswith("/") and _COMMAND.fullmatch(word)):
             return self._answer(message.strip())
@@ -92,10 +93,12 @@ class Conversation:
         return True
 
     def _fitting(self, text: str) -> list[dict[str, str]]:
-        """The conversation with a new message; forgets the oldest turns, and says so, until prompt and reply fit.
+        """Returns the messages to send: the conversation and the new message, without the turns that do not fit.
+
+        The oldest turns are dropped for good, with a remark, until prompt and reply fit the context.
 
         Raises:
-          ValueError: the message alone does not fit, or the template refuses it; no turn is forgotten.
+          ValueError: the message does not fit even without any turns, or the template refuses it; no turn is dropped.
         """
         num_forgotten = 0
         while not self._fits(messages := self._messages(num_forgotten, text), alone=num_forgotten == len(self._turns)):
@@ -113,10 +116,14 @@ class Conversation:
         return [*messages, {"role": "user", "content": text}]
 
     def _fits(self, messages: list[dict[str, str]], *, alone: bool) -> bool:
-        """Whether these leave room for a reply; any room will do when no turns are left to be forgotten.
+        """Whether the messages fit the context and leave enough room for a reply.
+
+        Args:
+          messages: the conversation.
+          alone: whether no turns are left that could be dropped; then any room for a reply is enough.
 
         Raises:
-          ValueError: they do not fit and none is left, or the template refuses them.
+          ValueError: the messages do not fit and alone is True, or the template refuses them.
         """
         try:
             submission = self._llm.prepare_chat(messages, self._params, chat_template=self._chat_template)

@@ -1,7 +1,7 @@
-"""Command-line flags and YAML files as views of the settings dataclasses.
+"""Makes command-line flags from the fields of settings dataclasses, and reads the same settings from a YAML file.
 
-Owns: one flag a dataclass field, its help text from the docstring, the merge of a settings file with flags.
-Does not know: commands, what a setting does.
+Owns: one flag per field, with the field's text in the docstring as its help; merging a settings file with the flags.
+Does not know: the commands, what a setting does.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from jaxinfer.config import EngineConfig, GenerationDefaults, unknown_keyword
 from jaxinfer.sampling_params import SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)
-"""A field of both (seed) is the first one's, as in generate()."""
+"""Both classes have a field `seed`; the flag sets that of the first class, SamplingParams, as in generate()."""
 _OF_THE_CHECKPOINT = {entry.name for entry in dataclasses.fields(GenerationDefaults)}
-"""Among them are the sampling fields that a command without their flags takes from generation_config.json."""
+"""Names of the fields of GenerationDefaults. The sampling fields among them (temperature, top_k, top_p) come from the
+checkpoint's generation_config.json if no flag is given."""
 _ENTRY = re.compile(r" {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*)")
 
 
 def field_help(settings: type) -> dict[str, str]:
-    """The text of each field in the "Args:" section of a dataclass's docstring.
+    """Returns the text of each field in the "Args:" section of a dataclass's docstring.
 
     Example:
       >>> field_help(EngineConfig)["page_size"]
@@ -53,16 +54,16 @@ def field_help(settings: type) -> dict[str, str]:
 def takes_settings(
     *settings: type, defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a command take one flag for every field of some dataclasses, and a settings file.
+    """Gives a command one flag for every field of some dataclasses, and --config for a settings file.
 
     Args:
-      settings: dataclasses; a name that two of them have is the first one's.
-      defaults: values of the command's own for fields that are not given.
+      settings: the dataclasses; if two have a field of the same name, the flag is that of the first.
+      defaults: the command's own values for fields that are given neither in the file nor as flags.
 
     Returns:
-      A decorator. The decorated function has a parameter **fields and receives there what was given: its defaults,
-      the fields of the file named by --config, then the flags. Its own parameters with a default
-      of None may be in the file too.
+      A decorator for a function with a parameter **fields, which receives only the fields that have a value: from the
+      flags, otherwise from the file named by --config, otherwise from defaults. The file may also set those of the
+      function's own parameters whose default is None.
     """
     options = _options(settings, defaults)
 
@@ -91,16 +92,16 @@ def takes_settings(
 
 
 def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Reads the settings in a YAML file.
 
     Args:
-      file: a mapping of names to values.
-      known: the names there are.
+      file: a YAML file with a mapping of names to values.
+      known: the names that are allowed.
 
     Raises:
-      FileNotFoundError: no such file.
-      TypeError: a name nobody has; the message names the nearest one.
-      ValueError: not YAML, or no mapping.
+      FileNotFoundError: there is no such file.
+      TypeError: a name is unknown; the message names the nearest known one.
+      ValueError: the file is not YAML, or not a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no such settings file: {file}")
@@ -140,7 +141,7 @@ def _parameter(name: str, kind: Any, text: str, panel: str | None = None) -> ins
 
 
 def _flag_type(hint: Any) -> Any:
-    """What typer parses for a field's type; None when the flag is not given."""
+    """The type that typer shall parse a field's flag as; it includes None, for a flag that is not given."""
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if any(map(dataclasses.is_dataclass, parts)):
         return str | None  # its fields as JSON
@@ -153,7 +154,7 @@ def _flag_type(hint: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """The field's value from what its flag was given."""
+    """Converts what typer parsed from a flag to the value of the field."""
     return _READERS[name](value) if name in _READERS else value
 
 
@@ -176,4 +177,4 @@ def _structured(text: str) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {"logit_bias": _logit_bias, "structured": _structured}
-"""Fields whose flag is not the value itself: repeated KEY=VALUE, or JSON."""
+"""Converters for the fields whose flag takes text: KEY=VALUE pairs for logit_bias, JSON for structured."""

@@ -1,7 +1,7 @@
-"""What `jaxinfer info` tells: versions, devices, a model's size, and how much of it fits.
+"""The facts that `jaxinfer info` shows: versions, devices, a model's size, and how many tokens fit beside its weights.
 
-Owns: the facts and their arithmetic, from config.json alone; no weights are read.
-Does not know: how they are shown.
+Owns: the facts and their arithmetic. Those of a model come from its config.json; no weights are read.
+Does not know: how the facts are shown.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "tokenizers", "sentenc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SystemFacts:
-    """This machine.
+    """Facts of this machine and of the installed packages.
 
     Args:
-      python: its version.
+      python: version of Python.
       versions: package -> version.
-      devices: kinds of the devices that JAX uses, in order.
+      devices: the kind of each device that JAX uses, in order.
       platform: "cpu", "gpu" or "tpu".
-      free_bytes: for weights, KV pages and activations on the first device.
-      architectures: that a config.json may name.
+      free_bytes: memory for weights, KV pages and activations on the first device.
+      architectures: names of architectures in a config.json that jaxinfer can load.
     """
 
     python: str
@@ -52,19 +52,20 @@ class SystemFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """A model as one engine's settings would serve it.
+    """Facts of a model, served with given engine settings.
 
     Args:
-      architecture, dtype: by name.
-      num_parameters: tied ones counted once.
-      num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: of the model.
-      max_model_len: tokens of prompt and output together.
-      weight_bytes: of all parameters.
-      kv_bytes_per_token: over all layers, with a mesh's copies of kv heads and padding layers.
-      kv_tokens: positions for which keys and values fit beside the weights; negative when the weights do not fit.
-      full_requests: requests of max_model_len tokens that fit at once.
-      mesh: facts of the mesh it is spread over; None for one device.
-      draft: the model that drafts for it, whose weights and pages kv_tokens leaves room for; None without.
+      architecture, dtype: their names.
+      num_parameters: number of parameters; tied ones are counted once.
+      num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: the model's dimensions.
+      max_model_len: tokens of prompt and output together that a request may have.
+      weight_bytes: size of all parameters, each counted once.
+      kv_bytes_per_token: size of a token's keys and values over all layers and devices, including kv heads that a mesh
+        holds several times and layers that pad its stages.
+      kv_tokens: tokens whose keys and values fit beside the weights; negative if the weights alone do not fit.
+      full_requests: number of requests of max_model_len tokens that fit at the same time.
+      mesh: facts of the mesh that the model is spread over; None for one device.
+      draft: facts of the draft model, None without one. kv_tokens leaves room for its weights and pages.
     """
 
     architecture: str
@@ -87,13 +88,13 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftFacts:
-    """A draft model beside the model.
+    """Facts of the draft model that is loaded beside a model.
 
     Args:
-      architecture: by name.
-      num_parameters: tied ones counted once.
-      held_bytes: of its weights over all devices, a mesh's copies and padding included.
-      kv_bytes_per_token: as ModelFacts'; it has as many pages as the model.
+      architecture: its name.
+      num_parameters: number of parameters; tied ones are counted once.
+      held_bytes: size of its weights over all devices, including a mesh's copies and padding.
+      kv_bytes_per_token: as ModelFacts'; the draft model has as many KV pages as the model.
     """
 
     architecture: str
@@ -104,14 +105,14 @@ class DraftFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshFacts:
-    """A model on a mesh.
+    """Facts of a model that is spread over a mesh.
 
     Args:
-      num_stages, num_shards: pipeline stages and tensor shards of each.
-      weight_bytes: of the parameters that one device holds, copies and padding included.
-      kv_bytes_per_token: that one device holds.
-      rows: sequences of a full decode step.
-      volumes: what such a step sends between devices, sampling with filters included.
+      num_stages, num_shards: number of pipeline stages, and of tensor shards in each stage.
+      weight_bytes: size of the parameters that one device holds, copies and padding included.
+      kv_bytes_per_token: the part of a token's keys and values that one device holds.
+      rows: number of sequences in a full decode step.
+      volumes: what such a step, including sampling with filters, sends between devices.
     """
 
     num_stages: int
@@ -123,7 +124,7 @@ class MeshFacts:
 
 
 def system_facts(config: EngineConfig) -> SystemFacts:
-    """Facts of this machine; starts JAX as an LLM with these settings would."""
+    """Collects the facts of this machine. It starts JAX in the way an LLM with these settings would."""
     start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
     devices = jax.devices()
     return SystemFacts(
@@ -137,18 +138,18 @@ def system_facts(config: EngineConfig) -> SystemFacts:
 
 
 def context(model: str | Path, config: EngineConfig) -> int:
-    """Tokens of prompt and output together that a checkpoint takes with these settings; errors as model_facts'."""
+    """The max_model_len that a checkpoint has with these settings, in tokens; errors as model_facts'."""
     fields = directory.read_json(directory.resolve(model) / "config.json")
     return context_length(config, parse_model_config(fields))
 
 
 def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) -> ModelFacts:
-    """Facts of a checkpoint.
+    """Collects the facts of a checkpoint.
 
     Args:
       model: as LLM's.
-      config: of the engine that would serve it.
-      system: where.
+      config: settings of the engine that would serve it.
+      system: facts of the machine that would serve it.
 
     Raises:
       FileNotFoundError, TypeError, ValueError: as LLM.
@@ -159,7 +160,7 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
     held, page_bytes = _memory(model_config, layout, config, mesh)
     draft = _draft_facts(model_config, layout, config, system)
     num_devices = layout.num_stages * layout.num_shards
-    # CPU devices share one memory.
+    # All CPU devices share one memory; other devices have one each.
     free = system.free_bytes * (1 if system.platform == "cpu" else num_devices)
     all_held, all_page_bytes = held, page_bytes
     if draft is not None:
@@ -186,7 +187,7 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
 
 
 def _memory(model_config: ModelConfig, layout: Layout, config: EngineConfig, mesh: MeshFacts | None) -> tuple[int, int]:
-    """Bytes of a model's weights and of one of its KV pages, over all devices."""
+    """Bytes of a model's weights and of one of its KV pages, each summed over all devices."""
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
     num_devices = layout.num_stages * layout.num_shards
     weights = model_config.num_parameters * layout.dtype.itemsize if mesh is None else mesh.weight_bytes * num_devices
@@ -212,7 +213,7 @@ def _draft_facts(
 
 
 def _mesh_facts(model_config: ModelConfig, layout: Layout, config: EngineConfig) -> MeshFacts | None:
-    """Facts of the mesh, from a trace of the step; it takes no devices."""
+    """Facts of the mesh, found by tracing the step program, which needs no devices; None for one device."""
     if layout.num_stages == layout.num_shards == 1:
         return None
     shapes = StepShapes(config, max_model_len=layout.max_model_len)

@@ -1,7 +1,7 @@
-"""The command `jaxinfer`: generate, replay, score, chat, info and bench, over the Python API.
+"""The command `jaxinfer` with its subcommands generate, replay, score, chat, info and bench, built on the Python API.
 
-Owns: commands, reading prompts, printing, one-line errors.
-Does not know: how anything is computed. Flags come from the settings dataclasses (flags.py).
+Owns: the commands, reading prompts, printing results, one-line error messages.
+Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_DIFFERENT = 1
 MAX_TOKENS = 128
 MAX_REPLY_TOKENS = 1024
-"""Of generate and of chat, where neither flags nor a settings file say otherwise."""
-# typer carries a click of its own or uses the installed one; this is the base of usage errors in either.
+"""Defaults of max_tokens: MAX_TOKENS for generate, MAX_REPLY_TOKENS for chat."""
+# The base class of usage errors. It is found through typer because some versions of typer bundle click and others use
+# the installed one.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError, RequestFailedError)
 
@@ -56,7 +57,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object a li
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is one line on standard error."""
+    """Runs the command line; an error that the user can mend is printed as one line on standard error."""
     sys.exit(_exit_code())
 
 
@@ -66,7 +67,7 @@ def _exit_code() -> int:
     except _UsageError as error:
         print(f"jaxinfer: {error.format_message()} (see --help)", file=sys.stderr)
         return EXIT_USAGE
-    except BrokenPipeError:  # the reader has seen enough; Python must not flush into the pipe again
+    except BrokenPipeError:  # the reader has closed the pipe; without stdout Python does not flush into it at exit
         sys.stdout = None
         return EXIT_ERROR
     except _USER_ERRORS as error:
@@ -222,7 +223,7 @@ def _parallel_sizes(mesh: str) -> dict[str, int]:
 
 
 def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list[str]:
-    """The prompts from arguments, a file or a pipe, of which there must be exactly one kind."""
+    """Returns the prompts from the arguments or --file, which exclude each other, or from a pipe if there are none."""
     if prompts and file is not None:
         raise ValueError("pass prompts as arguments or with --file, not both")
     if prompts:
@@ -232,8 +233,13 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
 
 
 def _read_text(file: Path | None, *, missing: str, name: str) -> str:
-    """The text of a file, which the argument or flag of that name gave, or of a pipe; an error where there is
-    neither."""
+    """Reads a text from a file, or from a pipe if file is None.
+
+    Args:
+      file: the file.
+      missing: the error message if there is neither a file nor a pipe.
+      name: the argument or flag that gave the file, for error messages.
+    """
     if file is None and sys.stdin.isatty():
         raise ValueError(missing)
     try:
@@ -245,7 +251,7 @@ def _read_text(file: Path | None, *, missing: str, name: str) -> str:
 
 
 def _opened(record: Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    """The file to add records to, if any; a wrong path must not cost the loading of a model."""
+    """Opens the file to add records to, if any, so that a wrong path fails before a model is loaded."""
     return contextlib.nullcontext() if record is None else Path(record).open("a", encoding="utf-8")
 
 
@@ -269,8 +275,10 @@ def _print_stream(
 
 
 def _chosen_template(template: str | None, found: ChatTemplates) -> str | None:
-    """The chat_template of --template: a name, or the text of a file. A missing one must not cost the loading of a
-    model."""
+    """Returns LLM.chat's chat_template for --template: a template's name, a file's text, or None for the default.
+
+    It raises ValueError for a missing template here, before a model is loaded.
+    """
     if template is None:
         found.select(None, has_tools=False, knob="--template FILE")
         return None
@@ -293,7 +301,7 @@ def _as_text(output: RequestOutput, *, echo: bool) -> str:
 
 
 def _shown(text: str | None, output: RequestOutput) -> str:
-    """The text; token ids where the model has no tokenizer."""
+    """The text, or the token ids in its place if there is no tokenizer."""
     return str(list(output.token_ids)) if text is None else text
 
 

@@ -1,7 +1,7 @@
-"""Generating again what was recorded, and comparing token by token.
+"""`jaxinfer replay`: generates recorded outputs again and compares them token by token.
 
-Owns: reading a file of records, which LLMs they need, the comparison.
-Does not know: how anything is computed or printed.
+Owns: reading a file of records, loading the LLMs that they need, the comparison.
+Does not know: how tokens are generated, how results are printed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jaxinfer.sampling_params import SamplingParams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Where a completion first differs; `str()` of it is a sentence.
+    """The first token at which a replayed completion differs from the recorded one; `str()` of it is a sentence.
 
     Args:
-      index: of the completion.
-      position: of the token within it, from 0.
-      recorded, replayed: the tokens, as shown to people.
+      index: which of the record's completions differs.
+      position: index of the token in the completion.
+      recorded, replayed: the two tokens as shown to people (id and text), or "the end" of the shorter completion.
     """
 
     index: int
@@ -42,12 +42,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """One record generated again; `str()` of it is a sentence.
+    """The result of replaying one record; `str()` of it is a sentence.
 
     Args:
-      num_tokens: recorded, of all completions.
+      num_tokens: number of recorded tokens of all completions.
       differences: one for each completion that differs.
-      warnings: what is not as it was when the record was made.
+      warnings: versions, devices and model files that have changed since the record was made, in words.
     """
 
     num_tokens: int
@@ -60,7 +60,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class _Setup:
-    """What an LLM is made of."""
+    """The arguments of the LLM that a record needs; records with the same arguments share one LLM."""
 
     model: str
     tokenizer: str | None
@@ -68,11 +68,11 @@ class _Setup:
 
 
 def read_records(file: Path) -> list[GenerationRecord]:
-    """The records in a file, one a line; empty lines are skipped.
+    """Reads the records in a file, which has one per line; empty lines are skipped.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a line is no record, or there is none; the message names file and line.
+      ValueError: a line is not a record (the message names file and line), or the file has no records.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -92,17 +92,18 @@ def read_records(file: Path) -> list[GenerationRecord]:
 def replay_records(
     records: Sequence[GenerationRecord], *, model: str | None = None, tokenizer: str | None = None
 ) -> list[Replay]:
-    """Generates from the recorded token ids, parameters and seeds, with one LLM for each recorded setup.
+    """Generates again from the recorded token ids, parameters and seeds, and compares the tokens by id.
 
-    Tokens are compared by id. A completion that did not come to its own end (it was aborted, or taken from a stream
-    before its end) is compared as far as it was recorded, and no more than that is generated.
+    Records with the same model and settings are generated together, with one LLM. A completion that was recorded before
+    its end (it was aborted, or is from the middle of a stream) is generated and compared only as far as it was
+    recorded.
 
     Args:
-      records: of any models and settings.
+      records: the records, of any models and settings.
       model, tokenizer: used for all records instead of the recorded ones.
 
     Returns:
-      One Replay a record, in order.
+      One Replay per record, in order.
 
     Raises:
       ValueError: a record names no model and none is given.
@@ -136,7 +137,11 @@ def _replay_group(setup: _Setup, records: Sequence[GenerationRecord]) -> list[Re
 
 
 def _runs(llm: LLM, records: Sequence[GenerationRecord]) -> list[tuple[Callable[..., Any], dict[int, Any]]]:
-    """The two ways of generating, each with the parameters of its records by number."""
+    """Splits the records into samples and beam searches.
+
+    Returns:
+      For each kind the LLM's method that generates it, and the parameters of its records by index.
+    """
     sampled, searched = {}, {}
     for number, record in enumerate(records):
         if record.sampling_params is not None:
@@ -147,7 +152,7 @@ def _runs(llm: LLM, records: Sequence[GenerationRecord]) -> list[tuple[Callable[
 
 
 def _bounded(record: GenerationRecord, params: SamplingParams) -> SamplingParams:
-    """The recorded parameters; where a completion did not come to its end, no more tokens than were recorded."""
+    """The recorded parameters; if a completion was recorded before its end, limited to as many tokens as it has."""
     if all(output.has_ended for output in record.outputs):
         return params
     limit = max(len(output.token_ids) for output in record.outputs)

@@ -1,7 +1,7 @@
-"""Messages from a person at a terminal, or from a pipe, and short remarks to them.
+"""Reads messages from a terminal or a pipe, and prints short remarks on standard error.
 
-Owns: line editing, pasted lines, remarks on standard error.
-Does not know: jaxinfer; what messages mean.
+Owns: line editing, joining pasted lines into one message, remarks.
+Does not know: the rest of jaxinfer; what messages mean.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def enable_line_editing() -> None:
-    """Gives a terminal's input() arrow keys and a history, if this Python has readline.
+    """Gives input() arrow keys and a history, if this Python has readline. Call it only at a terminal.
 
-    Imported here, for readline sets up the terminal when it is imported: a pipe would receive control characters.
+    readline is imported here and not at the top because it writes control characters to the terminal when it is
+    imported, which a pipe would receive too.
     """
-    with contextlib.suppress(ImportError):  # Windows, whose terminal edits lines itself
+    with contextlib.suppress(ImportError):  # Windows has no readline; its terminal edits lines itself
         import readline
 
         if "libedit" not in (readline.__doc__ or ""):
@@ -27,18 +28,18 @@ def enable_line_editing() -> None:
 
 
 def read_message() -> str | None:
-    """The next message; None at the end of input.
+    """Reads the next message; returns None at the end of the input.
 
-    A message is a line; at a terminal, what was pasted with it belongs to it, however many lines these are.
+    A message is one line. At a terminal, lines that were pasted together are one message.
 
     Raises:
-      KeyboardInterrupt: Ctrl-C.
+      KeyboardInterrupt: Ctrl-C was pressed.
     """
     is_terminal = sys.stdin.isatty()
     try:
         lines = [input(PROMPT if is_terminal else "")]
-        # A pasted text comes as a whole where the terminal and readline mark pastes; elsewhere the lines are there at
-        # once, as nobody types them.
+        # If terminal and readline support bracketed paste, input() returns all pasted lines. Otherwise further lines
+        # are taken for pasted because they are there at once, faster than anybody types.
         while is_terminal and _has_more():
             lines.append(input())
     except EOFError:
@@ -47,10 +48,10 @@ def read_message() -> str | None:
 
 
 def _has_more() -> bool:
-    """Whether input waits at the terminal."""
+    """Whether the terminal has input that was not read yet."""
     return sys.platform != "win32" and bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def remark(text: str) -> None:
-    """Writes a line on standard error, where it is no part of a reply; dim at a terminal."""
+    """Prints a line on standard error, so that it is not part of a reply; in dim text at a terminal."""
     print(f"{_DIM}{text}{_PLAIN}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

@@ -108,7 +108,7 @@ class AsyncLLM:
         return AsyncChatStream(loop.create_task(open_stream()), loop)
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> RequestOutput:
-        """Searches for the most likely continuations of one prompt; arguments and result as LLM.beam_search's."""
+        """Searches for the most likely texts of one prompt; arguments, result and errors as LLM.beam_search's."""
         return await self._last(self._llm.prepare_beam_search(prompt, params))
 
     async def score(self, prompt: Prompt, *, prompt_logprobs: int = 0) -> RequestOutput:
@@ -197,7 +197,7 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
 
 
 class AsyncChatStream(AsyncIterator[RequestOutput]):
-    """An AsyncOutputStream for a chat request, whose prompt is still being rendered when the iterator is made.
+    """An async iterator like AsyncOutputStream, for a chat request whose prompt is still being rendered.
 
     Args:
       opening: renders the prompt, starts the request and returns its stream. It is cancelled when the task that waits

@@ -388,14 +388,14 @@ class LLM:
         return self._stream(self.prepare_chat(messages, sampling_params, **template))
 
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
-        """Makes a validated request for one prompt, to be passed to start; arguments and errors as stream's."""
+        """Makes a validated request for start; arguments and errors as stream's."""
         prompts, is_single = as_prompts(prompt)
         if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         return self._controller.prepare(prompt, self._params_or_default(sampling_params))
 
     def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> Submission:
-        """Makes a validated beam search for one prompt, to be passed to start; arguments as beam_search's."""
+        """Makes a validated beam search for start; arguments and errors as beam_search's, for one prompt."""
         params = BeamSearchParams() if params is None else checked("params", params, BeamSearchParams)
         return self._controller.prepare_beam_search(prompt, params)
 
@@ -405,7 +405,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> Submission:
-        """Makes a validated request for one conversation, to be passed to start; arguments as stream_chat's."""
+        """Makes a validated request for start; arguments and errors as stream_chat's."""
         return self.check_chat(messages, sampling_params, **template)()
 
     def check_chat(
@@ -504,7 +504,7 @@ class LLM:
         tickets = self._driver.submit(submissions)
         try:
             return wait_for(tickets, show_bar=show_bar)
-        except BaseException:  # Ctrl-C ends these requests and leaves the engine to the others
+        except BaseException:  # after Ctrl-C or an error this call's requests end; those of other threads go on
             self._driver.cancel(tickets)
             raise
 

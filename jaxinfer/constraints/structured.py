@@ -54,9 +54,9 @@ class GrammarCompiler:
     """Turns StructuredOutput into constraints, for one tokenizer and model.
 
     Every sequence of tokens that spells an allowed text is allowed, not only the one that the tokenizer would choose.
-    Special tokens are not allowed inside the text. Where the text may end, all end tokens are allowed. A model without
-    end tokens ends where nothing more can follow; a text that could always go on, such as one of the regex a+, then
-    ends only at max_tokens or another limit.
+    Special tokens are not allowed inside the text. Where the text may end, all end tokens are allowed. If the
+    checkpoint has no end tokens, the text ends where nothing more can follow; a text that could always go on, such as
+    one of the regex a+, then ends only at max_tokens or another limit.
 
     Args:
       tokenizer: of the checkpoint.

@@ -268,7 +268,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of the ids. Special tokens become their names; sentencepiece decodes the runs of tokens between them."""
+        """Text of the ids. Special tokens, if not skipped, become their names; sentencepiece decodes the others."""
         known = [i for i in token_ids if 0 <= i < self.vocab_size]
         if skip_special_tokens:
             return self._model.decode([i for i in known if i not in self.special_token_ids])
@@ -372,7 +372,9 @@ def load_tokenizer(directory: Path | str) -> Tokenizer | None:
 
 
 class IncrementalDetokenizer:
-    """Decodes an output token by token. What push and finish return adds up to the text that follows the prompt's text:
+    """Decodes an output token by token.
+
+    What push and finish return adds up to the text of prompt and output without the prompt's text at its beginning:
 
         decode(prompt + output)[len(decode(prompt)):]
 

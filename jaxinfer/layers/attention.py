@@ -1,7 +1,8 @@
 """Grouped-query self-attention over the paged cache.
 
-Owns: projections, rotation, the cache write and the split of a step's tokens into its two segments.
-Does not know: how a segment's attention is computed (kernels/), who the rows are.
+Owns: the projections, the rotation, the write to the cache, and cutting a step's flat tokens into its segments (one of
+decoding rows, one of prefill rows; either may be missing).
+Does not know: how the attention of a segment is computed (kernels/ does), nor which requests the rows belong to.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from jaxinfer.layers.norm import RMSNorm
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Segment:
-    """One rectangle of tokens: R rows of Q queries each, the last q_len positions of every row.
+    """Part of a step's tokens, as R rows of Q queries each. The queries of a row are its last q_len positions.
+
+    A decoding sequence is a row with one query. A prompt is cut into rows: 40 tokens in rows of 16 queries give rows
+    of 16, 16 and 8 live queries, whose kv_len is 16, 32 and 40.
 
     Args:
-      page_table: int32[R, W] pages of each row in order.
-      kv_len: int32[R] positions with keys once this step has written its own.
-      q_len: int32[R] live queries; the rest of Q is padding.
-      owner: int32[R] whose each row is; neighbouring rows of one owner are pieces of one prompt.
+      page_table: int32[R, W], the KV pages of each row, in the order of the text.
+      kv_len: int32[R], positions of each row that hold keys after this step's keys are written.
+      q_len: int32[R], live queries of each row; its other Q - q_len queries are padding.
+      owner: int32[R], the number of the sequence that each row belongs to. Neighbouring rows with the same owner are
+        pieces of one prompt.
       num_queries: Q.
     """
 
@@ -44,19 +49,20 @@ class Segment:
 
     @property
     def num_tokens(self) -> int:
-        """R * Q."""
+        """R * Q, padding included."""
         return self.kv_len.shape[0] * self.num_queries
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenBatch:
-    """The T tokens of one step, segment after segment, and where each belongs.
+    """The T tokens of one step, all segments concatenated, and the place of each token.
 
     Args:
-      positions: int32[T], of each token in its text.
-      pages, offsets: int32[T], where the token's key and value are stored; the dump page for padding.
-      segments: the rectangles, in the order of the tokens.
+      positions: int32[T], index of each token in its text.
+      pages, offsets: int32[T], the page and the offset in it where each token's key and value are stored. Padding
+        tokens have the dump page.
+      segments: the segments, in the order in which their tokens are concatenated.
     """
 
     positions: Int[Array, " T"]
@@ -66,23 +72,27 @@ class TokenBatch:
 
     @property
     def live(self) -> Bool[Array, " T"]:
-        """Which tokens are no padding."""
+        """Which tokens are real, that is, not padding."""
         return self.pages != kv_cache.DUMP_PAGE
 
 
 _ALL = 2**30
-"""A window that no text exceeds, for stages without one beside stages with one."""
+"""A window longer than any text. Where a local layer has a window on some stages only, it stands for "no window" on the
+others."""
 
 
 class Attention(nnx.Module):
-    """Self-attention with fused QKV; per shard N / tp query heads and K / tp kv heads, or one that others hold too.
+    """Self-attention with one fused product for queries, keys and values.
+
+    Each of the tp tensor shards has N / tp query heads and K / tp kv heads. With more shards than kv heads, it has one
+    kv head, of which tp / K shards hold a copy.
 
     Args:
       config: the model's numbers.
       num_stages, num_shards: pipeline stages and tensor shards.
-      kv_copies: shards that hold the same kv head.
-      windows: tokens each query sees, itself included, by stage; None for all.
-      backend: of paged_attention and of the linear layers.
+      kv_copies: how many shards hold the same kv head; 1 unless shards outnumber the kv heads.
+      windows: for every stage, how many tokens a query sees, itself included; None for all.
+      backend: name of the kernel backend, for paged_attention and for the linear layers.
       dtype: of the parameters.
     """
 
@@ -150,18 +160,19 @@ class Attention(nnx.Module):
         norm: Norm | None = None,
         post_norm: Norm | None = None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
-        """Attends every token to its row's cache, which first receives the tokens' own keys and values.
+        """Writes the tokens' keys and values to the cache, then lets every token attend to its row's cached positions.
 
         Args:
           x: residual stream.
-          cache: of this layer.
-          batch: the tokens.
-          rotary: cos and sin of every token; None rotates nothing.
-          norm: of what the block sees.
-          post_norm: of what it adds.
+          cache: this layer's keys and values.
+          batch: the tokens of the step.
+          rotary: cos and sin of every token's angles; None for no rotation.
+          norm: applied to x before the block; None for none.
+          post_norm: applied to the block's output before it is added to x; None for none.
 
         Returns:
-          x + post_norm(attention(norm(x))), equal on all shards, and the written cache (aliases the donated one).
+          x + post_norm(attention(norm(x))), equal on all shards, and the written cache. The cache is written in place
+          where its arrays are donated.
         """
         queries, cache = self._prepared(
             self.qkv(x, norm=norm).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary
@@ -190,7 +201,11 @@ class Attention(nnx.Module):
     def _prepared(
         self, heads: Float[Array, "T M H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None
     ) -> tuple[Float[Array, "T N H"], LayerCache]:
-        """Queries ready to attend, and the cache with the tokens' keys and values; both normed and rotated."""
+        """Splits the fused product: the queries, normed and rotated, and the cache with the new keys and values.
+
+        Keys are normed and rotated like queries; values are stored as they are. The "pallas" backend does it all in one
+        kernel, except where the norm spans all heads of a projection.
+        """
         query_norm, key_norm = self.query_norm, self.key_norm
         if self.backend == "pallas" and self.qk_norm != "projection":
             norm = None

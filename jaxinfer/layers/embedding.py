@@ -1,7 +1,7 @@
-"""Token embedding and language-model head, both sharded by vocabulary over the whole mesh; learned positions.
+"""The token embedding and the language-model head, both sharded by vocabulary over the whole mesh; learned positions.
 
-Owns: the slice arithmetic of the vocabulary and the mask over its padding, the table of positions.
-Does not know: sampling.
+Owns: which token ids a device's slice of the vocabulary holds, the mask over its padding, and the table of positions.
+Does not know: how tokens are sampled from the logits.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxinfer.layers.linear import Rows, project
 
 
 class VocabularyEmbedding(nnx.Module):
-    """One row of weights a token, used to embed ids or to score hidden states (or both, when tied).
+    """A table with one row of weights per token, used to embed ids or to score hidden states (or both, when tied).
 
     Args:
-      vocab_size: tokens; rows beyond them are padding and score -inf.
+      vocab_size: number of tokens. The table is padded to a multiple of num_shards rows; padding scores -inf.
       hidden_size: D.
-      num_shards: devices of the mesh, pipe x tensor.
+      num_shards: devices of the whole mesh, pipeline stages times tensor shards.
       dtype: of the weight.
-      logit_softcap: logits become cap * tanh(logits / cap); None leaves them.
+      logit_softcap: logits become cap * tanh(logits / cap); None leaves them as they are.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class VocabularyEmbedding(nnx.Module):
         )
 
     def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Rows of the ids; every device adds those it owns (one psum over the mesh)."""
+        """Looks up the rows of the ids, each on the device that holds it; a psum gives all rows to all devices."""
         weight = self.weight[...]
         local = token_ids - vocabulary_shard() * weight.shape[0]
         owned = (local >= 0) & (local < weight.shape[0])
@@ -51,7 +51,7 @@ class VocabularyEmbedding(nnx.Module):
         return sum_over_vocabulary(jnp.where(owned[:, None], rows, 0))
 
     def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
-        """float32 logits of this device's slice of the vocabulary, -inf on padding rows."""
+        """Scores hidden states against this device's slice of the vocabulary: float32 logits, -inf for padding."""
         weight = self.weight[...]
         logits = project(hidden, weight, out_dtype=jnp.dtype(jnp.float32))
         if self.logit_softcap is not None:
@@ -61,10 +61,10 @@ class VocabularyEmbedding(nnx.Module):
 
 
 class PositionEmbedding(nnx.Module):
-    """One learned vector a position, the same table on every device.
+    """One learned vector per position; every device holds the whole table.
 
     Args:
-      num_positions: rows.
+      num_positions: rows of the table.
       hidden_size: D.
       dtype: of the weight.
     """
@@ -73,5 +73,5 @@ class PositionEmbedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((num_positions, hidden_size), dtype), spec=REPLICATED)
 
     def __call__(self, positions: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Rows of the positions; those beyond the table, which only padding has, get the last one."""
+        """The rows of the positions. A position beyond the table, which only padding tokens have, gets the last row."""
         return self.weight[...].at[positions].get(mode="clip")

@@ -1,8 +1,8 @@
-"""Column- and row-parallel linear layers: Megatron's pair, one psum at the end.
+"""Column- and row-parallel linear layers, Megatron's pair: a block of both needs one psum, at its end.
 
-Owns: the weight layout [pp, out, in], how one product is computed, and what is computed together with it: a norm in
-front, a gate behind, the addition to the residual stream.
-Does not know: attention, batches.
+Owns: the weight layout [pp, out, in], how one product is computed, and what is computed together with it: the norm of
+its input, the gate on its output, the addition to the residual stream.
+Does not know: attention, nor how tokens are batched.
 
 Weights keep the checkpoint's [out, in] order: on CPU XLA multiplies 8 to 32 rows 14 to 30 % faster than with
 [in, out], and loading needs no transpose.
@@ -33,7 +33,7 @@ def project(
     Args:
       x: float[T, I].
       weight: float[O, I], of x's dtype.
-      out_dtype: of the result and the sums; None is x's.
+      out_dtype: dtype of the result, in which products are summed; None for x's dtype.
     """
     # HIGHEST keeps a GPU from rounding float32 to TF32.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -43,8 +43,8 @@ def project(
         return einsum("ti,oi->to", x, weight)
 
     def two_halves(x: Array, weight: Array) -> Array:
-        # For one row, XLA's CPU backend reads the weights of a step 6 % faster as a batch of two halves (23.1 instead
-        # of 24.7 ms on two cores). The batch axis has to be in x as well, or it transposes the weights.
+        # For one row, XLA's CPU backend is 6 % faster when the weights are a batch of two halves (23.1 instead of
+        # 24.7 ms for a step on two cores). Without the batch axis in x as well, it would transpose the weights.
         halves = weight.reshape(2, weight.shape[0] // 2, weight.shape[1])
         both = jnp.broadcast_to(x, (2, *x.shape))
         return einsum("bti,boi->tbo", both, halves).reshape(x.shape[0], -1)
@@ -56,11 +56,11 @@ def project(
 
 @runtime_checkable
 class Norm(Protocol):
-    """What a block normalises its input or its output with."""
+    """A norm that a block applies to its input or to its output: RMSNorm or LayerNorm of layers/norm.py."""
 
     @property
     def row_norm(self) -> RowNorm | None:
-        """The norm as a kernel can compute it from a row alone; None where it cannot."""
+        """The norm's weight and numbers for a kernel that norms a row itself; None where no kernel can."""
         ...
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -69,20 +69,20 @@ class Norm(Protocol):
 
 
 def gated(x: Float[Array, "*T G"], gate: Callable[[Array], Array]) -> Float[Array, "*T F"]:
-    """gate(first half) * second half of the last axis."""
+    """Splits the last axis into two halves and returns gate(first half) * second half."""
     first, second = jnp.split(x, 2, axis=-1)
     return gate(first) * second
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Output features that one checkpoint tensor contributes to a parameter split over the shards.
+    """The rows (output features) that one checkpoint tensor contributes to a parameter that is split over the shards.
 
     Args:
-      stored: rows of the tensor.
-      copies: how often each group of `unit` rows stands in the parameter, next to itself, so that shards that
-        outnumber the groups (kv heads) have one each.
-      unit: rows of a group.
+      stored: rows of the checkpoint tensor.
+      copies: how often the parameter repeats each group of `unit` rows, the copies next to each other. 2 kv heads on 4
+        shards take 2 copies: heads 0, 0, 1, 1, one for each shard.
+      unit: rows of a group, such as the dimensions of a kv head.
     """
 
     stored: int
@@ -91,7 +91,7 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """Rows of the parameter over all shards."""
+        """Rows of the parameter, summed over all shards."""
         return self.stored * self.copies
 
 
@@ -100,11 +100,11 @@ class ColumnParallelLinear(nnx.Module):
 
     Args:
       in_size: input features.
-      parts: output features of every matrix fused in this one; shard t holds part t of each.
+      parts: output features of each matrix that is fused into this one. Of every matrix, shard t holds the t-th slice.
       num_stages: pipeline stages, the leading axis of the parameters.
-      bias: add one.
+      bias: whether the layer has a bias.
       dtype: of the parameters.
-      backend: "pallas" computes one row, with norm and gate, in one kernel.
+      backend: name of the kernel backend; with "pallas", norm, product and gate of a single row are one kernel.
     """
 
     def __init__(
@@ -128,7 +128,13 @@ class ColumnParallelLinear(nnx.Module):
     def __call__(
         self, x: Float[Array, "T I"], *, norm: Norm | None = None, gate: Callable[[Array], Array] | None = None
     ) -> Float[Array, "T O"]:
-        """Maps [T, in] to this shard's [T, out / tp]; with a gate, to gate(first half) * second half of that."""
+        """Maps the full [T, in] to this shard's [T, out / tp].
+
+        Args:
+          x: input, equal on all shards.
+          norm: applied to x first; None for none.
+          gate: activation that turns the output into gate(first half) * second half, [T, out / tp / 2]; None for none.
+        """
         bias = None if self.bias is None else self.bias[0]
         row_norm = None if norm is None else norm.row_norm
         if norm is not None and row_norm is None:
@@ -144,11 +150,12 @@ class RowParallelLinear(nnx.Module):
     """y = residual + norm(x W^T + b) with the input features split over the "tensor" axis; one psum, then the bias.
 
     Args:
-      in_size, out_size: features over all shards.
+      in_size, out_size: features, summed over all shards.
       num_stages: pipeline stages, the leading axis of the parameters.
-      bias: add one.
+      bias: whether the layer has a bias.
       dtype: of the parameters.
-      backend: "pallas" computes one row in one kernel, with the residual where nothing has to come in between.
+      backend: name of the kernel backend; with "pallas", a single row is computed in one kernel, which also adds bias
+        and residual where neither a psum nor a norm comes in between.
     """
 
     def __init__(
@@ -168,7 +175,13 @@ class RowParallelLinear(nnx.Module):
     def __call__(
         self, x: Float[Array, "T I"], *, residual: Float[Array, "T O"] | None = None, norm: Norm | None = None
     ) -> Float[Array, "T O"]:
-        """Maps this shard's [T, in / tp] to the full [T, out] on every shard."""
+        """Maps this shard's [T, in / tp] to the full [T, out], equal on all shards.
+
+        Args:
+          x: this shard's features.
+          residual: added at the end; None for nothing.
+          norm: applied to the product before the residual is added; None for none.
+        """
         bias = None if self.bias is None else self.bias[0]
         if self.backend == "pallas" and x.shape[0] == 1:
             if num_shards() == 1 and norm is None:

@@ -1,7 +1,7 @@
 """The feed-forward blocks, with and without a gate.
 
-Owns: down(act(gate(x)) * up(x)), gate and up fused into one product; down(act(up(x))).
-Does not know: normalisation, residuals.
+Owns: down(act(gate(x)) * up(x)), with gate and up fused into one product, and down(act(up(x))).
+Does not know: which norms and residual stream it is given; the linear layers apply them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,25 @@ _ACTIVATIONS = {
 
 
 def activate(gate_up: Float[Array, "*T G"], activation: str) -> Float[Array, "*T F"]:
-    """act(gate) * up of the two halves of the last axis."""
+    """Splits the last axis into the halves gate and up and returns act(gate) * up.
+
+    Args:
+      gate_up: the fused product, G = 2 F.
+      activation: a name in config.ACTIVATIONS.
+    """
     return gated(gate_up, _ACTIVATIONS[activation])
 
 
 class GatedMLP(nnx.Module):
-    """Gated feed-forward: one column-parallel product for gate and up, one row-parallel for down.
+    """Gated feed-forward: one column-parallel product for gate and up, one row-parallel product for down.
 
     Args:
-      hidden_size, ffn_size: D and F over all shards.
+      hidden_size, ffn_size: D and F, summed over all shards.
       num_stages: pipeline stages.
-      bias: both linear layers carry one.
+      bias: whether both linear layers have a bias.
       dtype: of the parameters.
       activation: of the gate, a name in config.ACTIVATIONS.
-      backend: of the linear layers.
+      backend: name of the kernel backend, for the linear layers.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
@@ -62,13 +67,15 @@ class GatedMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
     ) -> Float[Array, "T D"]:
-        """x + post_norm(mlp(norm(x))), x the residual stream."""
+        """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
         hidden = self.gate_up(x, norm=norm, gate=_ACTIVATIONS[self.activation])
         return self.down(hidden, residual=x, norm=post_norm)
 
 
 class MLP(nnx.Module):
-    """Feed-forward without a gate: one column-parallel product, one row-parallel; arguments as GatedMLP's.
+    """Feed-forward without a gate: one column-parallel product, the activation, one row-parallel product.
+
+    The arguments are those of GatedMLP.
 
     Source: Vaswani et al. 2017, section 3.3.
     """
@@ -92,5 +99,5 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
     ) -> Float[Array, "T D"]:
-        """x + post_norm(mlp(norm(x))), x the residual stream."""
+        """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
         return self.down(_ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x, norm=post_norm)

@@ -1,7 +1,8 @@
 """Mixture of experts: every token goes to a few of many feed-forward blocks.
 
-Owns: the router, the experts (split whole over the "tensor" axis) and how their products are computed.
-Does not know: normalisation, residuals.
+Owns: the router, the experts (each shard of the "tensor" axis holds some of them whole) and how their products are
+computed.
+Does not know: the norms around the block and the residual stream; models/decoder.py applies them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from jaxinfer.layers.linear import Rows, project
 from jaxinfer.layers.mlp import activate
 
 _FEW = 8
-"""Tokens an expert gets on average below which the CPU multiplies them one by one."""
+"""If an expert gets fewer tokens than this on average, expert_loop multiplies tokens one by one, else in blocks."""
 _BLOCK = 16
+"""Tokens of one expert in a block of expert_loop."""
 EXPERT_BLOCK = 256
-"""Tokens at a time where every expert multiplies all of them: bounds what lies between the two products."""
+"""Tokens that expert_batched takes at a time. It bounds the memory of the hidden activations, [E, block, F]."""
 
 
 class MixtureOfExperts(nnx.Module):
-    """Sum over a token's most likely experts of probability times down(act(gate(x)) * up(x)).
+    """The weighted sum of a token's most likely experts, each of them down(act(gate(x)) * up(x)).
 
-    Each shard holds num_experts / tp whole experts and adds what they make of the tokens sent to them; one psum.
+    Each shard holds num_experts / tp whole experts and computes them for the tokens that chose them; one psum adds the
+    shards' results.
 
     Args:
       config: the model's numbers.
@@ -37,7 +40,8 @@ class MixtureOfExperts(nnx.Module):
       dtype: of the parameters.
 
     Source: Shazeer et al. 2017, "Outrageously Large Neural Networks"; the router as in transformers' Mixtral and
-    Qwen3-MoE: softmax in float32 over all experts, then the most likely ones, scaled to a sum of 1 where config says.
+    Qwen3-MoE: a softmax in float32 over all experts, of which the most likely are kept; their probabilities are scaled
+    to a sum of 1 if config.normalise_experts says so.
     """
 
     def __init__(self, config: ModelConfig, *, num_stages: int, num_shards: int, dtype: jnp.dtype):
@@ -75,7 +79,7 @@ class MixtureOfExperts(nnx.Module):
         return sum_over_tensor(y.astype(x.dtype))
 
     def _routes(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-        """What of each token goes to which experts."""
+        """The K most likely experts of every token, and the factor (share) of each one's output."""
         probabilities = nnx.softmax(project(x, self.router[0]).astype(jnp.float32), axis=-1)
         shares, expert_ids = lax.top_k(probabilities, self.num_chosen)
         if self.normalise:
@@ -92,17 +96,17 @@ def expert_dense(
     *,
     activation: str,
 ) -> Float[Array, "T D"]:
-    """The plain oracle: every expert on every token.
+    """Computes every expert for every token; the plain oracle of the two functions below.
 
     Args:
       x: tokens.
-      expert_ids: which experts each goes to; E for none.
-      shares: float32, the factor of each.
+      expert_ids: the K experts of each token, as indices into E; E itself stands for no expert.
+      shares: float32, the factor of each of these experts' outputs.
       gate_up, down: the experts' weights, G = 2 F.
-      activation: of the gate.
+      activation: of the gate, a name in config.ACTIVATIONS.
 
     Returns:
-      float32[T, D], weighted sums.
+      float32[T, D], each token's sum of shares times expert outputs.
     """
     weights = jnp.zeros((x.shape[0], gate_up.shape[0]), jnp.float32)
     weights = weights.at[jnp.arange(x.shape[0])[:, None], expert_ids].add(shares, mode="drop")
@@ -119,10 +123,10 @@ def expert_loop(
     *,
     activation: str,
 ) -> Float[Array, "T D"]:
-    """As expert_dense, in a loop over blocks of tokens of one expert, as many as the tokens need.
+    """Computes expert_dense for CPUs: a loop over blocks of tokens that share an expert, with no work for idle experts.
 
-    On two CPU cores, 32 experts of 512 x 1024 and four of them a token: 0.7, 11 and 47 ms for 1, 32 and 256 tokens,
-    where jax.lax.ragged_dot takes 97, 163 and 636 ms.
+    With 32 experts of 512 x 1024, four of them per token, two CPU cores take 0.7, 11 and 47 ms for 1, 32 and 256
+    tokens, where jax.lax.ragged_dot takes 97, 163 and 636 ms. Arguments and result are those of expert_dense.
     """
     num_tokens, num_chosen = expert_ids.shape
     num_experts = gate_up.shape[0]
@@ -140,7 +144,7 @@ def expert_loop(
         factor = lax.dynamic_slice_in_dim(share, first[expert] + start, size)
         hidden = activate(project(x[rows], gate_up[expert]), activation)
         added = project(hidden, down[expert]).astype(jnp.float32) * factor[:, None]
-        own = (start + jnp.arange(size) < counts[expert])[:, None]  # behind them stand the next expert's tokens
+        own = (start + jnp.arange(size) < counts[expert])[:, None]  # the rest of the block is the next expert's tokens
         return y.at[rows].add(jnp.where(own, added, 0.0))
 
     return lax.fori_loop(0, ends[-1], add_block, jnp.zeros(x.shape, jnp.float32))
@@ -155,11 +159,12 @@ def expert_batched(
     *,
     activation: str,
 ) -> Float[Array, "T D"]:
-    """As expert_dense, for GPUs: neither a loop of unknown length nor sums in an order that varies.
+    """Computes expert_dense for GPUs, without loops of unknown length and with sums in a fixed order.
 
-    Few tokens read the weights of their experts only; many go through every expert in one product, a block of tokens at
-    a time. Not jax.lax.ragged_dot: on GPUs XLA is reported to expand its tokens by the number of experts (jaxlib 0.10.1
-    and 0.10.2, marin-community/marin issue 7012).
+    Up to E (token, expert) pairs read the weights of their own experts only. With more, every expert multiplies every
+    token in one product, EXPERT_BLOCK tokens at a time. jax.lax.ragged_dot is not used, since XLA is reported to expand
+    its tokens by the number of experts on GPUs (jaxlib 0.10.1 and 0.10.2, marin-community/marin issue 7012). Arguments
+    and result are those of expert_dense.
     """
     compute = functools.partial(_by_token if expert_ids.size <= gate_up.shape[0] else _by_every_expert, activation)
     num_tokens, count = x.shape[0], -(-x.shape[0] // EXPERT_BLOCK)
@@ -171,7 +176,10 @@ def expert_batched(
 
 
 def _by_token(activation: str, gate_up: Array, down: Array, x: Array, expert_ids: Array, shares: Array) -> Array:
-    """A product of one row for every token and expert; a sum of products, into which XLA can draw the gather."""
+    """One matrix-vector product for every (token, chosen expert) pair.
+
+    It is written as a sum of products, so that XLA can fuse the gather of the weights into it.
+    """
     experts = jnp.minimum(expert_ids, gate_up.shape[0] - 1)
     wide = x.astype(jnp.float32)
     hidden = activate(jnp.sum(gate_up[experts] * wide[:, None, None], axis=-1).astype(x.dtype), activation)
@@ -184,12 +192,12 @@ def _by_every_expert(activation: str, gate_up: Array, down: Array, x: Array, exp
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     hidden = activate(jnp.einsum("td,egd->etg", x, gate_up, precision=precision), activation)
     outputs = jnp.einsum("etf,edf->etd", hidden, down, precision=precision)
-    # [E, T, K]: which of a token's choices an expert is; none of them where the expert is not asked.
+    # The comparison is [E, T, K]: expert e is the token's choice k. Without any such k the weight is 0.
     weights = jnp.where(expert_ids == jnp.arange(gate_up.shape[0])[:, None, None], shares, 0.0).sum(axis=-1)
     return jnp.sum(jnp.where(weights[:, :, None] != 0, outputs * weights[:, :, None], 0.0), axis=0)
 
 
 def _by_expert(expert_ids: Int[Array, "T K"], num_experts: int) -> tuple[Int[Array, " J"], Int[Array, " E"]]:
-    """The (token, choice) pairs sorted by expert, those of none last, and how many each expert has."""
+    """Flat indices of the (token, choice) pairs sorted by expert, pairs without one last; and each expert's count."""
     flat = expert_ids.ravel()
     return jnp.argsort(flat, stable=True), jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)

@@ -1,7 +1,7 @@
-"""Normalisation: by the root mean square, and LayerNorm.
+"""The two norms: RMSNorm and LayerNorm.
 
-Owns: the norms' arithmetic (statistics in float32).
-Does not know: where in a layer it stands.
+Owns: the arithmetic of the norms, with statistics in float32.
+Does not know: where in a layer a norm is used.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class RMSNorm(nnx.Module):
       num_stages: pipeline stages when the norm belongs to a layer; None when every device holds the one norm.
       dtype: of the weight.
       offset: added to the weight; Gemma stores weights around 0 and adds 1.
-      sharded: the features are split over the "tensor" axis, as the column-parallel product of these rows leaves them;
-        copies count as often as they are there, which leaves the mean as it is. None: every shard has them all.
+      sharded: None if every shard has all features, which is the common case. Else the rows of the column-parallel
+        product whose output is normalised, which is split over the "tensor" axis; the squares are then summed over the
+        shards. Every kv head has equally many copies, so counting them all leaves the mean unchanged.
 
-    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; rounding order as in Llama's own code
-    (cast back before the weight) without an offset, as in Gemma's (cast back behind it) with one.
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; rounding order as in the models' own code:
+    without an offset, the cast back to x's dtype comes before the weight (Llama); with one, after it (Gemma).
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class RMSNorm(nnx.Module):
 
     @property
     def row_norm(self) -> RowNorm | None:
-        """The norm for a kernel; None where the features are split over shards."""
+        """Weight, eps and offset for a kernel that norms a row itself; None where features are split over shards."""
         return None if self.sharded else RowNorm(self._weight, self.eps, self.offset)
 
     @property
@@ -96,7 +97,7 @@ class LayerNorm(nnx.Module):
 
     @property
     def row_norm(self) -> None:
-        """No kernel computes it."""
+        """None, since no kernel computes a LayerNorm."""
         return None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

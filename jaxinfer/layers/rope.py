@@ -1,7 +1,7 @@
 """Rotary position embedding and its context extensions.
 
-Owns: the frequencies of each rule and the rotation.
-Does not know: which layers rotate, what is cached.
+Owns: the frequencies of each extension rule and the rotation itself.
+Does not know: which layers rotate, nor what is cached.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.config import RopeConfig
 
 RotaryTables = tuple[Float[Array, "T J"], Float[Array, "T J"]]
-"""cos and sin of every token's angles."""
+"""The cosines and the sines of every token's angles, each [T, J] for J rotated pairs."""
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int, *, max_model_len: int) -> tuple[np.ndarray, float]:
-    """Angles per position and the factor on cos and sin, for one base and extension rule.
+    """The rotary frequencies of one base and extension rule, and the factor by which it multiplies cos and sin.
 
     Args:
       rope: the rule and its numbers.
       head_dim: H, even.
-      max_model_len: tokens the engine will serve; only "dynamic" and "longrope" depend on it.
+      max_model_len: tokens of the longest text that the engine will serve; only "dynamic" and "longrope" depend on it.
 
     Returns:
-      float32[J] radians per position of the J rotated pairs, and the attention factor (1 except for yarn and
+      float32[J], radians per position for each of the J rotated pairs, and the attention factor (1 except for yarn and
       longrope).
 
     Source: Su et al. 2021 (RoFormer); Peng et al. 2023 (YaRN); Ding et al. 2024 (LongRoPE); Llama 3.1's band rule; all
-    as in Hugging Face transformers' modeling_rope_utils, against whose results they are tested. Deviation: transformers
-    recomputes the dynamic base, and changes from longrope's short factors to the long ones, as a text grows, so that a
-    key's rotation depends on when it was computed; here both are what transformers uses for a text of max_model_len
-    tokens, whatever the schedule. (To serve short texts with the short factors, lower max_model_len.)
+    as in Hugging Face transformers' modeling_rope_utils, against whose results they are tested. Deviation: in
+    transformers the "dynamic" base changes as a text grows, and "longrope" goes over from its short factors to its long
+    ones, so that the rotation of a key depends on when it was computed. Here both are fixed to what transformers uses
+    for a text of max_model_len tokens. (To serve short texts with the short factors, lower max_model_len.)
     """
     head_dim = rope.rotated_dims(head_dim)
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -103,13 +103,13 @@ def _longrope_attention_factor(rope: RopeConfig) -> float:
 
 
 def rotary_tables(positions: Int[Array, " T"], frequencies: np.ndarray, attention_factor: float) -> RotaryTables:
-    """cos and sin of every token's angles, float32[T, J], times the attention factor."""
+    """The cosines and sines of every token's angles, times the attention factor, each float32[T, J]."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
 def rotate(x: Float[Array, "T N H"], tables: RotaryTables) -> Float[Array, "T N H"]:
-    """Rotates the pairs (i, i + J) of every head's first 2 J dimensions; keeps x's dtype."""
+    """Rotates every head's pairs of dimensions (i, i + J), i < J, and leaves those from 2 J on; keeps x's dtype."""
     cos, sin = (table.astype(x.dtype)[:, None, :] for table in tables)
     pairs = cos.shape[-1]
     first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)

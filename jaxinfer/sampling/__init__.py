@@ -1,1 +1,1 @@
-"""From logits to tokens on the device: edits, thresholds and noise, on a vocabulary that is sharded over the mesh."""
+"""From logits to tokens on the device: logit edits, filters and noise, for a vocabulary sharded over the mesh."""

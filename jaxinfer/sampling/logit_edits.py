@@ -1,7 +1,10 @@
-"""What requests do to their logits before temperature and filters: masks, bias, penalties.
+"""The edits of logits that requests ask for, before temperature and filters: masks, biases and penalties.
 
-Owns: what the device keeps of every slot for that, and the arithmetic.
-Does not know: requests, samplers. All functions run inside a shard_map over ("pipe", "tensor"); a slot's row is spread
+Owns: the state that the device keeps for these edits, a row per slot (the place of a running sequence), and their
+arithmetic.
+Does not know: requests, samplers.
+
+All functions run inside a shard_map over ("pipe", "tensor"). The columns of the state, one per token id, are sharded
 over the mesh like the vocabulary.
 """
 
@@ -23,16 +26,18 @@ from jaxinfer.request import EditKind
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EditState:
-    """The edits of S slots.
+    """The edits of all S slots.
 
     Args:
-      bias: float32[S, V], added; -inf where a token is not allowed.
-      forbidden: bool[S, V], tokens that may not come now.
-      held_back: bool[S, V], tokens that may not come before min_position.
-      in_prompt: bool[S, V].
+      bias: float32[S, V], added to the logits; -inf for a token that the request never allows.
+      forbidden: bool[S, V], tokens that may not be sampled next; set_allowed changes them during generation.
+      held_back: bool[S, V], tokens that may not be sampled at positions before min_position, such as the end token of
+        a request with min_tokens.
+      in_prompt: bool[S, V], tokens that occur in the prompt.
       output_count: int32[S, V], how often each token was sampled.
-      penalties: float32[S, 3], repetition (1 is none, 0 a slot that was never set), presence and frequency.
-      min_position: int32[S].
+      penalties: float32[S, 3], the repetition, presence and frequency penalties. A repetition penalty of 1 changes
+        nothing; 0 marks a slot that was never set and changes nothing either.
+      min_position: int32[S], the first position in the text at which the tokens held back are allowed.
     """
 
     bias: Float[Array, "S V"]
@@ -45,7 +50,7 @@ class EditState:
 
     @classmethod
     def zeros(cls, num_slots: int, vocab_size: int) -> EditState:
-        """Slots that were never set."""
+        """The state in which no slot has any edits."""
         shape = (num_slots, vocab_size)
         return cls(
             bias=jnp.zeros(shape, jnp.float32),
@@ -59,23 +64,24 @@ class EditState:
 
     @staticmethod
     def specs() -> list[PartitionSpec]:
-        """How the leaves lie on the mesh, in order: what has a column a token is spread like the vocabulary."""
+        """The PartitionSpec of each field, in order. Fields with one column per token are sharded by vocabulary."""
         return [VOCABULARY_COLUMNS] * 5 + [REPLICATED] * 2
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EditEntries:
-    """Some edits of one slot.
+    """Edits to be made in one slot, as up to J entries of (kind, token id, value).
 
     Args:
-      slot: int32[].
-      first: bool[], forget what the slot had before.
-      bias_of_others: float32[], of all tokens without a bias entry.
-      penalties, min_position: as in EditState, of the slot.
-      kinds: int32[J], EditKind; another number is padding.
-      token_ids: int32[J].
-      values: float32[J], the bias.
+      slot: int32[], the slot.
+      first: bool[], true for the first entries of a sequence: whatever the slot held before is cleared.
+      bias_of_others: float32[], with `first`, the bias of all tokens without a BIAS entry: -inf if the request lists
+        its allowed tokens.
+      penalties, min_position: the slot's values, as in EditState.
+      kinds: int32[J], the EditKind of each entry; any other number is padding.
+      token_ids: int32[J], the token of each entry.
+      values: float32[J], the bias of BIAS entries; other kinds ignore it.
     """
 
     slot: Int[Array, ""]
@@ -89,7 +95,7 @@ class EditEntries:
 
 
 def set_slot(state: EditState, entries: EditEntries) -> EditState:
-    """The state with a slot's entries; the first ones of a sequence clear what the slot had."""
+    """The state after some entries of one slot; the first entries of a sequence clear what the slot held."""
     size = state.bias.shape[1]
     local = entries.token_ids - vocabulary_shard() * size
     local = jnp.where((local >= 0) & (local < size), local, size)  # out of bounds, hence dropped
@@ -119,12 +125,13 @@ def set_slot(state: EditState, entries: EditEntries) -> EditState:
 
 
 def set_allowed(state: EditState, slots: Int[Array, " J"], words: Int[Array, "J K"]) -> EditState:
-    """The state in which only some tokens may come next in some slots.
+    """The state in which given slots may sample only given tokens next.
 
     Args:
       state: of all slots.
-      slots: int32[J]; -1 is padding.
-      words: int32[J, K], bit t % 32 of word t // 32 for token t of the whole vocabulary; those beyond are forbidden.
+      slots: int32[J], the slots to change; -1 is padding.
+      words: int32[J, K], a bitmask of allowed tokens per slot: token t is bit t % 32 of word t // 32. Tokens beyond
+        the last word are forbidden.
     """
     token_ids = vocabulary_shard() * state.bias.shape[1] + jnp.arange(state.bias.shape[1])
     bits = words.at[:, token_ids // 32].get(mode="fill", fill_value=0) >> (token_ids % 32)
@@ -135,16 +142,16 @@ def set_allowed(state: EditState, slots: Int[Array, " J"], words: Int[Array, "J 
 def edited(
     logits: Float[Array, "R V"], state: EditState, slots: Int[Array, " R"], position: Int[Array, " R"]
 ) -> Float[Array, "R V"]:
-    """Logits as their slots ask for: masks, bias, repetition penalty, presence and frequency penalties.
+    """Applies each slot's edits to its logits, in this order: masks, bias, repetition, presence, frequency.
 
     Args:
       logits: float32[R, V / devices], this device's slice.
       state: of all slots.
-      slots: int32[R].
+      slots: int32[R], the slot of each row.
       position: int32[R], index in its text of the token to be sampled.
 
-    Source: Keskar et al. 2019, "CTRL", section 4.1, for the repetition penalty, which divides positive and multiplies
-    negative logits; presence and frequency as in OpenAI's API.
+    Source: Keskar et al. 2019, "CTRL", section 4.1, for the repetition penalty, which divides positive logits and
+    multiplies negative ones; presence and frequency penalties as in OpenAI's API.
     """
     count, penalties = state.output_count[slots], state.penalties[slots]
     too_early = state.held_back[slots] & (position < state.min_position[slots])[:, None]
@@ -159,7 +166,14 @@ def edited(
 def count_outputs(
     state: EditState, slots: Int[Array, " R"], token_ids: Int[Array, " R"], is_live: Bool[Array, " R"]
 ) -> EditState:
-    """The state after tokens were sampled."""
+    """The state after one token per row was sampled: its count goes up by one.
+
+    Args:
+      state: of all slots.
+      slots: int32[R], the slot of each row.
+      token_ids: int32[R], the sampled tokens.
+      is_live: bool[R], false for rows that are not counted.
+    """
     size = state.bias.shape[1]
     local = token_ids - vocabulary_shard() * size
     local = jnp.where((local >= 0) & (local < size) & is_live, local, size)

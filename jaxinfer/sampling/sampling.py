@@ -1,13 +1,16 @@
 """The jitted sampler: a threshold and a Gumbel argmax over a vocabulary that is sharded over the mesh.
 
 Owns: the noise, the filters, the four samplers (greedy, unfiltered, candidates, full) and log-probabilities. Nothing
-here sorts the vocabulary and no row of logits leaves its shard.
-Does not know: requests, slots, models. All functions run inside a shard_map over ("pipe", "tensor").
+here sorts the whole vocabulary, and no device sends its slice of the logits to another.
+Does not know: requests, slots, models.
 
-Every filter lowers the allowed set to {z >= threshold}, z = (logits - max) / temperature: top-k (ties kept), then top-p
-on the softmax over what top-k left (the crossing token and its ties stay), then min-p. No threshold exceeds 0, so the
-best token is always allowed. The token is the argmax over the allowed set of z + Gumbel noise, the lowest id on ties;
-temperatures below MIN_TEMPERATURE are greedy.
+All functions run inside a shard_map over ("pipe", "tensor"); each device holds one slice of the vocabulary.
+
+Let z = (logits - max) / temperature, so that the best token has z = 0. Every filter keeps the tokens {z >= threshold}
+of its own threshold: first top-k (ties with the k-th token are kept), then top-p on the softmax over what top-k kept
+(the token that crosses top_p is kept, and its ties), then min-p. No threshold exceeds 0, so the best token is always
+allowed. The sampled token is the argmax of z + Gumbel noise over the allowed tokens, the lowest id on ties. Rows with a
+temperature below MIN_TEMPERATURE are greedy.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ from jaxinfer.communication.collectives import (
 
 MIN_TEMPERATURE = 1e-5
 NUM_CANDIDATES = 65
-"""Of every slice; the last only bounds what lies outside, so that top_k up to 64 is exact."""
+"""How many of the largest logits sample_candidates takes from every slice. The last one only bounds the logits outside,
+so that top_k up to 64 is decided among the candidates (ties apart)."""
 _GROUP = 128
 _GROUPS = (_GROUP, 16, 1)
-"""Sizes of the groups by which _top_by_counting narrows a slice down. With 128 thousand values and 65 candidates each
-step has about a thousand, few enough to compare each with each."""
+"""Sizes of the groups by which _top_by_counting narrows a slice down. With 128 thousand logits and 65 candidates, each
+of its steps ranks about a thousand values, few enough to compare each of them with each."""
 _NO_ID = jnp.iinfo(jnp.int32).max
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _BITS_OF_INFINITY = 0x7F800000
@@ -47,12 +51,14 @@ _BITS_OF_INFINITY = 0x7F800000
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingNumbers:
-    """What each row asks for; filters that are off hold 0, 1, 0.
+    """The sampling settings of each row.
 
     Args:
-      temperature, top_p, min_p: float32[R].
-      top_k: int32[R].
-      seed: uint32[R, 2], low word first.
+      temperature: float32[R]; below MIN_TEMPERATURE the row is greedy.
+      top_p: float32[R]; 1 turns the filter off.
+      min_p: float32[R]; 0 turns the filter off.
+      top_k: int32[R]; 0 turns the filter off.
+      seed: uint32[R, 2], a 64-bit seed, low word first.
     """
 
     temperature: Float[Array, " R"]
@@ -63,14 +69,14 @@ class SamplingNumbers:
 
     @classmethod
     def unpack(cls, words: Int[Array, "R F"]) -> SamplingNumbers:
-        """From the int32 words of wrappers/step_batch.py's pack_sampling."""
+        """The settings from the int32 words into which wrappers/step_batch.py's pack_sampling has put them."""
         floats = lax.bitcast_convert_type(words[:, :3], jnp.float32)
         seed = lax.bitcast_convert_type(words[:, 4:6], jnp.uint32)
         return cls(temperature=floats[:, 0], top_p=floats[:, 1], min_p=floats[:, 2], top_k=words[:, 3], seed=seed)
 
 
 class TokenLogprobArrays(NamedTuple):
-    """Raw log-probabilities: of the sampled token with its rank, and the most likely tokens, best first."""
+    """Log-probabilities before temperature and filters: the sampled token's, its rank, and the K best tokens'."""
 
     logprob: Float[Array, " R"]
     rank: Int[Array, " R"]
@@ -81,7 +87,7 @@ class TokenLogprobArrays(NamedTuple):
 def random_bits(
     seed: UInt32[Array, "R 2"], position: Int[Array, " R"], token_id: Int[Array, "*R J"]
 ) -> UInt32[Array, "R J"]:
-    """32 random bits for every (seed, position, token id), whatever the slice, batch or mesh.
+    """32 random bits that depend on seed, position and token id only, not on batch, slice or mesh.
 
     Source: Threefry-2x32 with 20 rounds, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the seed
     is the key, (position, token id) the counter, the first output word the result.
@@ -104,17 +110,18 @@ def random_bits(
 def gumbel_noise(
     seed: UInt32[Array, "R 2"], position: Int[Array, " R"], token_id: Int[Array, "*R J"]
 ) -> Float[Array, "R J"]:
-    """Standard Gumbel noise for every (seed, position, token id).
+    """Standard Gumbel noise that depends on seed, position and token id only.
 
-    v is uniform in (0, 1) and -log(-log1p(-v)) keeps full precision where it matters: at small v, the winning tail.
+    With v uniform in (0, 1), -log(-log1p(-v)) is largest for small v. There floats are finest, so the noise is precise
+    where it decides which token wins.
     """
     v = (random_bits(seed, position, token_id).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
-    v = jnp.minimum(v, jnp.float32(1 - 2.0**-24))  # 1 itself, a rounding of the last bits, would give -inf
+    v = jnp.minimum(v, jnp.float32(1 - 2.0**-24))  # the largest bits round to 1, which would give -inf
     return -jnp.log(-jnp.log1p(-v))
 
 
 def local_token_ids(local_size: int) -> Int[Array, " V"]:
-    """Ids of this device's slice of the vocabulary."""
+    """The token ids of this device's slice of the vocabulary, which has local_size tokens."""
     return vocabulary_shard() * local_size + jnp.arange(local_size, dtype=jnp.int32)
 
 
@@ -122,19 +129,25 @@ def argmax_over_vocabulary(values: Float[Array, "R J"], token_ids: Int[Array, "*
     """The id of the largest value over all slices, the lowest id on ties."""
     token_ids = jnp.broadcast_to(token_ids, values.shape)
     best, winners = lax.platform_dependent(values, token_ids, cpu=_argmax_in_two_passes, default=_argmax_in_one_pass)
-    if num_vocabulary_shards() == 1:  # XLA would keep a kernel for the comparison below
+    if num_vocabulary_shards() == 1:  # nothing to compare, but XLA would run a kernel for the line below
         return winners
     return min_over_vocabulary(jnp.where(best == max_over_vocabulary(best), winners, _NO_ID))
 
 
 def _argmax_in_two_passes(values: Float[Array, "R J"], token_ids: Int[Array, "R J"]) -> tuple[Array, Array]:
-    """The largest value of this slice and its lowest id; XLA's CPU backend vectorises reductions of one array only."""
+    """The largest value of this slice and the lowest id that has it, found by a max and a min.
+
+    XLA's CPU backend vectorises reductions of one array only.
+    """
     best = jnp.max(values, axis=-1)
     return best, jnp.min(jnp.where(values == best[:, None], token_ids, _NO_ID), axis=-1)
 
 
 def _argmax_in_one_pass(values: Float[Array, "R J"], token_ids: Int[Array, "R J"]) -> tuple[Array, Array]:
-    """The same in half the kernels and reads; what computes the values is fused into it."""
+    """The same by one reduction of pairs (value, id), for GPUs: half the kernels and half the reads.
+
+    XLA fuses the computation of the values into it.
+    """
 
     def better(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
         wins = (one[0] > other[0]) | ((one[0] == other[0]) & (one[1] < other[1]))
@@ -153,16 +166,16 @@ def greedy(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
 
 
 def _best_logit(logits: Float[Array, "R J"]) -> Float[Array, " R"]:
-    """The largest over all slices, finite, so that _scaled never meets inf - inf."""
+    """The largest logit of each row over all slices, clipped to a finite number, as _scaled must not see inf - inf."""
     return jnp.clip(max_over_vocabulary(jnp.max(logits, axis=-1)), -_LARGEST, _LARGEST)
 
 
 def _scaled(
     logits: Float[Array, "R J"], best: Float[Array, " R"], temperature: Float[Array, " R"]
 ) -> Float[Array, "R J"]:
-    """z = (logits - best) / temperature: at most 0, -inf where the logit is; greedy rows are only shifted."""
+    """z = (logits - best) / temperature, at most 0, and -inf for a logit of -inf; greedy rows are not divided."""
     divisor = jnp.where(temperature < MIN_TEMPERATURE, 1.0, temperature)
-    # In this order every zero comes out as -0.0, so that all have the same bits.
+    # Subtracting in this order makes every zero -0.0, so that all zeros have the same bits.
     return (best[:, None] - jnp.minimum(logits, _LARGEST)) / -divisor[:, None]
 
 
@@ -173,7 +186,10 @@ def _scores(
     numbers: SamplingNumbers,
     position: Int[Array, " R"],
 ) -> Float[Array, "R J"]:
-    """What the sampled token has the largest of; without noise on greedy rows, whose best is always allowed."""
+    """The scores whose argmax is the sampled token: z plus noise where z >= threshold, else -inf.
+
+    Greedy rows get no noise; their best token is always allowed, so its score is the largest.
+    """
     random = (numbers.temperature >= MIN_TEMPERATURE)[:, None]
     noise = jnp.where(random, gumbel_noise(numbers.seed, position, token_ids), 0.0)
     return jnp.where(z >= threshold[:, None], z + noise, -jnp.inf)
@@ -182,10 +198,11 @@ def _scores(
 def _largest_threshold(
     z: Float[Array, "R V"], weights: Float[Array, "R V"], target: Float[Array, " R"]
 ) -> Float[Array, " R"]:
-    """The largest t <= 0 for which the weights of {z >= t} over all slices sum to at least target, else -inf.
+    """The largest t <= 0 for which the weights of {z >= t}, summed over all slices, reach target; -inf if none does.
 
-    z is at most 0, so the bits of -z as an integer order the values from the best down. CPUs pay for every comparison
-    and compile what is written out; GPUs pay for every pass, and a loop would break their command graphs.
+    z is at most 0, so the bits of -z, read as an integer, order the values from the best down. On CPUs the search
+    decides one bit at a time, in a loop: every comparison costs time, and unrolled rounds would have to be compiled. On
+    GPUs it decides four bits at a time, unrolled: every pass costs time, and a loop would break the command graph.
     """
     depth = lax.platform_dependent(
         lax.bitcast_convert_type(jnp.abs(z), jnp.uint32),
@@ -205,9 +222,9 @@ def _smallest_bound(
     digit_bits: int,
     unroll: bool,
 ) -> UInt32[Array, " R"]:
-    """The smallest b for which the weights of {keys <= b} over all slices sum to at least target.
+    """The smallest b for which the weights of {keys <= b}, summed over all slices, reach target.
 
-    A radix search from the highest digit down; one psum of [R, 2**digit_bits - 1] a digit.
+    This is a radix search from the highest digit down, with one psum of 2**digit_bits - 1 sums per row for each digit.
     """
     num_digits = 32 // digit_bits
 
@@ -215,9 +232,9 @@ def _smallest_bound(
         shift = (digit_bits * (num_digits - 1 - i)).astype(jnp.uint32)
         trials = [bound | (jnp.uint32(digit) << shift) for digit in range(1, 1 << digit_bits)]
         below = [jnp.where(keys < trial[:, None], weights, 0.0) for trial in trials]
-        # One reduction of many arrays is one kernel and reads its input once.
+        # A single reduction of all trials is one kernel, which reads keys and weights once.
         sums = lax.reduce(below, [jnp.float32(0)] * len(below), lambda one, other: [*map(add, one, other)], (1,))
-        # Additions written out share a kernel with the shift; a sum over an axis would be one of its own.
+        # Additions written out are fused with the shift; a sum over an axis would be a kernel of its own.
         too_small = [total < target for total in sum_over_vocabulary(jnp.stack(sums))]
         return bound | (reduce(add, (entry.astype(jnp.uint32) for entry in too_small)) << shift)
 
@@ -225,10 +242,10 @@ def _smallest_bound(
 
 
 def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float[Array, " R"]:
-    """The threshold of all filters together; a filter that no row uses costs nothing.
+    """The highest of the thresholds of top-k, top-p and min-p; the search for one that no row uses is skipped.
 
-    The barriers keep its search conditional: XLA turns a conditional into a select, so that both branches always run,
-    where their operations are elementwise and reductions only.
+    The barriers keep that search conditional: if the branches of a conditional hold nothing but elementwise operations
+    and reductions, XLA turns it into a select, for which both branches run.
     """
     off = jnp.full(z.shape[0], -jnp.inf)
     has_top_k, has_top_p = numbers.top_k > 0, numbers.top_p < 1
@@ -249,7 +266,7 @@ def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float
 def sample_unfiltered(
     logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
 ) -> Int[Array, " R"]:
-    """Samples rows without filters, which need no threshold; arguments and result as sample_full."""
+    """Samples where no row has a filter, so that no threshold is needed; arguments and result as sample_full."""
     z = _scaled(logits, _best_logit(logits), numbers.temperature)
     ids = local_token_ids(logits.shape[1])
     nothing = jnp.full(z.shape[0], -jnp.inf)
@@ -257,11 +274,11 @@ def sample_unfiltered(
 
 
 def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]) -> Int[Array, " R"]:
-    """Samples with any filters over the whole vocabulary.
+    """Samples with any filters, searching the whole vocabulary for their thresholds.
 
     Args:
       logits: float32[R, V / devices], this device's slice.
-      numbers: what each row asks for.
+      numbers: the sampling settings of each row.
       position: int32[R], index in its text of the token being sampled.
 
     Returns:
@@ -275,10 +292,10 @@ def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position:
 def sample_candidates(
     logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
 ) -> Int[Array, " R"]:
-    """Samples among the most likely tokens of every slice; exact, like sample_full.
+    """Samples among the NUM_CANDIDATES most likely tokens of every slice, with the same result as sample_full.
 
-    Rows whose allowed set may reach beyond the candidates are found on the device and redone by sample_full.
-    Arguments and result as sample_full.
+    The candidates suffice unless a filter allows tokens beyond them, as a top_k of 100 does. The device finds such rows
+    and samples them with sample_full. Arguments and result as sample_full.
     """
     tokens, sufficient = _among_candidates(logits, numbers, position)
 
@@ -291,8 +308,8 @@ def sample_candidates(
 def _among_candidates(
     logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
 ) -> tuple[Int[Array, " R"], Bool[Array, " R"]]:
-    """Tokens sampled among the candidates, and whether nothing outside them was allowed."""
-    # A top-k tells 0.0 from -0.0, and they must tie.
+    """Tokens sampled among the candidates, and which rows are exact since no token outside them was allowed."""
+    # lax.top_k orders 0.0 before -0.0, but they must tie.
     values, ids = _top_values(jnp.where(logits == 0, 0.0, logits), min(NUM_CANDIDATES, logits.shape[1]))
     is_whole = values.shape[1] == logits.shape[1]
     best, last = lax.platform_dependent(values, cpu=_first_and_last_reduced, default=_first_and_last)
@@ -308,7 +325,7 @@ def _among_candidates(
     kth = jnp.max(jnp.where(place == numbers.top_k[:, None] - 1, values, -jnp.inf), axis=-1)
     top_k = jnp.where(has_top_k & top_k_is_inside, kth, -jnp.inf)
     mass = jnp.where(values >= top_k[:, None], jnp.exp(values), 0.0)
-    # What lies in front of each candidate; jnp.cumsum is a loop on GPUs since JAX 0.12.
+    # The probability mass of the candidates before each one; jnp.cumsum is a loop on GPUs since JAX 0.12.
     before = jnp.sum(jnp.where(place < place[:, None], mass[:, None, :], 0.0), axis=-1)
     everything = sum_over_vocabulary(jnp.sum(jnp.exp(_scaled(logits, best, numbers.temperature)), axis=-1))
     total = jnp.where(has_top_k, before[:, -1] + mass[:, -1], everything)
@@ -326,14 +343,14 @@ def _among_candidates(
 
 
 def _first_and_last(values: Float[Array, "R K"]) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
-    """Of values in descending order."""
+    """The first and the last of each row's values, which are in descending order."""
     return values[:, 0], values[:, -1]
 
 
 def _first_and_last_reduced(values: Float[Array, "R K"]) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
-    """The same on CPUs, where a slice of a sorted array undoes XLA's rewriting of sort and slice as a top-k.
+    """The same for CPUs, by a max and a min. With slices, XLA sorts all the values instead of finding a top-k.
 
-    With slices one row of 128 thousand values takes 4 ms instead of 0.5.
+    One row of 128 thousand values would then take 4 ms instead of 0.5 ms.
     """
     return jnp.max(values, axis=-1), jnp.min(values, axis=-1)
 
@@ -341,8 +358,8 @@ def _first_and_last_reduced(values: Float[Array, "R K"]) -> tuple[Float[Array, "
 def _top_values(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
     """The `count` largest values of this slice with their global ids, best first, the lowest id first on ties.
 
-    They all lie in the `count` groups of 128 with the largest maxima, so that nothing sorts the vocabulary. GPUs
-    compare each value with each, which is many comparisons but few kernels; CPUs pay for every comparison and sort.
+    These values all lie in the `count` groups of 128 that have the largest maxima, so only those groups are searched.
+    CPUs search by lax.top_k. GPUs rank values by comparing each with each: many comparisons, but few kernels.
     """
     by_counting = partial(_top_by_counting if count <= _GROUP else _top_by_sorting, count=count)
     values, ids = lax.platform_dependent(x, cpu=partial(_top_by_sorting, count=count), default=by_counting)
@@ -355,7 +372,7 @@ def _in_groups(x: Float[Array, "R V"], size: int) -> Float[Array, "R G C"]:
 
 
 def _top_by_sorting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """The largest groups by one top-k, the largest of their members by another."""
+    """Finds the groups with the largest maxima by one lax.top_k, and the largest of their members by another."""
     if x.shape[1] <= count * _GROUP:
         values, ids = lax.top_k(x, count)
         return values, ids
@@ -368,7 +385,7 @@ def _top_by_sorting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array,
 
 
 def _top_by_counting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """The largest groups, the largest of the smaller groups in them, and the largest members of those."""
+    """Finds the groups of 128 with the largest maxima, then the best groups of 16 in those, then the best values."""
     sizes = [size for size in _GROUPS if size == 1 or size * count < x.shape[1]]
     values = jnp.max(_in_groups(x, sizes[0]), axis=-1)
     ids = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
@@ -384,9 +401,10 @@ def _top_by_counting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array
 def _best_first(
     values: Float[Array, "R J"], ids: Int[Array, "R J"], count: int
 ) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """The `count` largest values with their ids, the lowest id first on ties, in two kernels.
+    """The `count` largest values with their ids, best first, the lowest id first on ties, in two kernels.
 
-    A value's place is the number of better ones: J * J comparisons a row, so J should not exceed a few thousand.
+    A value's place is the number of better values, which takes J * J comparisons per row; J should not exceed a few
+    thousand.
     """
     ahead = (values[:, None, :] > values[:, :, None]) | (
         (values[:, None, :] == values[:, :, None]) & (ids[:, None, :] < ids[:, :, None])
@@ -400,11 +418,11 @@ def _best_first(
 def _gathered(
     values: Float[Array, "R K"], token_ids: Int[Array, "R K"]
 ) -> tuple[Float[Array, "R J"], Int[Array, "R J"]]:
-    """The values and ids of all slices, best first, the lowest id first on ties."""
-    if num_vocabulary_shards() == 1:  # they are in this order
+    """Gathers the candidates of all slices: values and ids, best first, the lowest id first on ties."""
+    if num_vocabulary_shards() == 1:  # the candidates of one slice are in this order already
         return values, token_ids
     rows, count = values.shape
-    # Packed, as the cost of a small gather is its latency.
+    # Values and ids travel in one gather, since the cost of a small gather is its latency.
     packed = jnp.concatenate([lax.bitcast_convert_type(values, jnp.int32), token_ids], axis=1)
     packed = gather_candidates(packed).reshape(rows, -1, 2, count)
     values = lax.bitcast_convert_type(packed[:, :, 0], jnp.float32).reshape(rows, -1)
@@ -413,7 +431,7 @@ def _gathered(
 
 
 def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, num_top: int) -> TokenLogprobArrays:
-    """Raw log_softmax of the sampled tokens, their ranks, and the most likely tokens.
+    """The log_softmax of the raw logits for the sampled tokens, with their ranks, and for the most likely tokens.
 
     Args:
       logits: float32[R, V / devices], this device's slice, before temperature and filters.
@@ -421,7 +439,7 @@ def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, 
       num_top: how many of the most likely tokens to report.
 
     Returns:
-      float32 natural logarithms; rank 1 is the most likely token, ties share the better rank.
+      Natural logarithms in float32. Rank 1 is the most likely token; tokens that tie share the better rank.
     """
     ids = local_token_ids(logits.shape[1])
     best = max_over_vocabulary(jnp.max(logits, axis=-1))

@@ -1,1 +1,1 @@
-"""Array kernels, each one contract with a plain oracle beside its fast backends."""
+"""Array kernels. Each has one contract, a plain oracle that is easy to check, and fast backends tested against it."""

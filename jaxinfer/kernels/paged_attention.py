@@ -1,6 +1,7 @@
-"""Paged attention: the one contract and the choice of its backend.
+"""Paged attention: the contract that all backends keep, and the choice among them.
 
-Owns what the operation means and which implementation runs; knows nothing of schedulers, layers or meshes.
+Owns: what the operation means and which implementation runs.
+Does not know: schedulers, layers, meshes.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ BACKENDS: dict[str, Callable[..., Array]] = {
     "pallas": paged_attention_pallas,
 }
 _TRITON_CAPABILITY = (8, 0)
-"""Oldest CUDA devices that XLA's Triton compiles for: Ampere."""
+"""Compute capability of the oldest CUDA devices that XLA's Triton compiles for: Ampere."""
 
 
 def choose_backend(requested: str, platform: str, compute_capability: str | None = None) -> str:
@@ -26,10 +27,12 @@ def choose_backend(requested: str, platform: str, compute_capability: str | None
     Args:
         requested: "auto" or a name in `BACKENDS`.
         platform: JAX platform name, such as "cpu" or "gpu".
-        compute_capability: of a CUDA device, such as "9.0", or what else a GPU calls its kind; None if unknown.
+        compute_capability: of a CUDA device, such as "9.0", or what other makers' GPUs report in its place, such as
+            "gfx942"; None if unknown.
 
     Returns:
-        A name in `BACKENDS`; "auto" is "pallas" on CUDA devices that Triton supports (from Ampere on), "xla" elsewhere.
+        A name in `BACKENDS`. "auto" gives "pallas" on CUDA devices that Triton supports (from Ampere on) and on a GPU
+        of unknown capability, "xla" elsewhere.
 
     Raises:
         ValueError: the name is unknown.
@@ -48,7 +51,7 @@ def choose_backend(requested: str, platform: str, compute_capability: str | None
 
 
 def _version(compute_capability: str) -> tuple[int, ...]:
-    """Major and minor number of a CUDA device's; nothing for other makers' names, such as "gfx942"."""
+    """The numbers of a CUDA device's capability, (9, 0) for "9.0"; () for other makers' names, such as "gfx942"."""
     parts = compute_capability.split(".")
     return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
 
@@ -68,33 +71,34 @@ def paged_attention(
     owner: Int[Array, " R"] | None = None,
     backend: str = "xla",
 ) -> Float[Array, "R Q N H"]:
-    """Causal attention of each row's last tokens over the row's pages.
+    """Causal attention of the last tokens of each row over all positions of the row, whose keys lie in pages.
 
-    Position p of row r lies at page `page_table[r, p // C]`, offset `p % C`. The row's live queries are its last
-    `q_len[r]` positions: query j stands at position `kv_len[r] - q_len[r] + j`, sees the positions up to its own and,
-    with a window w, only the last w of them, itself included. Query head n reads kv head `n // (N // K)`. Pages and
-    page tails that a row does not reach may hold anything, NaN too.
+    Position p of row r is stored in page `page_table[r, p // C]` at offset `p % C`. The row's live queries are its last
+    `q_len[r]` positions: query j stands at position `kv_len[r] - q_len[r] + j`. It sees the positions up to its own;
+    with a window w, only the last w of these, its own included. Query head n reads kv head `n // (N // K)`. Positions
+    from `kv_len[r]` on, in the last page or in pages beyond it, may hold anything, even NaN.
 
     Args:
-        q: queries, float[R, Q, N, H]; those at j >= q_len[r] are padding.
+        q: queries, float[R, Q, N, H]; in row r, queries j >= q_len[r] are padding.
         k_pages: keys, float[P, K, C, H]; K divides N.
         v_pages: values, float[P, K, C, H].
         page_table: int[R, W], page numbers; entries past a row's last live page are not read.
-        kv_len: int[R], tokens in each row's context, the queries included; at most W * C.
+        kv_len: int[R], positions in each row's context, the queries' own included; at most W * C.
         q_len: int[R], live queries of each row; at most kv_len[r].
         scale: factor on the scores before the softcap.
-        window: tokens each query sees, itself included; None for all. An array may differ between devices.
+        window: how many tokens each query sees, itself included; None for all. An array may differ between devices.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
-        sinks: float[N], one more logit per head in the softmax's denominator, without a value.
-        owner: int[R], whose each row is: rows of one owner are pieces of one text and have the same page table, so that
-            a backend may read its pages once for neighbouring rows. It changes no result. None: every row is its own.
+        sinks: float[N], for each head one more logit in the softmax's denominator, which has no value; None for none.
+        owner: int[R], a number for the text that each row belongs to. Rows with the same owner are pieces of one text
+            and have the same page table, so a backend may read its pages once for neighbouring rows. The results do
+            not depend on it. None: every row is a text of its own.
         backend: a name in `BACKENDS`; see `choose_backend`.
 
     Returns:
         Float[R, Q, N, H] in q's dtype, accumulated in float32; padding queries and empty rows are zeros.
 
     Raises:
-        ValueError: the backend is unknown, K does not divide N, or the window is not positive.
+        ValueError: the backend is unknown, K does not divide N, or an int window is not positive.
 
     Source: Kwon et al. 2023 (vLLM), section 4.1; window as in transformers' `masking_utils.py`, sinks as in its
         `gpt_oss/modeling_gpt_oss.py`.

@@ -2,13 +2,15 @@
 
 Owns: how the work of an attention is cut into thread blocks, and what one block does. On a CPU the same kernels run in
 Pallas' interpreter, for tests.
-Does not know: who chose it.
+Does not know: when it is chosen (kernels/paged_attention.py does).
 
-Rows of few queries (decoding, verification of drafts) go to the decode kernel, one block for each row, kv head and
-split: the keys of one row are split among several blocks, so that a single long row fills the whole GPU, and a small
-kernel combines what they found. Longer rows (prefill) go to the prefill kernel, one block for each query head and tile
-of up to _QUERY_TILE queries. A tile may hold several rows; neighbouring rows with the same owner are pieces of one
-prompt and read its pages together.
+The decode kernel takes rows of fewer than _MIN_PREFILL_QUERIES queries, as in decoding. Its grid has one block for each
+row, kv head and split: the keys of a row are split among several blocks, so that even a single long row fills the whole
+GPU, and the combine kernel then adds up the splits' results.
+
+The prefill kernel takes longer rows. Its grid has one block for each query head and tile of up to _QUERY_TILE queries.
+A tile may hold several rows; neighbouring rows with the same owner are pieces of one prompt, whose pages they read
+together.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-_LEAST = -1e30  # of a score that does not count; finite, as -inf - -inf is NaN
-_LEAST_TOP = -1e29  # exp2(_LEAST - _LEAST_TOP) is 0: a query that has seen nothing yet keeps a total of 0
+_LEAST = -1e30  # the score of a masked position; finite, since -inf - -inf is NaN
+_LEAST_TOP = -1e29  # initial maximum; exp2(_LEAST - _LEAST_TOP) is 0, so masked scores leave the total at 0
 _LOG2_E = math.log2(math.e)  # scores are kept in units of log 2, since the hardware's exponential is exp2
-_SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton has
+_SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton supports
 
 _DECODE_TILE, _PREFILL_TILE = 64, 64
-"""Positions that a block of each kernel loads at once, fewer where a head takes more than _HEAD_BYTES."""
+"""Positions whose keys a block of each kernel loads at once; fewer where a head takes more than _HEAD_BYTES."""
 # Measured on an H100 within steps of three layers of the 8B shape. A prompt of 8k tokens: 20.1 ms with these, 19.9 to
 # 20.4 with six other choices of tile, warps and stages, 22.8 with tiles of 32 keys. 128 decode rows at 1k: 1.734 ms
 # with these, 1.714 with 8 warps and 1.727 with tiles of 32 keys and 4 stages; that is not settled.
@@ -38,19 +40,21 @@ _DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _PREFILL_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=2)
 _COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
 _QUERY_TILE = 128
-"""Queries of a block of the prefill kernel, fewer where a head takes more than _HEAD_BYTES."""
+"""Queries that a block of the prefill kernel computes; fewer where a head takes more than _HEAD_BYTES."""
 _HEAD_BYTES = 256
-"""Of 128 dimensions in 16 bits, for which the tiles were chosen; larger heads would not fit into shared memory."""
+"""Bytes of a head of 128 dimensions in 16 bits, for which the tile sizes above were chosen. Larger heads get smaller
+tiles, since they would not fit into shared memory."""
 _MIN_PREFILL_QUERIES = 16
 """Rows of fewer queries go to the decode kernel."""
 _MIN_BLOCKS = 264
 """Blocks that fill an H100, two for each of its 132 multiprocessors."""
 _MAX_SPLIT = 8192
-"""Positions of a split at most, so that a long row among short ones does not keep them all waiting."""
+"""Positions that a split should not exceed, so that a long row among short ones is not computed by few blocks while the
+rest of the GPU waits."""
 
 
 class _Inputs(NamedTuple):
-    """The operands of a kernel: arrays outside of it, references inside."""
+    """The operands of a kernel: arrays where it is called, references inside it."""
 
     q: Any
     k_pages: Any
@@ -64,7 +68,13 @@ class _Inputs(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """A softmax under way, for M queries: the largest score so far, the sum of weights and that of weighted values."""
+    """An online softmax over the keys seen so far, for M queries.
+
+    Args:
+        top: the largest score.
+        total: the sum of the weights exp2(score - top).
+        out: the sum of the values times these weights.
+    """
 
     top: Float[Array, " M"]
     total: Float[Array, " M"]
@@ -85,7 +95,7 @@ def paged_attention_pallas(
     sinks: Float[Array, " N"] | None = None,
     owner: Int[Array, " R"] | None = None,
 ) -> Float[Array, "R Q N H"]:
-    """Attends with the kernel that fits the rows' length.
+    """Attends with the decode kernel or, for rows of _MIN_PREFILL_QUERIES queries or more, with the prefill kernel.
 
     Args: as in `jaxinfer.kernels.paged_attention.paged_attention`.
 
@@ -112,7 +122,7 @@ def paged_attention_pallas(
     )
 
 
-# Jitted on their own, so that the layers of a model share what is traced and lowered.
+# _decode and _prefill are jitted on their own, so that they are traced and lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
 def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
     num_rows, num_queries, num_heads, head_dim = inputs.q.shape
@@ -144,9 +154,13 @@ def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: 
 
 
 def _num_splits(num_blocks: int, max_len: int) -> int:
-    """Splits of each row, the nearest power of two: enough blocks to fill the GPU, and no split too long.
+    """Splits of each row: enough to fill the GPU with blocks and to keep splits short, rounded to a power of two.
 
     Measured on an H100: 32 rows of the 8B shape take the same time with 1, 2 and 4 splits.
+
+    Args:
+        num_blocks: blocks without splits, rows times kv heads.
+        max_len: positions of the longest row that the page table can hold.
     """
     wanted = max(_MIN_BLOCKS / num_blocks, max_len / _MAX_SPLIT, 1)
     return min(1 << round(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
@@ -155,7 +169,10 @@ def _num_splits(num_blocks: int, max_len: int) -> int:
 def _decode_kernel(
     inputs: _Inputs, out_ref: Any, *stats: Any, num_splits: int, scale: float, softcap: float | None
 ) -> None:
-    """One row, one kv head, one split of the row's keys. Queries lie query by query, then head by head of the group."""
+    """One block: all queries of one row, for one kv head, over one split of the row's keys.
+
+    The M members of the block are (query, head) pairs, the heads of the kv head's group next to each other.
+    """
     _, num_queries, num_heads, head_dim = inputs.q.shape
     group = num_heads // inputs.k_pages.shape[1]
     row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -176,7 +193,7 @@ def _decode_kernel(
     share = pl.cdiv(end - first, num_splits)
     first += split * share
     found = _start(member, q.shape[1])
-    if inputs.sinks is not None:  # they belong to the first split, as if they were its first key
+    if inputs.sinks is not None:  # the first split starts with the sink, as if it were its first key
         sink = plgpu.load(inputs.sinks.at[head], mask=is_query, other=0.0).astype(jnp.float32) * _LOG2_E
         found = found._replace(
             top=jnp.where(split == 0, sink, found.top), total=jnp.where(split == 0, 1.0, found.total)
@@ -202,7 +219,7 @@ def _decode_kernel(
 
 
 def _combine_kernel(part_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -> None:
-    """One query of one head: adds up what the splits found."""
+    """One block: adds up the splits' results for one query of one head."""
     num_splits, *_, head_dim = part_ref.shape
     token, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(num_splits)
     dims, inside = _head_dims(head_dim)
@@ -248,10 +265,10 @@ def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret:
 def _prefill_kernel(
     inputs: _Inputs, out_ref: Any, *, row_len: int, rows_per_tile: int, scale: float, softcap: float | None
 ) -> None:
-    """One query head of a tile of rows: the rows of each owner attend to its pages together."""
+    """One block: one query head of a tile of rows. The rows of each owner attend to the owner's pages together."""
     num_heads, head_dim = inputs.q.shape[1:]
     tile_len = _tile_len(_PREFILL_TILE, inputs.k_pages)
-    # Later tiles of a prompt have more keys in front of them: they begin first.
+    # Later tiles of a prompt attend to more keys and take longer, so they begin first.
     tile, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
     kv_head = lax.div(head, num_heads // inputs.k_pages.shape[1])
     member = jnp.arange(rows_per_tile * row_len)  # [M]
@@ -270,7 +287,10 @@ def _prefill_kernel(
         found = found._replace(top=jnp.full_like(found.top, sink), total=jnp.ones_like(found.total))
 
     def attend_owner(number: Array, found: _Softmax) -> _Softmax:
-        """Attends with all rows of the owner of a row, if that is the owner's first row in the tile."""
+        """Attends with all rows of one owner: that of row `number` of the tile, if the row is its owner's first here.
+
+        For any other row the ranges of key tiles are empty, as its owner's first row has done the work.
+        """
         mine = (owner == inputs.owner[tile * rows_per_tile + number]) & (q_len > 0)
         is_first = jnp.min(jnp.where(mine, local_row, rows_per_tile)) == number
         own_len = jnp.max(jnp.where(mine, kv_len, 0))
@@ -292,7 +312,8 @@ def _prefill_kernel(
         if inputs.window is not None:
             first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), tile_len)
             return attend(found, tiles=(first, end))
-        # Tiles of keys that all queries see, which are most of a long prompt's, need no mask.
+        # Where all queries of the tile have this owner, the tiles of keys that all of them see (most of a long prompt)
+        # need no mask.
         num_seen = jnp.where(is_first & (jnp.min(own_position) >= 0), lax.div(earliest + 1, tile_len), 0)
         found = attend(found, tiles=(0, num_seen), masked=False)
         return attend(found, tiles=(num_seen, end))
@@ -316,20 +337,20 @@ def _attend(
     softcap: float | None,
     masked: bool = True,
 ) -> _Softmax:
-    """Goes through a range of tiles of one row's keys.
+    """Continues the softmax of M queries over a range of tiles of one row's keys.
 
     Args:
-        inputs: references.
-        found: what the softmax has so far.
+        inputs: references to the operands.
+        found: the softmax over the keys before this range.
         q: queries.
-        query_position: of each query; -1 for one that sees nothing.
-        row: whose page table names the pages.
-        kv_head: whose keys and values.
+        query_position: position of each query in its text; -1 for a query that sees none of these keys.
+        row: the row whose page table is used.
+        kv_head: the kv head whose keys and values are read.
         kv_len: positions of the row that hold keys.
-        tile_len: positions of a tile.
-        tiles: first tile and the one behind the last.
+        tile_len: positions in a tile.
+        tiles: the first tile and the end (one past the last).
         scale, softcap: as paged_attention's.
-        masked: False where every query sees all keys of the tiles.
+        masked: False where every query sees all keys of these tiles.
     """
     page_size, head_dim = inputs.k_pages.shape[2:]
     dims, inside = _head_dims(head_dim)
@@ -382,12 +403,12 @@ def _normalised(found: _Softmax) -> Float[Array, "M H"]:
 
 
 def _tile_len(largest: int, pages: Any) -> int:
-    """Positions or queries of a tile, for heads as these pages have."""
+    """Positions or queries of a tile: `largest`, or fewer where the heads of these pages exceed _HEAD_BYTES."""
     head_bytes = max(_SMALLEST_DOT, pl.next_power_of_2(pages.shape[3])) * pages.dtype.itemsize
     return max(_SMALLEST_DOT, min(largest, largest * _HEAD_BYTES // head_bytes))
 
 
 def _head_dims(head_dim: int) -> tuple[Int[Array, "1 H"], Array]:
-    """Indices along a head, as many as a power of two, and which of them exist."""
+    """Indices along a head, padded to a power of two, and a mask of those that exist."""
     dims = jnp.arange(max(_SMALLEST_DOT, pl.next_power_of_2(head_dim)))[None, :]
     return dims, dims < head_dim

@@ -1,14 +1,15 @@
-"""A linear layer for one row on a GPU (a matrix-vector product, "gemv"), as one Pallas kernel with its neighbours.
+"""A linear layer for one row on a GPU (a matrix-vector product, "gemv") with the steps around it, as one Pallas kernel.
 
-Owns: the kernel. layers/linear.py does the same step by step, for other numbers of rows and as the oracle of this one.
-Does not know: which layer calls.
+Owns: the kernel. layers/linear.py has the same steps one by one, for more rows and as this kernel's oracle.
+Does not know: which layer calls it.
 
-For one row a product is the reading of its weights, and every kernel beside it costs its launch: the norm in front,
-the gate, the addition to the residual stream. All of them fit into the kernel that reads the weights. The norm's scale
-is one number, so that it is multiplied in at the end, and one pass over the input is enough.
+The product of one row takes the time of reading its weights. The steps around it (the norm of the input, the gate, the
+addition to the residual stream) would each be a kernel that costs little but its launch, so they are part of the kernel
+that reads the weights. The norm's scale is a single number, which is multiplied in at the end, so that one pass over
+the input is enough.
 
 Measured on an H100 with three layers of the 8B shape: a step of one row takes 0.929 ms, with XLA's own products 0.957.
-For eight rows the same idea with Triton's matrix products took 1.698 ms instead of 0.973: they stay XLA's.
+For eight rows the same idea with Triton's matrix products took 1.698 ms instead of 0.973, so those are left to XLA.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 _OUT_TILE, _IN_TILE = 2, 2048
-"""Output and input features that a block computes at a time; in the measurement above, of eight choices with 0.929 to
-1.038 ms, as fast as the best."""
+"""Output features of a block, and the input features that it reads at a time. The measurement above with eight choices
+of these sizes gave 0.929 to 1.038 ms, and this one is as fast as the best."""
 _PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=1)
 
 
 class RowNorm(NamedTuple):
-    """A norm of a row by its root mean square, as layers/norm.py's RMSNorm.
+    """The RMSNorm of a row (as in layers/norm.py), for kernels.
 
     Args:
         weight: float[I].
@@ -45,7 +46,7 @@ class RowNorm(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """The operands of the kernel: arrays outside of it, references inside."""
+    """The operands of the kernel: arrays where it is called, references inside it."""
 
     x: Any
     weight: Any
@@ -63,18 +64,18 @@ def one_row_linear(
     gate: Callable[[Array], Array] | None = None,
     residual: Float[Array, "1 F"] | None = None,
 ) -> Float[Array, "1 F"]:
-    """residual + norm(x) @ weight.T + bias, or with a gate residual + gate(first half) * second half of the product.
+    """Computes residual + y, where y = norm(x) @ weight.T + bias; with a gate, y becomes gate(first half) * second half.
 
     Args:
         x: float[1, I].
-        weight: float[O, I]; with a gate, the rows of both halves one after the other.
+        weight: float[O, I].
         norm: of x; None for none.
-        bias: added to the product.
-        gate: activation of the first half of the product, which multiplies the second.
-        residual: added at the end.
+        bias: added to the product; None for none.
+        gate: activation of the first half of y, which then multiplies the second half; None leaves y as it is.
+        residual: added at the end; None for nothing.
 
     Returns:
-        Float[1, F] in x's dtype, F = O, or O / 2 with a gate; sums are float32.
+        Float[1, F] in x's dtype, where F is O, or O / 2 with a gate. Sums are float32.
     """
     inputs = _Inputs(x, weight, None if norm is None else norm.weight, bias, residual)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
@@ -84,7 +85,7 @@ def one_row_linear(
     )
 
 
-# Jitted on its own, so that the layers of a model share what is traced and lowered.
+# Jitted on its own, so that it is traced and lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("gate", "eps", "offset", "interpret"))
 def _run(
     inputs: _Inputs, *, gate: Callable[[Array], Array] | None, eps: float, offset: float, interpret: bool
@@ -101,7 +102,7 @@ def _run(
 
 
 def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | None, eps: float, offset: float) -> None:
-    """Some output features."""
+    """One block: the next _OUT_TILE output features."""
     num_in, num_out = inputs.x.shape[1], out_ref.shape[1]
     feature = pl.program_id(0) * _OUT_TILE + jnp.arange(_OUT_TILE)  # [O]
     exists = feature < num_out
@@ -109,8 +110,8 @@ def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | N
 
     def add_inputs(step: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         sums, squares = carry
-        # Every thread loads the inputs that its weights need, from the nearest cache, so that the threads of a block
-        # exchange nothing before the end.
+        # Every thread loads the inputs that its own weights need (they are in the nearest cache), so that the threads
+        # of a block exchange nothing before the end.
         place = step * _IN_TILE + jnp.arange(_IN_TILE)[None, :] + jnp.zeros_like(feature)[:, None]  # [O, I]
         mask = place < num_in
         x = plgpu.load(inputs.x.at[jnp.zeros_like(place), place], mask=mask, other=0.0).astype(jnp.float32)
@@ -123,7 +124,7 @@ def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | N
                 inputs.weight.at[start + feature[:, None], place],
                 mask=exists[:, None] & mask,
                 other=0.0,
-                eviction_policy="evict_first",  # read once a step, it must not push out what is read again
+                eviction_policy="evict_first",  # weights are read once; they must not push out what is read again
             )
             added.append(total + weight.astype(jnp.float32) * x)
         return added, squares

@@ -1,8 +1,10 @@
-"""What stands between the fused QKV product and attention, as one Pallas kernel: norms of heads, rotation, cache write.
+"""The steps between the fused QKV product and attention, as one Pallas kernel: head norms, rotation and cache write.
 
-Owns: the kernel. layers/attention.py does the same step by step, for other backends and as the oracle of this one: on a
-GPU every step is a kernel of its own, and for few tokens a kernel costs its launch, 1.5 to 3.5 us each on an H100.
-Does not know: what attends.
+On a GPU each of these steps would be a kernel of its own; with few tokens, a kernel costs little but its launch, 1.5 to
+3.5 us each on an H100.
+
+Owns: the kernel. layers/attention.py has the same steps one by one, for other backends and as this kernel's oracle.
+Does not know: how the queries attend afterwards.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 _TOKEN_TILE = 16
-"""Tokens of a block at most."""
+"""The most tokens that one block computes."""
 _PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=1)
 
 
 class HeadNorm(NamedTuple):
-    """Norms of every query and every key head by its root mean square, as layers/norm.py's RMSNorm.
+    """An RMSNorm (as in layers/norm.py) of every query head and one of every key head.
 
     Args:
-        query_weight, key_weight: float[H].
+        query_weight, key_weight: float[H], shared by all heads.
         eps: added to the mean square.
         offset: added to the weights.
     """
@@ -38,7 +40,7 @@ class HeadNorm(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """The operands of the kernel that it reads: arrays outside of it, references inside."""
+    """The operands that the kernel only reads: arrays where it is called, references inside it."""
 
     heads: Any
     pages: Any
@@ -62,13 +64,13 @@ def rotate_and_write(
     Args:
         heads: the query heads of every token, then its key heads, then its value heads; J = N + 2 K.
         k_pages, v_pages: the cache.
-        pages, offsets: int32[T], where each token's key and value go.
-        rotary: cos and sin of every token's angles; the pairs (i, i + I) of a head are rotated, the rest is not. None
-            rotates nothing.
-        norm: None for no norms.
+        pages, offsets: int32[T], the page and the offset in it where each token's key and value are stored.
+        rotary: cos and sin of every token's angles. Dimensions i and i + I of a head are rotated as a pair, for i < I;
+            those from 2 I on are left alone. None for no rotation.
+        norm: of the query and key heads; None for none.
 
     Returns:
-        The queries, and both arrays of pages with the new keys and values; donated pages are written in place.
+        The queries, and the pages of keys and of values with the new entries; donated pages are written in place.
     """
     eps, offset = (norm.eps, norm.offset) if norm is not None else (0.0, 0.0)
     weights = None if norm is None else (norm.query_weight, norm.key_weight)
@@ -82,7 +84,7 @@ def rotate_and_write(
     )
 
 
-# Jitted on its own, so that the layers of a model share what is traced and lowered.
+# Jitted on its own, so that it is traced and lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("eps", "offset", "interpret"))
 def _run(
     inputs: _Inputs, k_pages: Array, v_pages: Array, *, eps: float, offset: float, interpret: bool
@@ -120,14 +122,14 @@ def _kernel(
     eps: float,
     offset: float,
 ) -> None:
-    """One head of a tile of tokens."""
+    """One block: one query, key or value head of a tile of tokens."""
     num_tokens, _, head_dim = inputs.heads.shape
     num_kv_heads = key_ref.shape[1]
     head = pl.program_id(1)
     token = (pl.program_id(0) * token_tile + jnp.arange(token_tile))[:, None]  # [B, 1]
     rotary = inputs.rotary or ()
     num_pairs = rotary[0].shape[1] if rotary else 0
-    # A head in up to three pieces: the first and the second of every pair, and what is not rotated.
+    # A head has up to three pieces: the first members of all pairs, the second members, and what is not rotated.
     starts = [(0, num_pairs), (num_pairs, num_pairs), (2 * num_pairs, head_dim - 2 * num_pairs)]
     pieces = [_Piece.of(start, size, token < num_tokens) for start, size in starts if size]
     parts = [
@@ -144,7 +146,7 @@ def _kernel(
                 plgpu.load(ref.at[piece.dims], mask=piece.dims < head_dim, other=0.0) for ref in inputs.weights
             )
             weight = jnp.where(head < num_heads, query_weight, key_weight).astype(jnp.float32)
-            # Rounded where RMSNorm rounds: behind the weight with an offset, before it without.
+            # Rounded where RMSNorm rounds: after the weight with an offset, before it without.
             normed = parts[i] * scale
             normed = normed * (weight + offset) if offset else _rounded(normed, dtype) * weight
             parts[i] = jnp.where(is_value, parts[i], _rounded(normed, dtype))
@@ -176,18 +178,18 @@ def _kernel(
 
 
 class _Piece(NamedTuple):
-    """Consecutive dimensions of a head, padded to a power of two: int32[1, D], and which of [B, D] exist."""
+    """Consecutive dimensions of a head for B tokens: their indices, padded to a power of two, and a mask [B, D]."""
 
     dims: Int[Array, "1 D"]
     mask: Array
 
     @classmethod
     def of(cls, start: int, size: int, is_token: Array) -> _Piece:
-        """Some dimensions of the tokens that exist."""
+        """The `size` dimensions from `start` on; the mask leaves out padding and rows that are no token."""
         dims = start + jnp.arange(pl.next_power_of_2(size))[None, :]
         return cls(dims, is_token & (dims < start + size))
 
 
 def _rounded(x: Float[Array, "B D"], dtype: Any) -> Float[Array, "B D"]:
-    """As if stored in a dtype and read again."""
+    """float32 values rounded as if they had been stored in a dtype and read again."""
     return x.astype(dtype).astype(jnp.float32)

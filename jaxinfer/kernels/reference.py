@@ -1,6 +1,7 @@
 """The plain oracle of paged attention: gathers every page and takes one dense softmax in float32.
 
-Owns the meaning of the contract; knows nothing of speed. Its memory grows with R * W * C, so only tests use it.
+Owns: the meaning of paged_attention's contract, in the simplest code.
+Does not know: speed. Its memory grows with R * W * C, so only tests use it.
 """
 
 import jax
@@ -54,7 +55,7 @@ def paged_attention_reference(
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
     score = jnp.where(visible[:, None], score, -jnp.inf)
-    top = score.max(axis=-1, keepdims=True, initial=-1e30)  # finite, so that a row which sees nothing gives zeros
+    top = score.max(axis=-1, keepdims=True, initial=-1e30)  # finite, so that a query which sees nothing gives zeros
     sink = jnp.full((1, 1, 1), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)[:, None, None]
     top = jnp.maximum(top, sink)
     weight = jnp.exp(score - top)

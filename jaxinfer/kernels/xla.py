@@ -1,6 +1,7 @@
 """Paged attention in plain JAX operations: a loop over live pages with an online softmax, several rows at a time.
 
-Owns the speed on CPU and a right answer on every platform; knows nothing of who chose it.
+Owns: the backend that is fast on CPUs and right on every platform.
+Does not know: when it is chosen (kernels/paged_attention.py does).
 """
 
 import jax
@@ -9,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 _LEAST = -1e30  # finite: exp(_LEAST - _LEAST) is 1, where -inf would give NaN
-# Of one step, measured: with fewer the cost of starting each XLA call dominates, with more rows a long one wastes
-# the steps of its short neighbours.
+# Rows and queries of one group, by measurement. With fewer, the cost of starting each XLA operation dominates; with
+# more rows, a long row makes its short neighbours wait for steps in which they do nothing.
 _MAX_ROWS = 32
 _MAX_QUERIES = 1024
 
@@ -31,8 +32,9 @@ def paged_attention_xla(
 ) -> Float[Array, "R Q N H"]:
     """Attends page by page, from the first page inside the window to the last live page.
 
-    Rows are sorted by their number of pages and taken in groups, one page of every row of a group per step: a group
-    stops at its longest row, and rows of a group differ little. Grouping changes a row's result by rounding only.
+    Rows are sorted by their number of pages and cut into groups. Each step of the loop takes the next page of every row
+    of one group, so a group takes as many steps as its longest row has pages; after sorting, the rows of a group differ
+    little. Grouping changes a row's result by rounding only.
 
     Args: as in `jaxinfer.kernels.paged_attention.paged_attention`.
 
@@ -82,7 +84,7 @@ def paged_attention_xla(
         visible = visible[:, None]  # [B, 1, G*Q, C]
         order = "bkch,bkqh->bkcq" if num_queries == 1 else "bkqh,bkch->bkqc"
         lhs, rhs = (k, q) if num_queries == 1 else (q, k)
-        # Keys first for one query: XLA's dot takes half the time of the other order; the reverse for many.
+        # For one query, XLA's dot with keys first takes half the time of the other order; for many, queries first wins.
         score = jnp.einsum(order, lhs, rhs, precision=precision, preferred_element_type=jnp.float32) * scale
         score = score.swapaxes(2, 3) if num_queries == 1 else score  # [B, K, G*Q, C]
         if softcap is not None:

@@ -1,7 +1,7 @@
-"""The one decoder that every family is built as: what differs between families is numbers in ModelConfig.
+"""The one decoder that every model family is built as; families differ only in their ModelConfig.
 
-Owns: the order of what a layer does, and where embedding, positions, layers, final norm and head stand.
-Does not know: files, config.json, checkpoint names, batches' origin, sampling.
+Owns: the order of steps in a layer, and of embedding, positions, layers, final norm and head in the model.
+Does not know: files, config.json, checkpoint names, who makes the batches, sampling.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from jaxinfer.models.layout import Layout
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """One layer: x = x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With norms in both places (ModelConfig.norm_places), each block's output is normalised once more before it is added;
-    with norms behind, only then. The feed-forward has a gate or none, or is a mixture of experts.
+    That is ModelConfig.norm_places "before". With "behind" each block's output is normalised instead of its input, with
+    "both" input and output. The feed-forward (mlp) has a gate or none, or is a mixture of experts.
 
     Args:
       config, layout: as TransformerDecoder's.
-      index: the local layer's number; layer `index` of every stage is stacked in it.
+      index: number of the layer within its stage. The parameters of layer `index` of all stages are stacked in this
+        module.
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, index: int):
@@ -75,7 +76,14 @@ class DecoderLayer(nnx.Module):
         batch: TokenBatch,
         rotary: RotaryTables | None,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
-        """One layer of one stage; returns the new residual stream and the written cache."""
+        """Runs this stage's layer; returns the new residual stream and the written cache.
+
+        Args:
+          x: residual stream.
+          cache: this layer's keys and values.
+          batch: the tokens of the step.
+          rotary: cos and sin of every token's angles; None for no rotation.
+        """
         x, cache = self.attention(x, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm)
         if isinstance(self.mlp, MixtureOfExperts):
             fed = self.mlp(_normalised(x, self.mlp_norm), batch.live)
@@ -84,10 +92,13 @@ class DecoderLayer(nnx.Module):
 
 
 class TransformerDecoder(nnx.Module):
-    """A decoder-only transformer whose local layer j of every stage is stacked in layers[j].
+    """A decoder-only transformer, its layers divided among pipeline stages.
+
+    layers[j] holds the j-th layer of every stage, stacked: with 8 layers on 2 stages, layers[1] holds layers 1 and 5 of
+    the model.
 
     Args:
-      config: the model's numbers; every field is heeded.
+      config: the model's numbers; none of its fields is ignored.
       layout: mesh sizes, dtype, context length and attention backend.
     """
 
@@ -119,16 +130,25 @@ class TransformerDecoder(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else table()
 
     def embed(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token ids to the residual stream; positions are added where they are learned, else layers rotate by them."""
+        """Turns token ids into the residual stream, adding the position's vector where positions are learned."""
         x = self.embedding.embed(token_ids)
-        # The scale is rounded to x's dtype first, as the checkpoints were trained with it.
+        # The scale is rounded to x's dtype before the product, as it was when the checkpoints were trained.
         x = x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x if self.positions is None else x + self.positions(positions)
 
     def run_layers(
         self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
-        """This stage's layers; caches are one a local layer and come back written."""
+        """Runs this stage's layers.
+
+        Args:
+          x: residual stream.
+          caches: one per local layer.
+          batch: the tokens of the step.
+
+        Returns:
+          The new residual stream and the written caches.
+        """
         rotary, written = self._rotary(batch.positions), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer(x, cache, batch, rotary(layer.attention.windows))
@@ -136,10 +156,13 @@ class TransformerDecoder(nnx.Module):
         return x, written
 
     def _rotary(self, positions: Int[Array, " T"]) -> Callable[[Sequence[int | None]], RotaryTables | None]:
-        """The rotary tables of a layer with these windows by stage; None where positions are learned."""
+        """A function from a layer's windows (one per stage) to its rotary tables, or to None for learned positions.
+
+        The tables are computed once here: a model has at most two rules, for layers without and with a window.
+        """
         if self.config.rope is None:
             return lambda windows: None
-        rules = list(dict.fromkeys([self.config.rope_for(None), self.config.rope_for(1)]))  # without and with a window
+        rules = list(dict.fromkeys([self.config.rope_for(None), self.config.rope_for(1)]))  # 1 stands for any window
         tables = [
             rope.rotary_tables(
                 positions, *rope.rotary_frequencies(rule, self.config.head_dim, max_model_len=self.max_model_len)
@@ -156,17 +179,17 @@ class TransformerDecoder(nnx.Module):
         return of
 
     def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        """The norm in front of the head."""
+        """Applies the norm between the last layer and the head."""
         return self.norm(x)
 
     @property
     def head(self) -> VocabularyEmbedding:
-        """The module that scores hidden states; the embedding itself when tied."""
+        """The module that scores hidden states: lm_head, or the embedding itself when they are tied."""
         return self.embedding if self.lm_head is None else self.lm_head
 
 
 def make_norm(config: ModelConfig, layout: Layout, *, num_stages: int | None) -> RMSNorm | LayerNorm:
-    """The norm of the residual stream; num_stages as RMSNorm's."""
+    """A norm over the hidden size, of the kind that config.norm_kind names; num_stages as RMSNorm's."""
     options = {"eps": config.norm_eps, "num_stages": num_stages, "dtype": layout.dtype}
     if config.norm_kind == "layer":
         return LayerNorm(config.hidden_size, **options)

@@ -1,7 +1,7 @@
-"""Gemma 2: Llama's layers with norms around every block, soft caps on scores and logits, and windows on every other.
+"""Gemma 2: Llama with norms before and after every block, soft caps, and a sliding window on every other layer.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ GEMMA2_TENSOR_NAMES = TENSOR_NAMES | {
 
 
 def parse_gemma(fields: Mapping[str, Any], *, slide: list[bool], **features: Any) -> ModelConfig:
-    """ModelConfig of what Gemma 2 and 3 share.
+    """The ModelConfig of a Gemma 2 or 3, with everything the two share.
 
     Args:
-      fields: config.json, its rotary settings as Llama's.
-      slide: which layers have a window, where `layer_types` does not say it.
-      features: ModelConfig's fields that the family decides.
+      fields: config.json, with rotary settings spelled as Llama's.
+      slide: for each layer, whether it has a sliding window; `layer_types`, where present, takes precedence.
+      features: further fields of ModelConfig, set by the family.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
@@ -57,7 +57,7 @@ def parse_gemma(fields: Mapping[str, Any], *, slide: list[bool], **features: Any
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a Gemma 2 config.json; without `layer_types` the first and every other layer has a window.
+    """ModelConfig of a Gemma 2 config.json; without `layer_types`, layers 0, 2, 4, ... have a window.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.

@@ -1,7 +1,7 @@
-"""Gemma 3 (text): Gemma 2 with normalised heads instead of soft caps, and another rotary base where a window is.
+"""Gemma 3 (text): Gemma 2 with norms of query and key heads instead of soft caps, and a rotary base for windows.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ GEMMA3_TENSOR_NAMES = QWEN3_TENSOR_NAMES | GEMMA2_TENSOR_NAMES
 
 
 def _rotary_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rotary settings of layers without and with a window, each spelled as Llama's."""
+    """config.json twice: with the rotary settings of layers without a window, and with those of layers with one.
+
+    Both are spelled as Llama's.
+    """
     others = {name: value for name, value in fields.items() if not name.startswith("rope_")}
     nested = fields.get("rope_parameters")
     if isinstance(nested, Mapping) and "full_attention" in nested:
@@ -34,7 +37,9 @@ def _rotary_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a Gemma 3 text config.json; without `layer_types` every sixth layer has no window.
+    """ModelConfig of a Gemma 3 text config.json; without `layer_types`, every sixth layer has no window.
+
+    `sliding_window_pattern`, where present, replaces the six.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.

@@ -1,7 +1,7 @@
 """GPT-2: LayerNorm, learned positions, a feed-forward without a gate, biases everywhere; Megatron's classic GPT.
 
-Owns: the family's config.json fields and its checkpoint names.
-Does not know: how a layer computes (decoder.py), files.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TENSOR_NAMES = {
     for ours, theirs in (_LINEARS | _NORMS).items()
     for kind in ("weight", "bias")
 }
-# What must be so, as transformers' GPT2LMHeadModel has it, and what a file without the field means.
+# Fields of which only one value is supported: the default of transformers' GPT2LMHeadModel, which a file may omit.
 _FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -43,7 +43,9 @@ _FIXED = {
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a GPT-2 config.json. (`reorder_and_upcast_attn` changes rounding only; scores are float32 here.)
+    """ModelConfig of a GPT-2 config.json.
+
+    `reorder_and_upcast_attn` is ignored: it changes rounding only, and scores are always float32 here.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.

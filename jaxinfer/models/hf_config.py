@@ -1,8 +1,8 @@
 """Reading Hugging Face's config.json: required fields, defaults, rotary rules.
 
-Owns: the fields Llama's relatives share, the two spellings of rotary settings (rope_parameters; rope_theta with
-rope_scaling), which layers have a sliding window, and the errors.
-Does not know: any family.
+Owns: the fields that Llama and its relatives share, the two spellings of rotary settings (rope_parameters, or
+rope_theta with rope_scaling), which layers have a sliding window, and the errors.
+Does not know: any single family.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OPTIONAL_NUMBERS = (
 
 
 def require(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field that must be there.
+    """The value of a required field.
 
     Raises:
       ValueError: it is missing or null.
@@ -37,19 +37,19 @@ def require(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def require_count(fields: Mapping[str, Any], name: str) -> int:
-    """The value of a field that must be there and an integer >= 1.
+    """The value of a required field that must be an integer >= 1.
 
     Raises:
-      TypeError, ValueError: it is missing, null or anything else; the message names it.
+      TypeError, ValueError: it is missing, null or anything but such an integer; the message names it.
     """
     return require_int(f"config.json: {name}", require(fields, name), 1)
 
 
 def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> None:
-    """Refuses a feed-forward activation that the family does not have.
+    """Refuses a config.json whose feed-forward activation is not the one supported for the family.
 
     Raises:
-      ValueError: names the field, the supported value and the one found.
+      ValueError: the message names the field, the supported value and the one found.
     """
     activation = fields.get(name, supported)
     if activation != supported:
@@ -59,13 +59,13 @@ def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> 
 def parse_decoder(
     fields: Mapping[str, Any], *, activation: str = "silu", rope: RopeConfig | None = None, **features: Any
 ) -> ModelConfig:
-    """ModelConfig of a decoder with RMSNorm, rotary positions and a gated feed-forward.
+    """The ModelConfig of a decoder with RMSNorm, rotary positions and a gated feed-forward.
 
     Args:
       fields: config.json.
-      activation: of the gate, the only one that the family has.
-      rope: its rotary settings where they are more than parse_rope's.
-      features: ModelConfig's fields that the family decides.
+      activation: of the gate, the only one that is supported for the family.
+      rope: the rotary settings, for a family that reads them in its own way; None for parse_rope(fields).
+      features: further fields of ModelConfig, set by the family.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
@@ -91,12 +91,14 @@ def parse_decoder(
 
 
 def parse_windows(fields: Mapping[str, Any], *, first_layer: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window in tokens, None where a layer sees all; () when none has one.
+    """Each layer's sliding window in tokens, None for a layer without one; () when no layer has one.
 
-    `layer_types`, where the file has it, says which layers slide; else those from first_layer on do.
+    Args:
+      fields: config.json. Its `layer_types`, where present, says which layers have a window.
+      first_layer: without `layer_types`, the layers from this one on have a window.
 
     Raises:
-      TypeError, ValueError: a window that is no count of tokens, or layer types that do not fit the layers.
+      TypeError, ValueError: the window is not an integer >= 1, or layer_types does not fit the layers.
     """
     num_layers = require_count(fields, "num_hidden_layers")
     types = fields.get("layer_types")
@@ -122,17 +124,17 @@ def parse_rope(
     Args:
       fields: config.json.
       default_theta: base where the file names none.
-      may_be_partial: the family can rotate a part of every head.
+      may_be_partial: whether the family may rotate only a part of every head.
 
     Raises:
-      TypeError, ValueError: an unknown rule, or one that lacks a number or has a wrong one; the message names it.
+      TypeError, ValueError: the rule is unknown, or one of its numbers is missing or wrong; the message names it.
     """
     settings = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(settings, Mapping):
         raise ValueError(f"config.json: rotary settings must be an object, got {settings!r}")
     settings = {name: value for name, value in settings.items() if value is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # its first name
+    kind = "longrope" if kind == "su" else kind  # older files call longrope "su"
     if kind not in ROPE_KINDS:
         raise ValueError(f"config.json: rope type {kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
     if kind not in ("default", "longrope") and "factor" not in settings:

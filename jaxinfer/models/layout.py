@@ -1,7 +1,7 @@
 """How a model is laid out on the mesh: which layers a stage holds, which heads a shard holds.
 
-Owns: the arithmetic of the layout and the errors of impossible ones.
-Does not know: any family, devices.
+Owns: the arithmetic of the layout, and the errors for a model that does not fit the mesh.
+Does not know: model families, devices.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a model is built for.
+    """The mesh and the settings that a model is built for.
 
     Args:
       num_stages, num_shards: pipeline stages and tensor shards of the mesh.
       dtype: of parameters and activations.
-      max_model_len: tokens the engine will serve.
-      attention_backend: of paged_attention, already chosen.
+      max_model_len: tokens of the longest text that the engine will serve.
+      attention_backend: name of the kernel backend, already resolved (not "auto").
     """
 
     num_stages: int
@@ -36,10 +36,12 @@ class Layout:
     attention_backend: str
 
     def check(self, config: ModelConfig) -> None:
-        """Refuses a model that this mesh cannot hold; the vocabulary, which is padded, always fits.
+        """Refuses a model whose layers, heads, experts or feed-forward do not divide among stages and shards.
+
+        The vocabulary always fits, since it is padded.
 
         Raises:
-          ValueError: the message names the numbers and the setting.
+          ValueError: the model does not fit; the message names the numbers and the setting to change.
         """
         if self.num_stages > config.num_layers:
             raise ValueError(
@@ -67,7 +69,7 @@ class Layout:
         """Whether a local layer is a mixture of experts.
 
         Raises:
-          ValueError: it is on some stages only.
+          ValueError: it is one on some stages and a plain feed-forward on others.
         """
         layers = range(local_layer, config.num_layers, self.layers_per_stage(config))
         mixed = [layer for layer in layers if layer in config.expert_layers]
@@ -80,7 +82,7 @@ class Layout:
         return bool(mixed)
 
     def cache_shape(self, config: ModelConfig, *, num_pages: int, page_size: int) -> CacheShape:
-        """The KV pool of num_pages pages a stage, the dump page included."""
+        """The shape of a KV cache with num_pages pages per stage, the dump page included."""
         return CacheShape(
             num_layers=self.layers_per_stage(config),
             num_stages=self.num_stages,
@@ -91,15 +93,18 @@ class Layout:
         )
 
     def layers_per_stage(self, config: ModelConfig) -> int:
-        """Local layers every stage holds; the last stages' surplus is padding."""
+        """Layers that each stage holds, padding included.
+
+        10 layers on 4 stages take 3 per stage: stages 0 to 2 hold three layers, stage 3 holds one and two of padding.
+        """
         return -(-config.num_layers // self.num_stages)
 
     def num_kv_heads(self, config: ModelConfig) -> int:
-        """KV heads over all shards; every head is there several times when shards outnumber heads."""
+        """KV heads of all shards together, copies included: one per shard where shards outnumber the kv heads."""
         return max(config.num_kv_heads, self.num_shards)
 
     def kv_copies(self, config: ModelConfig) -> int:
-        """How many shards hold the same kv head."""
+        """How many shards hold the same kv head; 1 unless shards outnumber the kv heads."""
         return self.num_kv_heads(config) // config.num_kv_heads
 
     def by_stage(self, config: ModelConfig, per_layer: Sequence[T], local_layer: int) -> tuple[T, ...]:
@@ -107,13 +112,13 @@ class Layout:
 
         Args:
           config: the model's numbers.
-          per_layer: one value a layer of the model.
-          local_layer: index in every stage; where it is padding, the first stage's value stands in, so that stages
-            differ only where the model does.
+          per_layer: one value per layer of the model.
+          local_layer: number of the layer within its stage. A stage on which it is padding gets the first stage's
+            value, so that padding alone never makes stages differ.
         """
         found = list(per_layer[local_layer :: self.layers_per_stage(config)])
         return tuple(found + found[:1] * (self.num_stages - len(found)))
 
     def windows(self, config: ModelConfig, local_layer: int) -> tuple[int | None, ...]:
-        """Tokens that queries of a local layer see on every stage; None for all."""
+        """A local layer's sliding window on every stage, in tokens; None where its queries see all."""
         return self.by_stage(config, config.windows or (None,) * config.num_layers, local_layer)

@@ -1,7 +1,7 @@
 """Llama: RMSNorm, grouped-query attention with rotary positions, SwiGLU.
 
-Owns: the family's config.json fields and its checkpoint names, which most later families share.
-Does not know: how a layer computes (decoder.py), files.
+Owns: how the family's config.json is read, and its checkpoint names, which most later families share.
+Does not know: how a layer computes (models/decoder.py), files.
 
 Source: Touvron et al. 2023; Hugging Face transformers' LlamaForCausalLM, against whose results it is tested.
 """

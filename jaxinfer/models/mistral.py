@@ -1,7 +1,7 @@
-"""Mistral: Llama whose queries may see a sliding window only.
+"""Mistral: Llama with an optional sliding window on every layer.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixtral: Mistral with a mixture of experts in place of every feed-forward.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIXTRAL_TENSOR_NAMES = TENSOR_NAMES | {
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a Mixtral config.json; `intermediate_size` is every expert's.
+    """ModelConfig of a Mixtral config.json; `intermediate_size` is the feed-forward size of each expert.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.

@@ -1,7 +1,7 @@
-"""OLMo 2: Llama with norms behind every block and over the whole queries and keys of a token.
+"""OLMo 2: Llama with its norms after every block instead of before, and norms of queries and keys over all heads.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Phi-3, Phi-3.5 and Phi-4-mini: Llama whose fused products are fused in the checkpoint already.
+"""Phi-3, Phi-3.5 and Phi-4-mini: Llama whose checkpoints store q, k, v as one tensor, and gate and up as another.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations

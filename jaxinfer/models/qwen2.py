@@ -1,7 +1,7 @@
-"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values, and windows on the upper layers.
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values, and optional windows on the upper layers.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from jaxinfer.models.registry import ModelFamily
 
 
 def parse_upper_windows(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` on slide.
+    """Each layer's sliding window as Qwen configures it; () unless `use_sliding_window` is true.
+
+    `layer_types`, where present, says which layers have a window; else those from `max_window_layers` on have one.
 
     Raises:
       TypeError, ValueError: a window or a count of layers is wrong; the message names it.

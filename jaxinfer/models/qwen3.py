@@ -1,7 +1,7 @@
-"""Qwen3 (dense): Llama with normalised query and key heads.
+"""Qwen3 (dense): Llama with an RMSNorm of every query and key head.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations

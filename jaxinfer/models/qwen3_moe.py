@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts in place of most or all feed-forwards.
 
-Owns: the family's config.json fields and checkpoint names.
-Does not know: the layers, which are Llama's.
+Owns: how the family's config.json is read, and its checkpoint names.
+Does not know: how a layer computes (models/decoder.py), files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QWEN3_MOE_TENSOR_NAMES = QWEN3_TENSOR_NAMES | {
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a Qwen3-MoE config.json; `mlp_only_layers` and `decoder_sparse_step` say where experts are.
 
-    Newer files spell `num_experts` as Mixtral's do.
+    Newer files call `num_experts` `num_local_experts`, as Mixtral's do.
 
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.

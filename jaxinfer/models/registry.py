@@ -1,7 +1,7 @@
-"""Which architecture is which family.
+"""The table of model families, by the architecture name in a checkpoint's config.json.
 
-Owns: the Decoder protocol that the wrapper drives, and the table of families.
-Does not know: any family's insides.
+Owns: the Decoder protocol, which every family's model follows and wrappers/ calls, and the table of families.
+Does not know: how a family reads its config or what its model computes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Decoder(Protocol):
     """The per-shard forward pass of a decoder-only model (a Flax nnx module)."""
 
     def embed(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token ids, and where they stand in their texts, to the residual stream."""
+        """Turns token ids, at these positions in their texts, into the residual stream."""
         ...
 
     def run_layers(
         self, x: Float[Array, "T D"], caches: Sequence[LayerCache], batch: TokenBatch
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
-        """This stage's layers."""
+        """Runs this pipeline stage's layers; returns the new residual stream and the written caches, one per layer."""
         ...
 
     def final_norm(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        """What stands between the last layer and the head."""
+        """Applies the norm between the last layer and the head."""
         ...
 
     @property
@@ -46,17 +46,19 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFamily:
-    """One family: how to read its config, build it and find its tensors.
+    """One model family: how to read its config, build its model and find its tensors in a checkpoint.
 
     Args:
-      parse_config: config.json's fields -> ModelConfig.
-      build: (config, layout) -> nnx module with the Decoder protocol.
-      tensor_names: parameter path -> the checkpoint tensors stacked in it along the output features, one a part or a
-        single one that holds all parts; "{layer}" and "{expert}" stand for their numbers (a parameter of
-        all experts has the tensors of each, one expert after the other).
-      transposed: paths of parameters that checkpoints store [in, out].
-      base_prefix: what the names of a checkpoint without a head lack at the beginning.
-      ignored: regular expression of tensors (without base_prefix) that are no parameters.
+      parse_config: turns the fields of config.json into a ModelConfig.
+      build: turns (config, layout) into an nnx module that follows the Decoder protocol.
+      tensor_names: for each parameter path, the checkpoint tensors that it is made of, concatenated along the output
+        features. "layers.{layer}.attention.qkv.weight" has three, for queries, keys and values, or one that holds all
+        three. "{layer}" stands for the layer's number. "{expert}" stands for an expert's number; such a parameter is
+        made of the tensors of expert 0, then those of expert 1, and so on.
+      transposed: paths of parameters that checkpoints store as [in, out] instead of [out, in].
+      base_prefix: prefix of tensor names that checkpoints saved without a head omit, such as "transformer.".
+      ignored: regular expression of tensor names (without base_prefix) that a checkpoint may hold and that are not
+        parameters.
     """
 
     parse_config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -82,21 +84,21 @@ _MODULES = {
 }
 
 
-# Families from outside the package, by architecture; filled by register_model only.
+# Families from outside the package, by architecture. Only register_model adds to it.
 _REGISTERED: dict[str, ModelFamily] = {}
 
 
 def register_model(architecture: str, family: ModelFamily) -> None:
-    """Makes a family from outside the package known to everything that reads a config.json.
+    """Adds a family from outside the package, so that checkpoints whose config.json names it can be loaded.
 
     Args:
-      architecture: its name in config.json's `architectures`.
-      family: how to read its config, build it and find its tensors. The ModelConfig its parse_config returns must
-        carry this architecture.
+      architecture: the family's name in `architectures` of config.json.
+      family: how to read its config, build its model and find its tensors. The ModelConfig that its parse_config
+        returns must have this architecture.
 
     Raises:
-      TypeError: architecture is no string, or family no ModelFamily.
-      ValueError: the name is taken by another family.
+      TypeError: architecture is not a string, or family is not a ModelFamily.
+      ValueError: another family has this name.
     """
     if not isinstance(architecture, str) or not isinstance(family, ModelFamily):
         raise TypeError(f"register_model needs a str and a ModelFamily, got {architecture!r} and {family!r}")
@@ -106,7 +108,7 @@ def register_model(architecture: str, family: ModelFamily) -> None:
 
 
 def known_architectures() -> list[str]:
-    """Names that find_family knows, sorted."""
+    """The architecture names that find_family accepts, sorted."""
     return sorted([*_MODULES, *_REGISTERED])
 
 
@@ -114,7 +116,7 @@ def find_family(architecture: str) -> ModelFamily:
     """The family of an architecture name, as in config.json's `architectures`.
 
     Raises:
-      ValueError: nobody knows it; the message lists the known ones.
+      ValueError: the architecture is unknown; the message lists the known ones.
     """
     if architecture in _REGISTERED:
         return _REGISTERED[architecture]
@@ -124,11 +126,11 @@ def find_family(architecture: str) -> ModelFamily:
 
 
 def parse_model_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a config.json of any known family.
+    """The ModelConfig of a config.json of any known family.
 
     Raises:
-      ValueError: no or an unknown architecture, remote code, numbers that do not fit, or a family whose config names
-        another architecture.
+      TypeError, ValueError: a field is missing, wrong or not supported (among them the architecture), the file asks for
+        remote code, or the family's parse_config returned another architecture.
     """
     if "auto_map" in fields:
         raise ValueError("config.json asks for remote code (auto_map), which is never executed; remove the field")

@@ -1,7 +1,8 @@
 """A checkpoint directory in Hugging Face format: where it is and what its JSON files say.
 
-Owns: resolving a path or hub id, config.json, generation_config.json, the list of weight files, a fingerprint of all.
-Does not know: tensors' contents, models.
+Owns: finding the directory of a path or hub id, reading config.json and generation_config.json, the list of weight
+files, and a fingerprint of all these files.
+Does not know: what the tensors hold, models.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ def resolve(model: str | Path) -> Path:
 
     Args:
       model: "demo" for the bundled model, a directory, or "owner/name" on the Hugging Face hub. HF_HUB_OFFLINE and
-        HF_HOME are honoured. A directory of your own named demo is "./demo".
+        HF_HOME are honoured. To use a directory of your own that is named demo, pass "./demo".
 
     Raises:
-      FileNotFoundError: no such directory, no such hub id, or no network; one line each.
+      FileNotFoundError: there is no such directory or hub id, or the hub cannot be reached; a message of one line.
     """
     if model == DEMO:
         return Path(str(files("jaxinfer"))) / "demo" / "model"
@@ -71,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a JSON object; the message names the file.
+      ValueError: it does not hold a JSON object; the message names the file.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -85,11 +86,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
+    """The safetensors files of a checkpoint, sorted by name.
 
     Raises:
-      FileNotFoundError: none, or one that the index names is missing.
-      ValueError: only pickled weights, or an index that points outside the directory.
+      FileNotFoundError: there are none, or one that the index names is missing.
+      ValueError: there are pickled weights only, or the index is wrong or names a file outside the directory.
     """
     if (directory / INDEX_FILE).exists():
         weight_map = read_json(directory / INDEX_FILE).get("weight_map")
@@ -114,10 +115,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def fingerprint(directory: Path) -> str:
-    """A checkpoint's identity in 32 hexadecimal digits, at the cost of a few reads, however large it is.
+    """A checkpoint's identity in 32 hexadecimal digits, from a few small reads, however large the checkpoint is.
 
-    It covers config.json, generation_config.json, and of every weight file the name, the size and the last 64 KiB,
-    which training changes. Weights that differ elsewhere only are not told apart.
+    It covers config.json, generation_config.json and, for every weight file, the name, the size and the last 64 KiB,
+    which training changes. Checkpoints whose weights differ elsewhere only get the same fingerprint.
 
     Raises:
       FileNotFoundError, ValueError: as weight_files.
@@ -136,10 +137,14 @@ def fingerprint(directory: Path) -> str:
 
 
 def generation_defaults(directory: Path, config_fields: Mapping[str, Any]) -> GenerationDefaults:
-    """Defaults of generation_config.json; its end token wins over config.json's.
+    """The sampling defaults and end tokens of generation_config.json; greedy unless its do_sample is true.
+
+    Args:
+      directory: the checkpoint's; generation_config.json may be missing.
+      config_fields: config.json, whose eos_token_id counts where generation_config.json has none.
 
     Raises:
-      ValueError: a token id or number of the wrong kind; the message names the field.
+      ValueError: a field is of the wrong kind; the message names it.
     """
     path = directory / "generation_config.json"
     fields = read_json(path) if path.exists() else {}

@@ -1,7 +1,7 @@
-"""A model's parameters as checkpoint tensors: the loader's inverse.
+"""Turns a model's parameters back into checkpoint tensors: the inverse of the loader.
 
-Owns: taking fused and stacked parameters apart under their checkpoint names.
-Does not know: files, any family (its names are data).
+Owns: taking fused and stacked parameters apart into tensors with their checkpoint names.
+Does not know: files, any single family (it gets the names as data).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def export_parameters(
     """The checkpoint tensors of a model's parameters.
 
     Args:
-      state: of the model, with arrays.
+      state: the model's state, with arrays.
       family: the names of its tensors, and how they are stored.
-      num_layers: layers of the model; padding layers are left out.
-      num_shards: tensor shards that fused parameters were laid out for.
+      num_layers: layers of the model; layers that only pad the stages are left out.
+      num_shards: the number of tensor shards that the parameters were loaded for.
 
     Returns:
-      Checkpoint name -> array of the parameter's dtype, with the padding of a vocabulary taken off.
+      Checkpoint name -> array in the parameter's dtype, without the padding of the vocabulary.
     """
     tensors: dict[str, np.ndarray] = {}
     for parameter in name_parameters(state, family, num_layers).values():
@@ -38,7 +38,7 @@ def export_parameters(
 
 
 def _stored(parameter: NamedParameter, values: np.ndarray, num_tensors: int, num_shards: int) -> list[np.ndarray]:
-    """The tensors of one stage of a parameter."""
+    """The checkpoint tensors of one pipeline stage of a parameter."""
     parts = unfuse(values, parameter.parts, parameter.num_interleaved(num_shards))
     if num_tensors < len(parts):
         parts = [np.concatenate(parts)]

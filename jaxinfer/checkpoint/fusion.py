@@ -1,7 +1,9 @@
-"""Fused parameters: several checkpoint tensors side by side along their output features, shard by shard.
+"""Fused parameters: several checkpoint tensors in one array, interleaved shard by shard along their output features.
 
-Owns: the one pair of functions between fused rows and checkpoint rows. Shard t of s holds part t of every tensor, in
-order: [q_t | k_t | v_t], so that one product per shard yields all of them.
+With 2 shards, the rows of a fused parameter of q, k and v are [q_0 | k_0 | v_0 | q_1 | k_1 | v_1]: shard t holds slice
+t of every tensor, and one product per shard computes all three.
+
+Owns: the mapping between the rows of a fused parameter and those of its checkpoint tensors, in both directions.
 Does not know: files, meshes.
 """
 
@@ -17,7 +19,7 @@ from jaxinfer.layers.linear import Rows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRows:
-    """Rows start:stop of tensor number `part`."""
+    """Rows start:stop of the part with number `part`, which one checkpoint tensor contributes."""
 
     part: int
     start: int
@@ -25,10 +27,10 @@ class PartRows:
 
 
 def fused_rows(sizes: Sequence[int], num_shards: int, start: int, stop: int) -> Iterator[PartRows]:
-    """The checkpoint rows that make up rows start:stop of a fused parameter, in order.
+    """The rows of its parts that make up rows start:stop of a fused parameter, in order.
 
     Args:
-      sizes: output features of each checkpoint tensor, all multiples of num_shards.
+      sizes: output features of each part (copies included), all multiples of num_shards.
       num_shards: tensor shards of the mesh.
       start, stop: rows of the fused parameter.
 
@@ -50,7 +52,10 @@ def fused_rows(sizes: Sequence[int], num_shards: int, start: int, stop: int) -> 
 
 
 def stored_rows(part: Rows, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The tensor's (start, stop) rows behind rows start:stop of a part, in order; copies come one by one."""
+    """The checkpoint tensor's rows that make up rows start:stop of a part, as (start, stop) ranges in order.
+
+    Without copies that is one range. With copies, each copy of a group of rows is a range of its own.
+    """
     if part.copies == 1:
         yield start, stop
         return
@@ -63,7 +68,10 @@ def stored_rows(part: Rows, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def unfuse(fused: np.ndarray, parts: Sequence[Rows], num_shards: int) -> list[np.ndarray]:
-    """The checkpoint tensors [stored, ...] of a whole fused parameter; copies are equal and written over each other."""
+    """The checkpoint tensors of a whole fused parameter, [stored, ...] each.
+
+    Copies of the same rows are equal, so it does not matter that each overwrites the one before.
+    """
     tensors = [np.empty((part.stored, *fused.shape[1:]), fused.dtype) for part in parts]
     position = 0
     for piece in fused_rows([part.size for part in parts], num_shards, 0, sum(part.size for part in parts)):

@@ -1,7 +1,7 @@
-"""Checkpoint tensors onto the mesh: every device's slices only, each byte read once.
+"""Loads checkpoint tensors onto the mesh: only the slices that its devices hold, each byte read once.
 
-Owns: the checks that a checkpoint fits, and the slices each device needs.
-Does not know: any family (its names are data), file formats (it gets a TensorStore).
+Owns: the checks that a checkpoint fits the model, and finding the slices that each device needs.
+Does not know: any single family (it gets the names as data), file formats (it gets a TensorStore).
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from jaxinfer.communication.mesh import TENSOR
 from jaxinfer.models.registry import ModelFamily
 
 Bounds = tuple[tuple[int, int], ...]
-"""(start, stop) along every axis."""
+"""The bounds of a slice of an array: (start, stop) along every axis."""
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _XLA_ALIGNMENT = 64
 
 
 @runtime_checkable
 class ParameterMaker(Protocol):
-    """A store that makes whole parameters on the mesh, where reading slices on the host would take too long."""
+    """A store that makes whole parameters directly on the mesh; other stores are read slice by slice on the host.
+
+    Random weights are made so, since making them on the host would take too long.
+    """
 
     def make(self, parameter: NamedParameter, sharding: NamedSharding) -> jax.Array:
-        """The parameter's array, sharded so; layers that are padding must be zero."""
+        """The parameter's array with this sharding; layers that only pad the stages must be zero."""
         ...
 
 
@@ -49,21 +52,23 @@ def load_parameters(
 ) -> nnx.State:
     """Reads a model's parameters from a store straight onto the mesh.
 
-    Host memory stays within the device's weights plus two tensors: one slice is on its way at a time.
+    One slice is read and transferred at a time, so that host memory holds at most two tensors beside the weights of
+    devices whose memory it is (CPUs).
 
     Args:
-      model: abstract model (nnx.eval_shape), each variable with its PartitionSpec in `spec`.
+      model: abstract model (nnx.eval_shape), whose variables have their PartitionSpec in the metadata field `spec`.
       family: the names of its tensors, and how they are stored.
-      num_layers: layers of the model; further ones are padding and stay zero, which makes them the identity.
-      store: the tensors; one that is a ParameterMaker is asked for whole parameters instead of slices.
-      mesh: where they go.
-      progress: show a bar (on terminals only).
+      num_layers: layers of the model. Further layers only pad the stages; their parameters stay zero, so they return
+        their input.
+      store: the tensors. A store that is a ParameterMaker is asked for whole parameters instead of slices.
+      mesh: the devices to load them onto.
+      progress: whether to show a progress bar (on terminals only).
 
     Returns:
       The model's state with arrays on the mesh.
 
     Raises:
-      ValueError: a tensor is missing, unexpected, misshapen or no float; the message names it.
+      ValueError: a tensor is missing, unexpected, of a wrong shape or not of floats; the message names it.
     """
     prefix = missing_prefix(family, store.names())
     parameters = name_parameters(nnx.state(model), family, num_layers, base_prefix=prefix)
@@ -94,7 +99,7 @@ def _check_names(parameters: Collection[NamedParameter], store: TensorStore, fam
 
 
 def _may_ignore(name: str, wanted: set[str], family: ModelFamily) -> bool:
-    # A tied model needs no head of its own; old checkpoints carry one, and old ones the rotary frequencies.
+    # Some checkpoints of tied models store a head, which is not needed, and old checkpoints store rotary frequencies.
     if _IGNORED.search(name) or (name == "lm_head.weight" and name not in wanted):
         return True
     return family.ignored is not None and bool(re.fullmatch(family.ignored, name.removeprefix(family.base_prefix)))
@@ -107,7 +112,7 @@ def _and_more(names: list[str]) -> str:
 def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Array:
     variable = parameter.variable
     sharding = NamedSharding(mesh, variable.spec)
-    devices: dict[Bounds, list[jax.Device]] = {}  # replicas share a slice, which is read once
+    devices: dict[Bounds, list[jax.Device]] = {}  # a slice that several devices hold is read once
     for device, index in sharding.addressable_devices_indices_map(variable.shape).items():
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), variable.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
@@ -116,16 +121,16 @@ def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Arra
     for bounds, replicas in devices.items():
         values = read(bounds)
         arrays += [jax.device_put(values, device) for device in replicas]
-        # Transfers are asynchronous and keep their source alive: without this wait all weights could pile up here.
+        # Transfers are asynchronous and keep their source alive: without this wait, all slices could be in host memory.
         jax.block_until_ready(arrays)
     return jax.make_array_from_single_device_arrays(variable.shape, sharding, arrays)
 
 
 def _reader(parameter: NamedParameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
-    """A function that fills one slice of the parameter, given (start, stop) for each of its axes."""
+    """A function that reads one slice of the parameter, given its bounds."""
     variable, parts = parameter.variable, parameter.parts
     shards = parameter.num_interleaved(num_shards)
-    copied: dict[tuple[str, int, int], np.ndarray] = {}  # what several shards hold is read once
+    copied: dict[tuple[str, int, int], np.ndarray] = {}  # rows with several copies (kv heads) are read once
 
     def read_rows(name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
         _read_slice(store, name, (slice(start, stop), *rest), out, transposed=parameter.transposed)
@@ -171,7 +176,7 @@ def _read_slice(store: TensorStore, name: str, index: tuple[slice, ...], out: np
 
 
 def _aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Zeros at an address that XLA's CPU backend can take over as they are; elsewhere in memory it copies them."""
+    """Zeros at an aligned address: XLA's CPU backend uses such memory as it is and would copy any other."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.zeros(num_bytes + _XLA_ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _XLA_ALIGNMENT

@@ -1,7 +1,7 @@
-"""Parameters of a model and the checkpoint tensors they are made of.
+"""Which checkpoint tensors each parameter of a model is made of.
 
-Owns: matching a model's parameter paths with checkpoint names, stage by stage.
-Does not know: families (it gets their names as data), files, meshes.
+Owns: matching a model's parameter paths with checkpoint names, for every pipeline stage.
+Does not know: any single family (it gets the names as data), files, meshes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class NamedParameter:
     """One parameter and the checkpoint tensors of each of its stages.
 
     Args:
-      path: dotted path in the model.
+      path: dotted path in the model, such as "layers.0.mlp.down.weight".
       variable: the nnx variable, with shape, dtype and spec.
-      stages: tensor names by stage, an empty tuple for a padding layer; one entry for a parameter without stages. A
-        fused parameter has one name a part, or a single one for the tensor in which its parts follow each other.
-      staged: the first axis is the stage.
-      transposed: the tensors are stored [in, out].
+      stages: for each pipeline stage, the names of its tensors: one name, or for a fused parameter one per part or a
+        single tensor that holds all parts one after the other. A layer that only pads a stage has no names. A
+        parameter without stages (such as the embedding) has one entry.
+      staged: whether the parameter's first axis is the stage.
+      transposed: whether the tensors are stored as [in, out].
     """
 
     path: str
@@ -38,28 +39,31 @@ class NamedParameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one stage."""
+        """The parameter's shape on one stage, without the axis of stages."""
         return self.variable.shape[1:] if self.staged else self.variable.shape
 
     @property
     def parts(self) -> tuple[Rows, ...]:
-        """What each tensor contributes: a fused parameter declares its parts, a vocabulary its rows without padding."""
+        """The rows that each tensor contributes; all rows of a single tensor unless the variable declares its parts."""
         return self.variable.get_metadata().get("parts", (Rows(*self.shape[:1]),))
 
     def num_interleaved(self, num_shards: int) -> int:
-        """Shards that hold a part of every part; 1 where parts follow each other whole."""
+        """Over how many shards the parts are interleaved; 1 where each part lies in the parameter as a whole.
+
+        That is so for a single part, and for experts, of which each shard holds some whole.
+        """
         whole = len(self.parts) == 1 or self.variable.get_metadata().get("whole_parts", False)
         return 1 if whole else num_shards
 
     def part_source(self, stage: int, part: int) -> tuple[str, int]:
-        """The tensor that holds a part of one stage, and the part's first row in it."""
+        """The name of the tensor that holds a part of one stage, and the part's first row in that tensor."""
         names = self.stages[stage]
         if len(names) == len(self.parts):
             return names[part], 0
         return names[0], sum(rows.stored for rows in self.parts[:part])
 
     def stored_shape(self, stage: int, number: int) -> tuple[int, ...]:
-        """Of tensor `number` of one stage, as its file must have it."""
+        """The shape that tensor `number` of one stage must have in the checkpoint."""
         rows = [part.stored for part in self.parts]
         shape = (rows[number] if len(self.stages[stage]) == len(rows) else sum(rows), *self.shape[1:])
         return shape[::-1] if self.transposed else shape
@@ -68,13 +72,13 @@ class NamedParameter:
 def name_parameters(
     state: nnx.State, family: ModelFamily, num_layers: int, *, base_prefix: str = ""
 ) -> dict[tuple[Any, ...], NamedParameter]:
-    """Every parameter of a model with its checkpoint tensors.
+    """Matches every parameter of a model with its checkpoint tensors.
 
     Args:
-      state: of the model, abstract or not.
-      family: whose names they are.
-      num_layers: layers of the model; further ones are padding.
-      base_prefix: taken off the front of the names.
+      state: the model's state, abstract or not.
+      family: the family, which has the names.
+      num_layers: layers of the model; further layers only pad the stages.
+      base_prefix: prefix to remove from the names, see missing_prefix.
 
     Returns:
       nnx path -> NamedParameter, in the model's order.
@@ -87,7 +91,7 @@ def name_parameters(
 
 
 def missing_prefix(family: ModelFamily, found: Iterable[str]) -> str:
-    """The family's base_prefix if none of the tensors found has it, else nothing."""
+    """The prefix that a checkpoint's names lack: the family's base_prefix if no name begins with it, else ""."""
     return "" if any(name.startswith(family.base_prefix) for name in found) else family.base_prefix
 
 

@@ -1,7 +1,7 @@
 """Where tensors come from: safetensors files or arrays in memory, behind one small protocol.
 
 Owns: opening files, copying slices into numpy buffers, counting the bytes read.
-Does not know: what a tensor means.
+Does not know: which parameter a tensor belongs to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TensorStore(Protocol):
         ...
 
     def where(self, name: str) -> str:
-        """Where a tensor comes from, for messages."""
+        """Where a tensor comes from (such as its file), for messages."""
         ...
 
 
@@ -85,8 +85,8 @@ class SafetensorsStore:
         dtype = self._slices[name].get_dtype()
         if dtype not in _FLOATS:
             raise ValueError(f"tensor {name} in {self._paths[name]} is {dtype}; supported: {', '.join(_FLOATS)}")
-        # The library returns every slice in a new buffer. Small blocks reuse one buffer that stays in the CPU's cache;
-        # a whole tensor at a time touches fresh memory, whose page faults cost more than the copy.
+        # safetensors returns every slice in a new buffer. For small blocks that is the same memory again, which stays
+        # in the CPU's cache; a whole tensor would take fresh memory, whose page faults cost more than the copy.
         rows, *others = index
         step = max(1, _BLOCK_BYTES // max(1, out[:1].nbytes))
         for start in range(rows.start, rows.stop, step):
@@ -127,7 +127,7 @@ class MemoryStore:
         _copy(np.asarray(self._tensors[name][index]), out, f"{name} in {self.where(name)}")
 
     def where(self, name: str) -> str:
-        """Where it is, for messages."""
+        """Always "params", the argument that such tensors come from; for messages."""
         return "params"
 
 

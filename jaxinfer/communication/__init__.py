@@ -1,1 +1,1 @@
-"""Devices as a mesh, and everything that crosses between them."""
+"""The mesh of devices, and everything that devices send to each other."""

@@ -1,6 +1,7 @@
-"""The collectives of one step, by what they mean. All run inside a shard_map over ("pipe", "tensor").
+"""The collectives of one step, each named by its purpose. All run inside a shard_map over ("pipe", "tensor").
 
-Owns: which mesh axis each exchange uses. A vocabulary is sharded over the whole mesh, pipe-major.
+Owns: which mesh axes each collective uses. The vocabulary is sharded over the whole mesh: slice s * tp + t lies on
+tensor shard t of pipeline stage s.
 Does not know: models, sampling rules.
 """
 
@@ -17,36 +18,36 @@ from jaxinfer.communication.mesh import PIPE, TENSOR
 
 VOCABULARY = (PIPE, TENSOR)
 
-# XLA's CPU backend keeps a collective over one device in the program; hence the tests of the size. The names are found
-# again in traced and compiled programs.
+# XLA's CPU backend does not remove a collective over a single device, so the functions test the size themselves.
+# The names of the scopes appear in traced programs, where communication/volume.py finds them, and in compiled ones.
 
 
 @jax.named_scope("sum_over_tensor")
 def sum_over_tensor(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Adds the partial results of a row-parallel product over the shards of a stage."""
+    """Sums the partial results of a row-parallel product over the tensor shards of a stage."""
     return x if lax.axis_size(TENSOR) == 1 else lax.psum(x, TENSOR)
 
 
 @jax.named_scope("sum_over_vocabulary")
 def sum_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """Adds the shares of all vocabulary slices."""
+    """Sums what every device computed for its slice of the vocabulary, over the whole mesh."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.psum(x, VOCABULARY)
 
 
 @jax.named_scope("max_over_vocabulary")
 def max_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The largest over all vocabulary slices."""
+    """The elementwise maximum over all vocabulary slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.pmax(x, VOCABULARY)
 
 
 @jax.named_scope("min_over_vocabulary")
 def min_over_vocabulary(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The smallest over all vocabulary slices."""
+    """The elementwise minimum over all vocabulary slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.pmin(x, VOCABULARY)
 
 
 def num_vocabulary_shards() -> int:
-    """Devices over which a vocabulary is spread."""
+    """The number of vocabulary slices, one on every device of the mesh."""
     return lax.axis_size(VOCABULARY)
 
 
@@ -62,13 +63,13 @@ def tensor_shard() -> Int[Array, ""]:
 
 @jax.named_scope("gather_candidates")
 def gather_candidates(x: Shaped[Array, "R K"]) -> Shaped[Array, "R J"]:
-    """Every slice's K candidates of each row side by side, in the order of the slices."""
+    """Concatenates the K candidates per row of all vocabulary slices along axis 1, in the order of the slices."""
     return x if lax.axis_size(VOCABULARY) == 1 else lax.all_gather(x, VOCABULARY, axis=1, tiled=True)
 
 
 @jax.named_scope("share_from_last_stage")
 def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Gives every stage what the last one holds."""
+    """Gives every stage the last stage's x."""
     last = lax.axis_size(PIPE) - 1
     if last == 0:
         return x
@@ -77,18 +78,18 @@ def share_from_last_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.named_scope("send_to_next_stage")
 def send_to_next_stage(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Gives every stage what the one before it holds; the first one gets zeros."""
+    """Gives every stage the x of the stage before it; the first stage gets zeros."""
     last = lax.axis_size(PIPE) - 1
     return lax.ppermute(x, PIPE, [(stage, stage + 1) for stage in range(last)])
 
 
 def num_stages() -> int:
-    """Pipeline stages."""
+    """The number of pipeline stages."""
     return lax.axis_size(PIPE)
 
 
 def num_shards() -> int:
-    """Tensor shards of a stage."""
+    """The number of tensor shards of a stage."""
     return lax.axis_size(TENSOR)
 
 
@@ -98,5 +99,5 @@ def stage_index() -> Int[Array, ""]:
 
 
 def stage_value(values: Sequence[int]) -> int | Int[Array, ""]:
-    """This stage's entry of one number a stage; a plain number where all are equal."""
+    """This stage's entry of `values`, which has one number per stage; a Python int if all entries are equal."""
     return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[stage_index()]

@@ -1,4 +1,4 @@
-"""The device mesh: pipeline stages by tensor shards.
+"""The device mesh: pipeline stages times tensor shards.
 
 Owns: the axis names and the construction of the mesh.
 Does not know: models, batches.
@@ -21,7 +21,7 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1)
       tensor_parallel_size: shards of each stage.
 
     Returns:
-      A mesh whose axes are Auto: every step runs as a fully manual shard_map over both.
+      A mesh whose axes have the type Auto; every step runs in a shard_map that is manual over both axes.
 
     Raises:
       ValueError: there are fewer devices than the mesh needs.
@@ -44,6 +44,6 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1)
 
 
 def abstract_mesh(pipeline_parallel_size: int, tensor_parallel_size: int) -> AbstractMesh:
-    """The same mesh without devices, for tracing."""
+    """A mesh of the same shape without devices, for tracing programs on machines that have fewer."""
     sizes = (pipeline_parallel_size, tensor_parallel_size)
     return AbstractMesh(sizes, (PIPE, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -1,6 +1,6 @@
-"""How each kind of array lies on the mesh.
+"""How each kind of array is sharded over the mesh.
 
-Owns: the PartitionSpecs by meaning and the padding of the vocabulary.
+Owns: a PartitionSpec for each kind of array, and the padding of the vocabulary.
 Does not know: which model uses them.
 """
 
@@ -12,7 +12,7 @@ from jaxinfer.communication.mesh import PIPE, TENSOR
 
 REPLICATED = PartitionSpec()
 PER_STAGE = PartitionSpec(PIPE)
-"""[pp, ...]: one entry a stage, equal on its shards (norms, biases after a sum)."""
+"""[pp, ...]: one entry per stage, equal on all its shards (norms, biases added after a psum)."""
 COLUMN_PARALLEL = PartitionSpec(PIPE, TENSOR)
 """[pp, out, ...]: the output features are split over the shards."""
 ROW_PARALLEL = PartitionSpec(PIPE, None, TENSOR)
@@ -22,9 +22,9 @@ VOCABULARY_PARALLEL = PartitionSpec((PIPE, TENSOR))
 VOCABULARY_COLUMNS = PartitionSpec(None, (PIPE, TENSOR))
 """[.., V]: columns of the vocabulary are split over the whole mesh."""
 KV_PAGES = PartitionSpec(PIPE, TENSOR)
-"""[pp * P, K, C, H]: every stage has P pages, kv heads are split over its shards."""
+"""[pp * P, K, C, H]: every stage has P pages, whose kv heads are split over its shards."""
 
 
 def padded_vocabulary(vocab_size: int, num_shards: int) -> int:
-    """Rows of an embedding that every shard can own an equal part of."""
+    """vocab_size rounded up to a multiple of num_shards, so that all shards have equally many rows."""
     return -(-vocab_size // num_shards) * num_shards

@@ -1,6 +1,6 @@
-"""What a program sends between devices, read off its trace.
+"""How much a program sends between devices, computed from its trace without running it.
 
-Owns: finding the collectives in a jaxpr and the arithmetic of their bytes.
+Owns: finding the collectives in a jaxpr, and the arithmetic of their bytes.
 Does not know: what the program computes.
 """
 
@@ -22,14 +22,15 @@ class CollectiveVolume:
     """All uses of one collective in one program.
 
     Args:
-      name: of the function in communication/collectives.py.
+      name: the function's name in communication/collectives.py.
       axes: mesh axes it runs over.
-      num_devices: that take part in each use.
-      count: uses.
-      payload_bytes: of one device's operands, summed over the uses.
-      sent_bytes: that one device sends: with rings, 2 (n - 1) / n of the payload for a sum or maximum, n - 1 times
-        the payload for a gather, the payload for a permutation.
-      widest: the largest extent of any operand but its first, the rows.
+      num_devices: devices that take part in each use.
+      count: how many times it is used.
+      payload_bytes: size of one device's operands, summed over the uses.
+      sent_bytes: bytes that one device sends, summed over the uses. With ring algorithms over n devices that is
+        2 (n - 1) / n of the payload for a sum, maximum or minimum, n - 1 times the payload for a gather, and the
+        payload for a permutation.
+      widest: the most numbers per row (along all axes but the first) of any operand.
     """
 
     name: str
@@ -44,15 +45,15 @@ class CollectiveVolume:
 def collective_volumes(jaxpr: Jaxpr, mesh_shape: Mapping[str, int]) -> list[CollectiveVolume]:
     """The collectives of one run of a traced program, in the order of their first use.
 
-    Of a conditional, the branch that sends least counts: the others are for what is rare, such as a sampler's rows that
-    need another pass.
+    Of the branches of a conditional, the one that sends least is counted, since the others handle rare cases, such as
+    rows that a sampler has to redo.
 
     Args:
-      jaxpr: of the program, for one device or with a shard_map.
+      jaxpr: the traced program, for one device or with a shard_map.
       mesh_shape: size of every mesh axis.
 
     Raises:
-      ValueError: a collective in a loop whose number of rounds the trace does not tell.
+      ValueError: a collective is in a loop whose number of rounds cannot be read off the trace.
     """
     found = collections.defaultdict(list)
     for name, primitive, axes, aval in _collectives(jaxpr):
@@ -78,7 +79,7 @@ def _volume(name: str, primitive: str, axes: tuple[str, ...], size: int, avals: 
 
 
 def _collectives(jaxpr: Jaxpr) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
-    """(name, primitive, axes, operand) of every collective, once a run."""
+    """(name, primitive, axes, operand) of every collective, once for each time that it runs."""
     for equation in jaxpr.eqns:
         primitive, params = equation.primitive.name, equation.params
         if primitive in _AXES:

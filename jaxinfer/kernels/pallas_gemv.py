@@ -64,7 +64,7 @@ def one_row_linear(
     gate: Callable[[Array], Array] | None = None,
     residual: Float[Array, "1 F"] | None = None,
 ) -> Float[Array, "1 F"]:
-    """Computes residual + y, where y = norm(x) @ weight.T + bias; with a gate, y becomes gate(first half) * second half.
+    """Computes residual + y with y = norm(x) @ weight.T + bias; a gate turns y into gate(first half) * second half.
 
     Args:
         x: float[1, I].

@@ -1,7 +1,8 @@
 """The plain oracle of paged attention: gathers every page and takes one dense softmax in float32.
 
 Owns: the meaning of paged_attention's contract, in the simplest code.
-Does not know: speed. Its memory grows with R * W * C, so only tests use it.
+Does not know: speed. Its memory grows with R * W * C, so it serves small cases only: tests, `bench kernels`, and the
+training of the demo model, since it can be differentiated.
 """
 
 import jax

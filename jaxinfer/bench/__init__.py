@@ -1,1 +1,1 @@
-"""`jaxinfer bench`: what the engine measures about itself, each figure from this machine and this run."""
+"""`jaxinfer bench`: measures the engine. Every figure comes from this machine and this run."""

@@ -1,4 +1,4 @@
-"""`bench compare`: the same prompts through a peer and through jaxinfer, turn by turn in one run."""
+"""`bench compare`: times the same prompts through another engine (a peer) and through jaxinfer, taking turns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ Generator = Session | Peer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareRow:
-    """One batch size; medians over the repeats.
+    """The comparison at one batch size; times are medians over the repeats.
 
     Args:
-      batch_size, prompt_len, output_len: requests, and tokens of each.
+      batch_size: requests at once.
+      prompt_len, output_len: tokens of each request.
       peer_s, ours_s: seconds from prompts to all tokens.
       ratio: peer_s / ours_s, above 1 where jaxinfer is faster.
       peer_threads: CPU threads at which the peer was fastest.
-      equal_rows: share of rows with the very same greedy tokens, over all repeats.
+      equal_rows: share of requests for which both gave exactly the same greedy tokens, over all repeats.
     """
 
     batch_size: int
@@ -41,7 +42,7 @@ class CompareRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareResult:
-    """One row a batch size against `peer`, in `dtype`; medians of `repeats` turns each."""
+    """The comparison with `peer` in `dtype`: one row per batch size, with medians of `repeats` turns of each engine."""
 
     peer: str
     dtype: str
@@ -60,15 +61,15 @@ def measure(
     repeats: int,
     seed: int = 0,
 ) -> CompareResult:
-    """Greedy generation of random prompts, peer and jaxinfer in turns, end token ignored.
+    """Times greedy generation from random prompts, by the peer and jaxinfer in turns, ignoring the end token.
 
     Args:
-      session: with slots and context for the largest batch.
-      peer: with the same weights.
-      batch_sizes: requests at once.
-      dtype: of both, for the record.
+      session: jaxinfer, with slots and context for the largest batch.
+      peer: the other engine, with the same weights.
+      batch_sizes: numbers of requests at once.
+      dtype: of both models, for the record.
       prompt_len, output_len: tokens of each request.
-      repeats: timed turns of each, after one that is not.
+      repeats: timed turns of each engine, after one turn for warm-up.
       seed: of the prompts, which are new at every turn.
     """
     shape = {"prompt_len": prompt_len, "output_len": output_len, "repeats": repeats, "seed": seed}
@@ -110,7 +111,7 @@ def _timed(generator: Generator, prompts: Sequence[tuple[int, ...]], output_len:
 
 
 def render(result: CompareResult) -> str:
-    """A table, one row a batch size, and whether both said the same."""
+    """A table with one row per batch size, and the share of requests for which both gave the same tokens."""
     header = [
         "batch",
         "prompt",
@@ -138,7 +139,7 @@ def render(result: CompareResult) -> str:
 
 
 def draw(result: CompareResult, axes: Any) -> None:
-    """Tokens per second of both against the batch size."""
+    """Plots both engines' tokens per second against the batch size."""
     series = {
         name: [row.batch_size * row.output_len / getattr(row, seconds) for row in result.rows]
         for name, seconds in (("jaxinfer", "ours_s"), (result.peer, "peer_s"))

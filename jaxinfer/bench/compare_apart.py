@@ -1,7 +1,10 @@
-"""`bench compare --apart`: a peer in a process of its own, then jaxinfer, with random weights of one distribution.
+"""`bench compare --apart`: another engine (a peer) in a process of its own, then jaxinfer, both with random weights.
 
-Owns: the peer's process (it ends before jaxinfer takes the device's memory) and the ratio of the times.
-Does not know: peers. Tokens are not compared: each side draws its own weights, so that no checkpoint is written.
+Each side draws its own weights from the same distribution, so that no checkpoint has to be written. The tokens
+therefore differ and are not compared.
+
+Owns: the peer's process, which ends before jaxinfer takes the device's memory, and the ratio of the times.
+Does not know: any single peer.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ _PROGRAM = "from jaxinfer.bench.compare_apart import run_peer; run_peer()"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """Requests of one length, all there at the start.
+    """Something to time: requests of one length that all arrive at the start.
 
     Args:
       num_requests: how many.
-      is_trace: served by continuous batching; else one batch through `generate`.
-      prompt_len, output_len: tokens of each.
+      is_trace: whether they are served by continuous batching; else they are one batch for `generate`.
+      prompt_len, output_len: tokens of each request.
     """
 
     num_requests: int
@@ -42,23 +45,23 @@ class Work:
 
     @property
     def title(self) -> str:
-        """For tables."""
+        """A short description, for tables."""
         return f"trace of {self.num_requests}" if self.is_trace else f"batch of {self.num_requests}"
 
     def prompts(self, vocab_size: int, seed: int, number: int) -> list[tuple[int, ...]]:
-        """Random prompts, other ones for each number."""
+        """The random prompts of turn `number`; every turn has others."""
         return random_prompts([self.prompt_len] * self.num_requests, vocab_size=vocab_size, seed=(seed, number))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SideTimes:
-    """One side's times of one work.
+    """How long one side took for one work.
 
     Args:
-      first_s: of the first turn, compilation included; for jaxinfer also what was compiled before it. Of a trace it is
-        a part only.
+      first_s: seconds of the first turn, with all compilation, also what jaxinfer compiles before that turn. The first
+        turn of a trace has a sixteenth of the requests.
       seconds: median of the later turns.
-      is_whole: False for a side that was stopped in its second turn; its seconds are those until then.
+      is_whole: False for a side that was stopped in its second turn; `seconds` is then the time until it was stopped.
     """
 
     first_s: float
@@ -68,13 +71,13 @@ class SideTimes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApartRow:
-    """One work through both.
+    """One work's times on both sides.
 
     Args:
-      work: what.
-      peer: None if the peer failed.
-      ours: jaxinfer's.
-      failure: of the peer; empty if there is none.
+      work: what was timed.
+      peer: the peer's times; None if it failed.
+      ours: jaxinfer's times.
+      failure: the peer's error; empty if it did not fail.
     """
 
     work: Work
@@ -84,14 +87,16 @@ class ApartRow:
 
     @property
     def ratio(self) -> float | None:
-        """The peer's seconds over ours: above 1 where jaxinfer is faster, at least so much where the peer was stopped;
-        None without the peer's."""
+        """The peer's seconds divided by jaxinfer's, above 1 where jaxinfer is faster; None if the peer failed.
+
+        If the peer was stopped, this is a lower bound.
+        """
         return self.peer and self.peer.seconds / self.ours.seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApartResult:
-    """One row a work against `peer`, in `dtype`; medians of `repeats` turns each, after one that is not counted."""
+    """The comparison with `peer` in `dtype`: one row per work, medians of `repeats` turns after one for warm-up."""
 
     peer: str
     dtype: str
@@ -102,15 +107,17 @@ class ApartResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerOrder:
-    """What the peer's process is told.
+    """The instructions for the peer's process.
 
     Args:
-      peer: one of peers.PEERS.
+      peer: a name in peers.PEERS.
       fields: of config.json.
-      dtype, platform: of the model, and JAX's name of the device.
-      works: one after another.
-      max_num_seqs: requests of a trace at once.
-      repeats, seed: turns that count, and of the prompts.
+      dtype: of the model.
+      platform: JAX's name of the device's kind, such as "gpu".
+      works: what to time, in this order.
+      max_num_seqs: requests of a trace that run at once.
+      repeats: turns that are counted.
+      seed: of the prompts.
       limit_s: seconds after which the peer is stopped.
     """
 
@@ -126,11 +133,11 @@ class PeerOrder:
 
 
 def measure(order: PeerOrder, open_session: Callable[[], Any]) -> ApartResult:
-    """The peer in its process, then jaxinfer in this one.
+    """Times the peer in its own process, then jaxinfer in this one.
 
     Args:
-      order: what both are asked.
-      open_session: called when the peer is gone; a context manager that gives a Session.
+      order: what both sides are to do.
+      open_session: makes a context manager that yields a Session; called after the peer's process has ended.
 
     Raises:
       ValueError: the peer's process failed before its first work.
@@ -150,7 +157,7 @@ def measure(order: PeerOrder, open_session: Callable[[], Any]) -> ApartResult:
 
 
 def _peer_times(order: PeerOrder) -> dict[str, Any]:
-    """Runs the peer's process and reads the lines it writes; what it wrote before it was stopped counts."""
+    """Runs the peer's process and reads the lines it writes, also those of a process that had to be stopped."""
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM],
         stdin=subprocess.PIPE,
@@ -175,7 +182,7 @@ def _peer_times(order: PeerOrder) -> dict[str, Any]:
 def _read_lines(
     lines: Sequence[dict[str, Any]], num_works: int, peer: str, stopped_at: float | None, limit_s: float
 ) -> dict[str, Any]:
-    """What a peer's process has written, as its name, the seconds it took to load, and each work's times or failure."""
+    """Parses a peer process's lines: its name, the seconds it took to load, and each work's times or failure."""
     found: dict[str, Any] = {"name": peer, "load_s": float("nan")}
     works: list[dict[str, Any] | str] = [f"stopped after {limit_s:.0f} s; raise peer_limit"] * num_works
     for line in lines:
@@ -190,7 +197,7 @@ def _read_lines(
 
 
 def run_peer() -> None:
-    """The peer's process: reads a PeerOrder from standard input and prints lines of JSON as it goes on."""
+    """The peer's process: reads a PeerOrder from standard input and prints a line of JSON after each part of it."""
     spec = json.load(sys.stdin)
     order = PeerOrder(**spec | {"works": tuple(Work(**work) for work in spec["works"])})
     started = time.perf_counter()
@@ -237,10 +244,10 @@ def _times(
     work: Work,
     begin: Callable[[float], None] = lambda _: None,
 ) -> SideTimes:
-    """The first turn, and the median of `repeats` more, with new prompts each time.
+    """Times a first turn, then `repeats` more, with new prompts each time.
 
-    The first turn of a trace is a sixteenth of it: a peer may take a minute for all. `begin` is called before the
-    second turn with the first one's seconds.
+    The first turn of a trace has only a sixteenth of its requests, since a peer may take a minute for all of them.
+    `begin` is called before the second turn with the seconds of the first.
     """
     seconds: list[float] = []
     for number in range(order.repeats + 1):
@@ -256,7 +263,7 @@ def _times(
 
 
 def render(result: ApartResult) -> str:
-    """A table, one row a work."""
+    """A table with one row per work."""
     header = [
         "",
         "prompt",

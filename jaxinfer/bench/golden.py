@@ -1,7 +1,7 @@
-"""`bench golden`: this device against what transformers computed in float32, through LLM, in float32 or bfloat16.
+"""`bench golden`: checks LLM on this device, in float32 or bfloat16, against what transformers computed in float32.
 
-Owns: the comparison with the files that tests/golden/make.py describes.
-Does not know: how they were made.
+Owns: the comparison with the golden files, whose format tests/golden/make.py describes.
+Does not know: how those files were made.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling_params import SamplingParams
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
-"""Of a log-probability. In float32 another order of sums costs about 1e-5 in these models. In bfloat16 weights and
-activations round to 8 bits, and the random models' logits are a few units wide (measured on CPU: up to 0.1)."""
+"""Largest allowed error of a log-probability, in nats. In float32, another order of sums changes it by about 1e-5 in
+these models. In bfloat16, weights and activations are rounded to 8 bits, and the logits of these random models spread
+over a few units (errors measured on a CPU: up to 0.1)."""
 NUM_CASES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldenCase:
-    """One checkpoint.
+    """The result for one checkpoint, which has several texts.
 
     Args:
-      name: its folder.
-      dtype: ours; the other side's is float32.
-      num_tokens: greedy tokens compared: of each text up to the first that differs, that one included.
-      num_diverged: texts with a token that differs.
-      num_texts: of the case.
-      max_margin: how much less likely we find transformers' token than ours, in nats, where they first differ; the
-        largest. A small one is a near-tie that rounding decides.
-      max_logprob_error: largest difference in nats over the tokens compared and the most likely first ones.
-      mean_logprob_error: over the same.
-      seconds: loading and compiling included.
+      name: the checkpoint's folder.
+      dtype: jaxinfer's; transformers' is float32.
+      num_tokens: greedy tokens compared. Each text is compared up to its first token that differs, that one included.
+      num_diverged: texts in which a token differs.
+      num_texts: texts in all.
+      max_margin: where a text first differs, the log-probability of our token less that of transformers' token, both as
+        jaxinfer computes them, in nats; the largest over the texts. A small margin is a near-tie, decided by rounding.
+      max_logprob_error: largest difference of log-probabilities in nats, over the tokens compared and the most likely
+        first tokens.
+      mean_logprob_error: mean over the same tokens.
+      seconds: time of the case, loading and compiling included.
     """
 
     name: str
@@ -57,8 +59,8 @@ class GoldenCase:
     seconds: float
 
     is_right: bool = field(init=False)
-    """In float32 all tokens are equal; in bfloat16 they may differ where two are nearly as likely. Log-probabilities
-    are within the dtype's tolerance."""
+    """Whether the case passes: log-probabilities are within the dtype's tolerance, and all tokens are equal. In
+    bfloat16, tokens may differ where two are nearly as likely."""
 
     def __post_init__(self) -> None:
         may_differ = self.dtype != "float32" and self.max_margin <= TOLERANCES[self.dtype]
@@ -68,30 +70,31 @@ class GoldenCase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldenResult:
-    """The cases that ran, and the names of those for which no time was left."""
+    """The cases that ran, and the names of the cases for which no time was left."""
 
     cases: tuple[GoldenCase, ...]
     skipped: tuple[str, ...]
 
     @property
     def is_ok(self) -> bool:
-        """No case failed."""
+        """Whether no case failed."""
         return all(case.is_right for case in self.cases)
 
 
 def measure(
     directory: Path, budget_seconds: float, *, dtypes: Sequence[str] = ("float32",), names: Sequence[str] = ()
 ) -> GoldenResult:
-    """Runs cases of a directory while time is left, several at once: most of a case's time is compilation.
+    """Runs the cases of a directory while time is left; on GPUs several at once, as most of the time is compilation.
 
     Args:
       directory: a folder of checkpoints, each with an expected.npz.
-      budget_seconds: no further case is begun after that.
-      dtypes: of TOLERANCES; every case in the first, then in the next.
-      names: the cases to run; none for all.
+      budget_seconds: seconds after which no further case is begun.
+      dtypes: keys of TOLERANCES. All cases run in the first dtype, then in the next.
+      names: the cases to run; empty for all.
 
     Raises:
-      FileNotFoundError: no case there, or not all that were named.
+      FileNotFoundError: the directory has no cases, or lacks one that is named.
+      ValueError: a dtype is not in TOLERANCES.
     """
     paths = sorted(path.parent for path in directory.glob("*/expected.npz"))
     if not paths:
@@ -107,7 +110,7 @@ def measure(
         path, dtype = entry
         return f"{path.name} {dtype}" if time.perf_counter() - started > budget_seconds else check(path, dtype)
 
-    # A CPU has no cores to spare beside those that compile.
+    # On a CPU, one compilation at a time keeps all cores busy.
     num_threads = 1 if jax.default_backend() == "cpu" else NUM_CASES_AT_ONCE
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(tqdm(pool.map(run, chosen), total=len(chosen), desc="golden", disable=None, leave=False))
@@ -118,13 +121,13 @@ def measure(
 
 
 def check(path: Path, dtype: str = "float32") -> GoldenCase:
-    """One checkpoint: greedy tokens, their log-probabilities, and those of the most likely first tokens."""
+    """Compares one checkpoint's greedy tokens, their log-probabilities and those of the most likely first tokens."""
     started = time.perf_counter()
     with np.load(path / "expected.npz") as file:
         expected = dict(file)
     numbers = range(sum(name.startswith("prompt_") for name in expected))
     params = SamplingParams(temperature=0, max_tokens=len(expected["greedy_0"]), ignore_eos=True, logprobs=MAX_LOGPROBS)
-    # So few pages: several cases share a device, whose free memory each would take otherwise.
+    # Several cases share a device, so each gets few pages; by default, the first would take all free memory.
     with LLM(path, dtype=dtype, max_num_seqs=4, max_num_batched_tokens=256, num_kv_pages=64) as llm:
         outputs = llm.generate([expected[f"prompt_{i}"].tolist() for i in numbers], params, use_tqdm=False)
     texts = [
@@ -147,7 +150,7 @@ def check(path: Path, dtype: str = "float32") -> GoldenCase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Text:
-    """One text beside transformers': tokens compared, the margin where they part (None if they do not), errors."""
+    """The comparison of one text: tokens compared, the margin at the first difference (None if equal), the errors."""
 
     num_tokens: int
     margin: float | None
@@ -155,12 +158,12 @@ class _Text:
 
 
 def _compare(output: RequestOutput, greedy: Sequence[int], chosen: np.ndarray, last_logits: np.ndarray) -> _Text:
-    """Compares up to the first token that differs; behind it the texts are about different things.
+    """Compares a text up to the first token that differs; after that the contexts differ.
 
     Args:
-      output: ours.
+      output: jaxinfer's.
       greedy, chosen: transformers' tokens and their log-probabilities.
-      last_logits: behind the prompt's last token, float32[V].
+      last_logits: float32[V], transformers' logits after the prompt's last token.
     """
     positions, ours = list(output.logprobs or ()), list(output.token_ids)
     apart = next((step for step, pair in enumerate(zip(ours, greedy, strict=True)) if pair[0] != pair[1]), None)
@@ -171,7 +174,7 @@ def _compare(output: RequestOutput, greedy: Sequence[int], chosen: np.ndarray, l
         theirs = positions[step].get(greedy[step])
         if theirs is not None:
             errors.append(abs(theirs.logprob - float(chosen[step])))
-        if step == apart:  # their token is not even among our most likely ones: no tie at all
+        if step == apart:  # a token of theirs that is not among our most likely ones is no near-tie
             margin = float("inf") if theirs is None else positions[step][ours[step]].logprob - theirs.logprob
     first = last_logits - np.logaddexp.reduce(last_logits.astype(np.float64))
     errors += [abs(entry.logprob - float(first[id])) for id, entry in positions[0].items()]
@@ -179,7 +182,7 @@ def _compare(output: RequestOutput, greedy: Sequence[int], chosen: np.ndarray, l
 
 
 def render(result: GoldenResult) -> str:
-    """One line a case."""
+    """One line per case."""
     rows = [
         (
             case.name,

@@ -1,8 +1,10 @@
-"""`bench gpu`: everything worth knowing about a GPU machine, inside a time budget.
+"""`bench gpu`: runs a plan of benchmarks (sections) on a GPU machine within a time budget.
 
-Owns: the plan, one process a section (memory is free again after each, a crash or a hang costs one section only), the
-budget, and the file of all results, rewritten after each section.
-Does not know: how a section measures, what its figures should be.
+Each section is a process of its own: device memory is free again after it, and a crash or a hang costs that section
+only.
+
+Owns: the plan, the processes, the budget, and the results of all sections, which are saved after each one.
+Does not know: how a section measures, nor which figures are good (bench/marks.py does).
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ _SHOWN_ERROR = 4000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One measurement.
+    """One benchmark of the plan.
 
     Args:
-      name: for --sections and the summary.
-      arguments: of `jaxinfer bench`.
-      memory_bytes: of the device that it needs.
-      expected_s: seconds that it takes on an H100, roughly; it is skipped where less than half of it is left.
+      name: its name, for --sections and the summary.
+      arguments: the command line after `jaxinfer bench`.
+      memory_bytes: device memory that it needs; it is skipped on smaller devices.
+      expected_s: seconds that it takes on an H100, roughly; it is skipped when less than half of that is left.
       limit_s: seconds after which it is stopped.
     """
 
@@ -50,14 +52,14 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of a section.
+    """How a section ended.
 
     Args:
       name: the section's.
       status: "ok", "FAILED", "timed out" or "skipped".
-      seconds: it took.
-      note: why it did not end well, or its headline.
-      record: its JSON; None where it wrote none.
+      seconds: the time it took.
+      note: its main figures if it has a record, else why it has none.
+      record: the JSON that it wrote; None if it wrote none.
     """
 
     name: str
@@ -68,10 +70,10 @@ class Outcome:
 
 
 def full_plan(golden: Path, configs: Path) -> list[Section]:
-    """The sections for a GPU of the A100 class or larger, most wanted first.
+    """The sections for a GPU of the A100 class or larger, the most important first.
 
-    All sections of one shape have equal engine settings, so that later ones find the programs of earlier ones in the
-    compilation cache.
+    All sections with the same model shape have the same engine settings, so that later ones find the programs of
+    earlier ones in the compilation cache.
 
     Args:
       golden: folder of golden checkpoints.
@@ -79,7 +81,7 @@ def full_plan(golden: Path, configs: Path) -> list[Section]:
     """
     eight = ("--random-weights", str(configs / "bench-8b.json"))
     small = ("--random-weights", str(configs / "bench-0.6b.json"))
-    # 128 rows of 1,152 tokens or one prompt of 8,192 fit: 20 GB of KV in the 8B shape.
+    # Room for 128 rows of 1,152 tokens, or for one prompt of 8,192: 20 GB of KV pages in the 8B shape.
     engine = ("--max-num-seqs", "128", "--max-model-len", "8320", "--max-num-batched-tokens", "8192")
     engine += ("--num-kv-pages", "2432")
     steps = ("--batch-size", "1,32,128", "--context", "1024", "--prefill-len", "8192", "--repeats", "2")
@@ -101,7 +103,7 @@ def full_plan(golden: Path, configs: Path) -> list[Section]:
 
 
 def _large(name: str, arguments: tuple[str, ...], *, expected_s: float, limit_s: float) -> Section:
-    """A section with the 8B shape: 16 GB of weights, as much again for KV and activations."""
+    """A section with the 8B shape, which needs 36 GB: 16 GB of weights and the rest for KV pages and activations."""
     return Section(name=name, arguments=arguments, memory_bytes=36e9, expected_s=expected_s, limit_s=limit_s)
 
 
@@ -126,7 +128,7 @@ def tiny_plan(golden: Path) -> list[Section]:
 
 
 def choose(plan: Sequence[Section], names: Sequence[str]) -> list[Section]:
-    """The named sections in the order of the names; all of them without a name.
+    """The named sections in the order of the names; all sections if no name is given.
 
     Raises:
       ValueError: there is no such section.
@@ -148,10 +150,10 @@ def run(
     """Runs the sections one after another.
 
     Args:
-      plan: in the order of importance.
-      budget_seconds: for all of them.
-      show: is given each section's title and table as it ends.
-      save: is given all outcomes so far after each section, so that nothing is lost when the caller's time runs out.
+      plan: the sections, the most important first.
+      budget_seconds: seconds for all of them together.
+      show: called with text to print: a section's title when it begins and its table when it ends.
+      save: called after each section with all outcomes so far, so that nothing is lost if this process is stopped.
       keep: folder for each section's table and the profiler's files; None keeps none.
     """
     started = time.monotonic()
@@ -188,7 +190,7 @@ def _run_section(section: Section, limit_s: float, show: Callable[[str], None], 
     with tempfile.TemporaryDirectory(prefix="jaxinfer-bench-") as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "jaxinfer", "bench", *arguments, "--json", str(file)]
-        # In a process group of its own: when its time is over, the processes it has started must end as well.
+        # The section gets a process group of its own, so that stopping it also ends the processes it has started.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -219,9 +221,10 @@ def _run_section(section: Section, limit_s: float, show: Callable[[str], None], 
 
 
 def keep_target_config(keep: Path) -> str:
-    """Has XLA write the description of this GPU that it can compile for elsewhere, and copies it.
+    """Has XLA write its description of this GPU, with which programs can be compiled for it on other machines.
 
-    XLA dumps it beside the program it compiles, in a process of its own, since it reads the flag at its start.
+    XLA dumps the description beside any program that it compiles. That needs a flag which XLA reads when it starts, and
+    so a new process.
 
     Args:
       keep: folder for *.gpu_target_config.pbtxt.
@@ -243,12 +246,12 @@ def keep_target_config(keep: Path) -> str:
 
 
 def to_json(outcomes: Sequence[Outcome]) -> str:
-    """All outcomes so far."""
+    """The outcomes as JSON text."""
     return json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1)
 
 
 def render(outcomes: Sequence[Outcome]) -> str:
-    """One line a section."""
+    """One line per section."""
     width = max(len(entry.name) for entry in outcomes)
     return "\n".join(
         f"{entry.name:<{width}}  {entry.status:<9}  {entry.seconds:4.0f} s  {entry.note}" for entry in outcomes

@@ -1,7 +1,9 @@
-"""`bench kernels`: every backend of paged attention against the oracle on this device, and how fast each one is.
+"""`bench kernels`: compares every backend of paged attention with the oracle on this device, and times each one.
+
+A backend that cannot run a case fails that case only.
 
 Owns: the grid of small cases, the two large cases in the shape of an 8B model, their bytes and operations.
-Does not know: how a backend works. A backend that cannot run a case fails that case only.
+Does not know: how a backend works.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from jaxinfer.kernels.paged_attention import BACKENDS, paged_attention
 
 ORACLE = "reference"
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
-"""Largest difference of a number of size one: the order of float32 sums, and two roundings to 8 bits of mantissa. TF32
-products, which must not happen in float32, would be off by 1e-3."""
+"""Largest allowed error of results of size one. Float32 results differ by the order of sums, bfloat16 ones by two
+roundings to 8 bits of mantissa. TF32 products, which must not be used for float32, would be off by 1e-3."""
 _PAGE_SIZE = 64
 _CALLS = 10
 
@@ -35,15 +37,15 @@ class KernelCase:
     """One call of paged attention.
 
     Args:
-      name: what it is about.
+      name: what the case tests.
       num_rows, num_queries: R and Q.
       num_heads, num_kv_heads, head_dim: N, K and H.
       max_len: KV positions of the longest row.
       dtype: of queries and pages.
-      same_text: the rows are blocks of one prompt, one behind the other; else each row has a text of its own, with
+      same_text: whether the rows are consecutive blocks of one prompt; else each row has a text of its own, with
         lengths from 0 to max_len.
-      full: every row has max_len positions (unless they share a text) and num_queries live queries.
-      features: window, softcap and sinks=True.
+      full: whether every row has num_queries live queries and (unless they share a text) max_len positions.
+      features: any of the keywords window, softcap and sinks=True.
     """
 
     name: str
@@ -61,15 +63,17 @@ class KernelCase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelRow:
-    """A case through one backend.
+    """One case's result on one backend.
 
     Args:
-      case, dtype, backend: which.
-      tolerance: of max_error.
-      max_error: largest absolute difference from the oracle; NaN for a case that failed or was not compared.
+      case, dtype, backend: names of the case, its dtype and the backend.
+      tolerance: the largest max_error that passes.
+      max_error: largest absolute difference from the oracle or, for a timed case, from the first backend that ran; NaN
+        if the case failed or was not compared.
       failure: the first line of the backend's error; empty if it ran.
-      ms: of one call; None for a case that is not timed.
-      bytes_per_s, ops_per_s: over the live positions, each page read once a text; None with ms.
+      ms: time of one call; None for a case that is not timed.
+      bytes_per_s, ops_per_s: rates of the necessary work only (live positions, each text's pages read once); None where
+        ms is.
     """
 
     case: str
@@ -84,7 +88,7 @@ class KernelRow:
 
     @property
     def is_ok(self) -> bool:
-        """It ran, and is as near to the oracle as the dtype allows."""
+        """Whether the backend ran and is within the tolerance."""
         return not self.failure and not self.max_error > self.tolerance
 
 
@@ -96,12 +100,12 @@ class KernelResult:
 
     @property
     def is_ok(self) -> bool:
-        """No case failed or is off."""
+        """Whether all cases ran and are within their tolerances."""
         return all(row.is_ok for row in self.rows)
 
 
 def small_cases() -> list[KernelCase]:
-    """The grid: decode and prefill, head sizes, group sizes, every feature; each in one dtype at least."""
+    """The grid of decode and prefill, head sizes, group sizes and features; each occurs in at least one dtype."""
     kinds: dict[str, dict[str, Any]] = {
         "decode": {"num_rows": 7, "num_queries": 1},
         "prefill": {"num_rows": 7, "num_queries": 16},
@@ -129,8 +133,8 @@ def large_cases(*, num_rows: int, context: int, prompt_len: int, block: int = 16
     """The attention of one layer of an 8B model in bfloat16: a decode step, and a whole prompt in blocks.
 
     Args:
-      num_rows: of the decode step.
-      context: KV positions of each of its rows.
+      num_rows: rows of the decode step.
+      context: KV positions of each of these rows.
       prompt_len: tokens of the prompt.
       block: queries of each row of the prompt.
     """
@@ -159,11 +163,11 @@ class _Inputs:
 
 
 def make_inputs(case: KernelCase, seed: int = 0) -> _Inputs:
-    """Random queries and pages; each text's pages are scattered over the pool.
+    """A case's random queries and pages, with each text's pages scattered over the pool.
 
     Args:
-      case: which.
-      seed: of everything.
+      case: the case.
+      seed: of all random numbers.
     """
     rng = np.random.default_rng(seed)
     kv_len, q_len = _lengths(case, rng)
@@ -197,7 +201,7 @@ def _normal(shape: tuple[int, ...], case: KernelCase, rng: np.random.Generator) 
 
 
 def attention_of(case: KernelCase, backend: str) -> Any:
-    """A jitted call of one backend: arguments in order, and sinks."""
+    """A jitted call of one backend: a function of the sinks (or None), then paged_attention's arrays in order."""
     features = {name: value for name, value in case.features.items() if name != "sinks"}
     owner = jnp.zeros(case.num_rows, jnp.int32) if case.same_text else None
     call = functools.partial(paged_attention, scale=case.head_dim**-0.5, backend=backend, owner=owner, **features)
@@ -205,7 +209,7 @@ def attention_of(case: KernelCase, backend: str) -> Any:
 
 
 def cost(case: KernelCase, inputs: _Inputs) -> tuple[int, int]:
-    """Bytes of keys, values, queries and results, each text's read once, and operations of the visible scores."""
+    """The bytes (queries, results, each text's keys and values once) and the operations (of visible scores) needed."""
     texts = inputs.kv_len.max() if case.same_text else inputs.kv_len.sum()
     itemsize = jnp.dtype(case.dtype).itemsize
     num_bytes = 2 * int(texts) * case.num_kv_heads * case.head_dim * itemsize
@@ -221,10 +225,10 @@ def measure(
     """Compares every backend with the oracle, then times them.
 
     Args:
-      cases: small ones, compared with the oracle.
-      timed: large ones, timed; they are compared with the first backend in the list, since the oracle's memory grows
-        with rows times positions.
-      backends: names in BACKENDS; none for all but the oracle.
+      cases: small cases, compared with the oracle.
+      timed: large cases, which are timed. Backends are compared with the first one that ran, since the oracle's memory
+        grows with rows times positions.
+      backends: names in BACKENDS; empty for all but the oracle.
       seed: of the arrays.
     """
     names = list(backends) or [name for name in BACKENDS if name != ORACLE]
@@ -241,7 +245,7 @@ def _bar(cases: Sequence[KernelCase]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Compiled:
-    """A case, its arrays, and by backend its compiled call, or the error of the compiler."""
+    """A case, its arrays, and for each backend the compiled call or the compiler's error."""
 
     case: KernelCase
     inputs: _Inputs
@@ -282,7 +286,7 @@ def _timed(compiled: _Compiled) -> list[KernelRow]:
 def _row(
     compiled: _Compiled, backend: str, expected: jax.Array | None, *, is_timed: bool = False
 ) -> tuple[KernelRow, jax.Array | None]:
-    """A case through a backend, and what it gave."""
+    """Runs a case on a backend; returns the row and the backend's result."""
     case, call = compiled.case, compiled.calls[backend]
     about: dict[str, Any] = {
         "case": case.name,
@@ -305,13 +309,13 @@ def _row(
 
 
 def _max_error(found: jax.Array, expected: jax.Array) -> float:
-    """Infinite where a number is not finite, so that it cannot pass."""
+    """The largest absolute difference; infinite if a result is not finite, so that such a result cannot pass."""
     difference = jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32))
     return float(jnp.where(jnp.isfinite(difference), difference, jnp.inf).max())
 
 
 def _seconds(call: Callable[[], jax.Array]) -> float:
-    """Of one call, the better of two times of several in a row; a slow one is not repeated."""
+    """Seconds of one call: the better of two series of calls; a slow call is timed once."""
     started = time.perf_counter()
     jax.block_until_ready(call())
     once = time.perf_counter() - started
@@ -326,7 +330,7 @@ def _seconds(call: Callable[[], jax.Array]) -> float:
 
 
 def render(result: KernelResult) -> str:
-    """The worst case of each backend and dtype, whatever is off, then the timed cases."""
+    """The worst case of each backend and dtype, every case that failed, then the timed cases."""
     lines = []
     compared = [row for row in result.rows if row.ms is None]
     groups = sorted({(row.backend, row.dtype) for row in compared})

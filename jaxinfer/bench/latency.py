@@ -1,4 +1,4 @@
-"""`bench latency`: prefill and decode times of fixed batches."""
+"""`bench latency`: times prefill and decode steps of batches of a fixed size."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from jaxinfer.bench.session import Session, StepTimes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyRow:
-    """Medians over the repeats for one batch size.
+    """The times at one batch size, medians over the repeats.
 
     Args:
-      batch_size, prompt_len, output_len: requests, and tokens of each.
-      prefill_ms: until every request has its first token.
-      decode_ms: one step of the whole batch.
-      prefill_tokens_per_s, decode_tokens_per_s: over the batch.
+      batch_size: requests in the batch.
+      prompt_len, output_len: tokens of each request.
+      prefill_ms: time until every request has its first token.
+      decode_ms: time of one decode step of the whole batch.
+      prefill_tokens_per_s, decode_tokens_per_s: tokens of all requests together.
       total_ms: prefill and all decode steps.
     """
 
@@ -37,7 +38,7 @@ class LatencyRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyResult:
-    """One row a batch size, medians of `repeats` runs after a warm-up."""
+    """One row per batch size, with medians of `repeats` runs after a warm-up."""
 
     rows: tuple[LatencyRow, ...]
     repeats: int
@@ -49,14 +50,14 @@ def measure(
     """Times batches of random prompts.
 
     Args:
-      session: with slots and context for the largest batch.
-      batch_sizes: requests at once.
-      prompt_len, output_len: tokens of each; output_len >= 2.
-      repeats: timed runs, after one that is not.
+      session: the engine, with slots and context for the largest batch.
+      batch_sizes: numbers of requests at once.
+      prompt_len, output_len: tokens of each request; output_len >= 2.
+      repeats: timed runs, after one for warm-up.
       seed: of the prompts.
 
     Raises:
-      ValueError: the settings hold no such batch, or output_len leaves no step to time.
+      ValueError: the engine's settings have no room for a batch, or output_len leaves no decode step to time.
     """
     if output_len < 2:
         raise ValueError(f"output_len must be >= 2, so that there is a decode step to time, got {output_len}")
@@ -70,7 +71,7 @@ def measure(
 def timed_runs(
     session: Session, batch_size: int, prompt_len: int, num_steps: int, repeats: int, seed: int
 ) -> list[StepTimes]:
-    """Times of `repeats` runs, each with prompts of its own, after one whose times are dropped."""
+    """The times of `repeats` runs after one for warm-up; every run has prompts of its own."""
     prompts = [session.prompts(batch_size, prompt_len, seed, batch_size, number) for number in range(repeats + 1)]
     return [session.time_steps(batch, num_steps) for batch in prompts][1:]
 
@@ -91,7 +92,7 @@ def _row(times: Sequence[StepTimes], batch_size: int, prompt_len: int, output_le
 
 
 def render(result: LatencyResult) -> str:
-    """A table, one row a batch size."""
+    """A table with one row per batch size."""
     header = ["batch", "prompt", "output", "prefill ms", "prefill tok/s", "decode ms/step", "decode tok/s", "total ms"]
     rows = [
         [
@@ -110,7 +111,7 @@ def render(result: LatencyResult) -> str:
 
 
 def draw(result: LatencyResult, axes: Any) -> None:
-    """Decode step and prefill against the batch size."""
+    """Plots the times of a decode step and of the prefill against the batch size."""
     series = {
         "prefill": [row.prefill_ms for row in result.rows],
         "decode step": [row.decode_ms for row in result.rows],

@@ -1,6 +1,6 @@
-"""The few figures of a `bench gpu` run that decide, beside what is wanted of them.
+"""The most important figures of a `bench gpu` run (marks), each with its goals.
 
-Owns: which figures these are, where they stand in the sections' records, and two goals for each on one H100.
+Owns: which figures these are, where they are found in the sections' records, and two goals for each on one H100.
 Does not know: how anything is measured.
 """
 
@@ -17,15 +17,15 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """A figure.
+    """One figure and its goals.
 
     Args:
-      name: with the unit in which `find` gives it.
-      section: whose record holds it.
-      find: reads it from the record's result; None where it is not there.
+      name: the figure's name, with its unit.
+      section: name of the section whose record holds the figure.
+      find: reads the figure from the result in that record; returns None where it is not there.
       first: the first goal, as text.
       aim: the far goal, as text.
-      form: of its text.
+      form: format string for the figure.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Mark:
     form: str = "{:.0f}"
 
     def seen(self, records: Mapping[str, Record]) -> str:
-        """Its text in a run's records by section; a dash where the section or the figure is missing."""
+        """The figure as text, from a run's records by section; a dash where the section or the figure is missing."""
         record = records.get(self.section)
         value = None if record is None else self.find(record["result"])
         return "-" if value is None else self.form.format(value)
@@ -74,7 +74,7 @@ def _share_right(result: Record) -> float:
 
 
 def is_right(row: Record) -> bool:
-    """Whether a row of the kernels' record ran and is within its tolerance."""
+    """Whether a row in the record of `bench kernels` ran and, where it was compared, is within its tolerance."""
     return not row["failure"] and not row["max_error"] > row["tolerance"]
 
 
@@ -131,18 +131,18 @@ MARKS: tuple[Mark, ...] = (
 
 
 def render(records: Mapping[str, Record], marks: Sequence[Mark] = MARKS) -> str:
-    """The marks, one a line: seen in this run, and both goals.
+    """The marks, one per line: the figure of this run and both goals.
 
     Args:
-      records: of the sections that left one, by name.
-      marks: which.
+      records: the sections' records, by section name; those of failed sections may be missing.
+      marks: the marks to show.
     """
     rows = [[mark.name, mark.seen(records), mark.first, mark.aim] for mark in marks]
     return format_table(["mark", "seen", "first", "aim"], rows)
 
 
 def headline(record: Record) -> str:
-    """The few figures of a section that the summary shows."""
+    """The main figures of a section, as one line for the summary."""
     result, command = record["result"], record["command"]
     return _HEADLINES[command](result) if command in _HEADLINES else ""
 
@@ -164,7 +164,7 @@ def _roofline(result: Record) -> str:
 
 
 def _compare(result: Record) -> str:
-    """Both sides' times of every row."""
+    """Both sides' times for every row."""
     parts = []
     for row in result["rows"]:
         if row["peer"] is None:

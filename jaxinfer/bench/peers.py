@@ -1,7 +1,7 @@
-"""Other engines behind one protocol; the only place that imports them, and only when asked.
+"""Other engines (peers) behind one protocol. Only this module imports them, and only when one is loaded.
 
-Owns: loading a peer and its greedy generation of a fixed number of tokens.
-Does not know: what it is compared with.
+Owns: loading a peer, and having it generate a fixed number of greedy tokens.
+Does not know: what a peer is compared with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Peer(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called, its version included."""
+        """The engine's name and version."""
         ...
 
     def tune(self, prompts: Sequence[tuple[int, ...]]) -> int:
@@ -35,7 +35,7 @@ class Peer(Protocol):
         ...
 
     def serve(self, prompts: Sequence[tuple[int, ...]], output_len: int, *, max_num_seqs: int) -> list[list[int]]:
-        """The same by continuous batching, at most max_num_seqs at once."""
+        """The same tokens by continuous batching, with at most max_num_seqs requests at once."""
         ...
 
 
@@ -43,9 +43,9 @@ class TransformersPeer:
     """Hugging Face transformers' generate; on a GPU with its static cache and compiled forward.
 
     Args:
-      checkpoint: a directory; or the fields of a config.json, for random weights of that shape.
+      checkpoint: a checkpoint directory; or the fields of a config.json, for random weights of that shape.
       dtype: "float32", "bfloat16" or "float16".
-      device: torch's name of it.
+      device: torch's name of the device.
 
     Raises:
       ValueError: torch or transformers is not installed.
@@ -63,15 +63,15 @@ class TransformersPeer:
             self._model = self._model.to(device=device, dtype=getattr(torch, dtype)).eval()
         else:
             self._model = self._random_model(checkpoint, dtype, device)
-        # The checkpoint's own would bring its end token, and whatever it says about sampling.
+        # The checkpoint's own generation_config would bring its end token and its sampling settings.
         self._model.generation_config = transformers.GenerationConfig(pad_token_id=0)
         self.name = f"transformers {transformers.__version__}"
-        # On a CPU transformers does not compile, and its static cache would only be longer than what is in it.
+        # On a CPU transformers does not compile, so a static cache would only be longer than needed.
         self._cache: dict[str, Any] = {} if device == "cpu" else {"cache_implementation": "static"}
         self._max_threads = torch.get_num_threads()
 
     def _random_model(self, fields: Mapping[str, Any], dtype: str, device: str) -> Any:
-        """Made on the device: a checkpoint of an 8B shape would take minutes to write and to read."""
+        """A model with random weights, made on the device: writing and reading an 8B checkpoint would take minutes."""
         shape = {name: value for name, value in fields.items() if name not in ("model_type", "dtype", "torch_dtype")}
         config = self._transformers.AutoConfig.for_model(fields["model_type"], **shape)
         with self._torch.device(device):
@@ -85,8 +85,9 @@ class TransformersPeer:
     def tune(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Chooses the fastest number of threads for batches like this one, and returns it.
 
-        A peer is compared at its best: OpenMP's threads wait spinning, and where another process holds a core, all of
-        them are 10 to 20 times slower than one (measured, 135M shape on two busy cores). On a GPU all are kept.
+        This lets the peer run at its best: OpenMP's threads wait by spinning, and where another process keeps a core
+        busy, all threads together are 10 to 20 times slower than one (measured with the 135M shape on two busy cores).
+        On a GPU the number of threads is left as it is.
         """
         choices = sorted({1, max(1, self._max_threads // 2), self._max_threads})
         many = len(choices) > 1 and self._model.device.type == "cpu"
@@ -118,10 +119,10 @@ class TransformersPeer:
     def serve(self, prompts: Sequence[tuple[int, ...]], output_len: int, *, max_num_seqs: int) -> list[list[int]]:
         """Greedy tokens of all prompts by continuous batching (transformers' generate_batch), end token ignored.
 
-        The first call sizes the cache and captures CUDA graphs; later ones of the same lengths find them.
+        The first call sizes the cache and captures CUDA graphs; later calls with the same lengths reuse both.
 
         Raises:
-          RuntimeError: some requests have not all their tokens.
+          RuntimeError: a request did not get all its tokens.
         """
         settings = {
             "max_requests_per_batch": max_num_seqs,
@@ -146,16 +147,16 @@ class TransformersPeer:
 
 
 def load_peer(name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str) -> Peer:
-    """A peer by name, on the same kind of device.
+    """Loads a peer by name, onto the kind of device that JAX uses.
 
     Args:
       name: one of PEERS.
       checkpoint: a directory, whose weights are loaded; or the fields of a config.json, for random weights.
       dtype: of weights and activations.
-      platform: JAX's name of it.
+      platform: JAX's name of the device's kind, such as "gpu".
 
     Raises:
-      ValueError: no such peer, or it is not installed.
+      ValueError: there is no such peer, or it is not installed.
     """
     if name not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""What the device does during some steps: time by kernel, and how long it waits between kernels.
+"""Profiles what the device does during some steps: the time of each kernel, and how long it waits between kernels.
 
 Owns: recording with jax.profiler and reading the trace that it writes.
 Does not know: what is run.
@@ -27,7 +27,7 @@ _NAME_WIDTH = 72
 _GPU_PLANE, _GPU_LINE = "/device:GPU", "Stream"
 _CPU_PLANE, _CPU_LINE = "/host:CPU", "tf_XLA"
 _DERIVED_LINES = ("XLA", "Steps", "Framework", "Source")
-"""What the profiler adds to a device's streams: the same time again under other names."""
+"""Beginnings of the names of lines that the profiler derives from a device's streams: the same time, counted again."""
 _CPU_OUTER = "ThunkExecutor"
 _NUMBER = re.compile(r"[._]\d+")
 
@@ -37,9 +37,9 @@ class KernelTime:
     """The calls of one kernel.
 
     Args:
-      name: the profiler's.
-      per_step: calls in a step.
-      us: microseconds of all of them in a step.
+      name: the kernel's name in the trace.
+      per_step: calls per step.
+      us: microseconds of all these calls per step.
     """
 
     name: str
@@ -49,17 +49,18 @@ class KernelTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """Some steps on one device.
+    """What one device did during some steps.
 
     Args:
-      num_steps: that were recorded.
-      is_device: the times are a GPU's; False for the thread pool of XLA's CPU client, which is good for a rehearsal.
-      span_ms: from the first kernel's start to the last one's end, for each step. The profiler slows the host down, so
-        this is longer than the step without it.
-      busy_ms: during which at least one kernel runs, for each step.
-      gaps_per_step: pauses between kernels in a step.
-      gap_us: length of these pauses; None where there is none.
-      kernels: longest in total first.
+      num_steps: steps recorded.
+      is_device: True if the times are a GPU's; False if they are those of the thread pool of XLA's CPU client, which
+        are good for a rehearsal only.
+      span_ms: time per step, from the start of the first kernel to the end of the last. The profiler slows the host
+        down, so this is longer than a step without it.
+      busy_ms: time per step during which at least one kernel runs.
+      gaps_per_step: pauses between kernels per step.
+      gap_us: length of these pauses; None if there are none.
+      kernels: the kernels, those with the most time first.
     """
 
     num_steps: int
@@ -71,7 +72,11 @@ class Profile:
     kernels: tuple[KernelTime, ...]
 
     def idle_share(self, step_ms: float) -> float:
-        """Share of a step during which the device waits, at least 0; step_ms was measured without the profiler."""
+        """The share of a step during which the device waits, at least 0.
+
+        Args:
+          step_ms: the time of a step, measured without the profiler.
+        """
         return max(0.0, 1 - self.busy_ms / step_ms)
 
 
@@ -85,16 +90,17 @@ class _Event:
 def record(run: Callable[[], object], *, num_steps: int, keep: Path | None = None) -> Profile | None:
     """Runs something under the profiler.
 
-    The device is idle before and after, so that exactly the steps launched by `run` are counted. With run-ahead these
-    are as many as it collects: the last one of an earlier run is through before, and one more is in flight after.
+    The device is idle when recording begins and ends, so that exactly the steps launched by `run` are counted. With
+    run-ahead it launches as many as it collects: the first that it collects was launched before and has ended by then,
+    and the last that it launches is collected later.
 
     Args:
-      run: what to record; compiled already.
-      num_steps: that it launches.
+      run: what to record; all its programs must be compiled already.
+      num_steps: steps that it launches.
       keep: file for the trace (XProf's xplane.pb, compressed by gzip); None keeps none.
 
     Returns:
-      What happened on the first device; None if the profiler saw nothing of it.
+      What happened on the first device; None if the profiler recorded nothing of it.
     """
     with tempfile.TemporaryDirectory(prefix="jaxinfer-profile-") as folder:
         _wait_for_device()
@@ -111,19 +117,19 @@ def record(run: Callable[[], object], *, num_steps: int, keep: Path | None = Non
 
 
 def _wait_for_device() -> None:
-    """Programs run in the order of their launch, so a new one's end is the end of all."""
+    """Runs a new program and waits for it: programs run in the order of their launch, so all others have ended too."""
     jax.block_until_ready(jnp.zeros(8) + 1)
 
 
 def analyse(data: ProfileData, *, num_steps: int) -> Profile | None:
-    """Sums a trace up.
+    """Summarises a trace.
 
     Args:
       data: the trace.
-      num_steps: in it.
+      num_steps: steps that it covers.
 
     Returns:
-      Of the first device that has kernels; None if none has.
+      The profile of the first device that has kernels; None if none has.
     """
     for plane_start, line_start in ((_GPU_PLANE, _GPU_LINE), (_CPU_PLANE, _CPU_LINE)):
         for plane in sorted(data.planes, key=lambda plane: plane.name):
@@ -134,7 +140,7 @@ def analyse(data: ProfileData, *, num_steps: int) -> Profile | None:
 
 def _events(plane: Any, line_start: str) -> Iterator[_Event]:
     lines = [line for line in plane.lines if line.name.startswith(line_start)]
-    if not lines and plane.name.startswith(_GPU_PLANE):  # streams have another name in this version
+    if not lines and plane.name.startswith(_GPU_PLANE):  # a version of the profiler that names streams otherwise
         lines = [line for line in plane.lines if not line.name.startswith(_DERIVED_LINES)]
     for line in lines:
         for event in line.events:
@@ -157,7 +163,7 @@ def _summed(events: Sequence[_Event], num_steps: int, *, is_device: bool) -> Pro
 
 
 def _by_name(entries: Sequence[tuple[str, float, float]], num_steps: int) -> tuple[KernelTime, ...]:
-    """Sums (name, calls a step, nanoseconds of all steps) up by name, longest first."""
+    """Sums entries of (name, calls per step, nanoseconds of all steps) by name, longest first."""
     calls, total = defaultdict(float), defaultdict(float)
     for name, count, nanoseconds in entries:
         calls[name] += count
@@ -167,7 +173,7 @@ def _by_name(entries: Sequence[tuple[str, float, float]], num_steps: int) -> tup
 
 
 def _busy_and_gaps(events: Sequence[_Event]) -> tuple[float, list[float]]:
-    """Nanoseconds with at least one event, and the lengths of the pauses between them."""
+    """The nanoseconds during which at least one event is under way, and the lengths of the pauses between."""
     busy, gaps = 0.0, []
     start, end = None, 0.0
     for event in sorted(events, key=lambda event: event.start_ns):
@@ -183,7 +189,7 @@ def _busy_and_gaps(events: Sequence[_Event]) -> tuple[float, list[float]]:
 
 
 def kinds(profile: Profile) -> tuple[KernelTime, ...]:
-    """The kernels with the numbers taken out of their names, so that those of all layers come together.
+    """The kernels with the numbers removed from their names, so that those of all layers are summed.
 
     Example: loop_fusion_3 and loop_fusion_17 both count as loop_fusion.
     """
@@ -193,7 +199,7 @@ def kinds(profile: Profile) -> tuple[KernelTime, ...]:
 
 
 def render(title: str, profile: Profile) -> str:
-    """How busy the device is, then its kernels, by kind and one by one."""
+    """Text of a profile: how busy the device is, then its kernels, by kind and one by one."""
     gaps = profile.gap_us
     waits = f"{profile.gaps_per_step:.0f} pauses a step"
     if gaps is not None:

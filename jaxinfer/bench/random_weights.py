@@ -1,7 +1,7 @@
-"""Weights for a shape without a checkpoint: drawn by name, slice by slice.
+"""Random weights for a model shape without a checkpoint, drawn by tensor name.
 
-Owns: the names and shapes a config.json implies, the scale that keeps activations near one, drawing on the host or on
-the devices, writing to disk.
+Owns: the tensor names and shapes that a config.json implies, the scale that keeps activations near one, drawing on the
+host or on the devices, writing to disk.
 Does not know: engines, timing.
 """
 
@@ -34,9 +34,9 @@ _BLOCK_VALUES = 2**18
 
 
 class RandomStore:
-    """A TensorStore whose tensors exist only as they are read; equal for any slicing and any order.
+    """A TensorStore whose tensors are drawn when they are read; values do not depend on the slices or their order.
 
-    Matrices are uniform with variance 1 / inputs, biases are zero, norms multiply by one.
+    Matrices are uniform with variance 1 / inputs, biases are zero, and norms multiply by one.
 
     Args:
       config: the model's numbers.
@@ -62,7 +62,7 @@ class RandomStore:
         return self._shapes[name]
 
     def where(self, name: str) -> str:
-        """Where it comes from, for messages."""
+        """Where a tensor comes from, for messages."""
         return "random weights"
 
     def read(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -100,15 +100,15 @@ class RandomStore:
 class DeviceRandomStore(RandomStore):
     """Random weights of the same distribution, drawn on the devices: an 8B shape takes seconds instead of minutes.
 
-    The values differ from RandomStore's, and on another mesh they differ again; use RandomStore where two programs
-    must have equal weights.
+    The values differ from RandomStore's, and differ from one mesh to another; use RandomStore where two programs must
+    have equal weights.
     """
 
     def make(self, parameter: NamedParameter, sharding: NamedSharding) -> jax.Array:
-        """One parameter on the mesh.
+        """Draws one parameter on the mesh.
 
         Args:
-          parameter: its path, shape and dtype; layers that are padding become zero.
+          parameter: its path, shape and dtype; layers that only pad the stages become zero.
           sharding: of the array.
         """
         is_norm = "norm.weight" in parameter.path
@@ -121,7 +121,7 @@ class DeviceRandomStore(RandomStore):
 
 @functools.cache
 def _drawer(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, *, is_vector: bool) -> Any:
-    """A jitted function that draws an array; parameters of one shape share it, so that few programs are compiled."""
+    """A jitted function that draws an array. Parameters of the same shape share it, so that few programs compile."""
 
     def draw(key: jax.Array, live: jax.Array, constant: float) -> jax.Array:
         scale = jnp.reshape(live, live.shape + (1,) * (len(shape) - live.ndim))
@@ -154,7 +154,7 @@ def write_checkpoint(store: RandomStore, fields: Mapping[str, Any], directory: P
     """Writes the store as a Hugging Face checkpoint in float32, so that other programs can load the same weights.
 
     Args:
-      store: the tensors; all of them are in memory once while the file is written.
+      store: the tensors; memory holds all of them while the file is written.
       fields: of config.json.
       directory: an existing folder.
     """

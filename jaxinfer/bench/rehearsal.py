@@ -1,6 +1,6 @@
-"""Which programs a measurement will need, found by running it on an engine without a model.
+"""Finds out which programs a measurement will need, by running it on an engine without a model.
 
-Owns: the wrapper that computes nothing.
+Owns: the model wrapper that computes nothing and records what it is asked for.
 Does not know: what is measured.
 """
 
@@ -16,21 +16,21 @@ from jaxinfer.wrappers.step_batch import AllowedTokens, RowUsage, StepBatch, Ste
 
 
 class RecordingWrapper(AbstractModelInferenceWrapper):
-    """Answers every step with token 0 and keeps the names of the programs that a real wrapper would run.
+    """A wrapper that answers every step with token 0 and records which programs a real wrapper would run.
 
-    Good for greedy requests of known lengths on one pipeline stage: which shapes their steps have does not depend on
-    the tokens.
+    It serves for greedy requests of known lengths on one pipeline stage, for which the shapes of the steps do not
+    depend on the tokens.
 
     Args:
-      shapes: of the wrapper it stands for.
-      num_pages: of the same.
+      shapes: the step shapes of the real wrapper.
+      num_pages: its KV pages.
     """
 
     def __init__(self, shapes: StepShapes, num_pages: int):
         self._shapes = shapes
         self._num_pages = num_pages
         self.programs: dict[tuple[Hashable, ...], None] = {}
-        """In the order of their first use, without repetition."""
+        """The programs, as keys in the order of their first use."""
 
     @property
     def shapes(self) -> StepShapes:
@@ -44,16 +44,16 @@ class RecordingWrapper(AbstractModelInferenceWrapper):
 
     @property
     def row_usage(self) -> RowUsage:
-        """None are counted."""
+        """No rows are counted."""
         return RowUsage(live=0, launched=0)
 
     @property
     def num_compilations(self) -> int:
-        """Programs met so far."""
+        """Different programs recorded so far."""
         return len(self.programs)
 
     def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> Any:
-        """Keeps the programs' names; the batch is its own handle."""
+        """Records the step's programs and returns the batch, which serves as the handle."""
         self.programs["forward", batch.shape] = None
         if batch.has_logits:
             self.programs["sample", batch.shape.num_logits, batch.variant, None] = None

@@ -1,6 +1,6 @@
-"""How results are shown: aligned text, JSON with everything needed to repeat the run, PNG.
+"""How results are shown: as aligned text, as JSON with everything needed to repeat the run, or as a PNG.
 
-Owns: the three formats and the summary of a sample of times.
+Owns: the three formats, and the summary of a sample of times.
 Does not know: what was measured.
 """
 
@@ -27,10 +27,11 @@ _QUIET_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """Mean and percentiles of a sample, in its unit.
+    """Mean and percentiles of a sample, in the sample's unit.
 
     Args:
-      mean, p50, p90, p99: percentiles interpolate linearly between neighbours.
+      mean: arithmetic mean.
+      p50, p90, p99: percentiles, interpolated linearly between neighbouring values.
     """
 
     mean: float
@@ -40,7 +41,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Summary of a sample of at least one.
+        """The summary of a sample of at least one value.
 
         Example:
           >>> Summary.of([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -51,7 +52,7 @@ class Summary:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns aligned to the right; floats with three significant digits or whole.
+    """Text with columns aligned to the right; floats have three significant digits, or are whole from 1000 on.
 
     Example:
       >>> print(format_table(["batch", "ms"], [[1, 0.12345], [32, 1234.5]]))
@@ -101,10 +102,10 @@ def to_json(command: str, result: Any, settings: dict[str, Any], environment: di
     """A measurement as JSON text.
 
     Args:
-      command: which one.
-      result: a dataclass.
-      settings: what it was measured with.
-      environment: of the process that measured.
+      command: the name of the `bench` command.
+      result: its result, a dataclass.
+      settings: the settings of the measurement.
+      environment: what environment() returned in the process that measured.
     """
     record = {"command": command, **environment, "settings": settings, "result": dataclasses.asdict(result)}
     return json.dumps(record, indent=1, default=str)
@@ -119,7 +120,7 @@ def write_json(text: str, file: str) -> None:
 
 
 def warn_if_busy() -> None:
-    """Says on standard error when other processes are at work, which no median corrects; call before measuring."""
+    """Warns on standard error if other processes keep the CPU busy, which no median corrects; call before measuring."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > _QUIET_SHARE * cores:
         print(f"warning: load {load:.1f} on {cores} cores before measuring; do not quote the figures", file=sys.stderr)
@@ -141,8 +142,8 @@ def save_plot(draw: Callable[[Any], None], file: Path) -> None:
     """Writes a PNG, without touching matplotlib's global state.
 
     Args:
-      draw: draws on the Axes it is given.
-      file: where to.
+      draw: called with the Axes to draw on.
+      file: the file to write.
 
     Raises:
       ValueError: matplotlib is not installed.
@@ -162,14 +163,14 @@ def save_plot(draw: Callable[[Any], None], file: Path) -> None:
 def draw_by_batch(
     axes: Any, sizes: Sequence[int], series: Mapping[str, Sequence[float]], *, value: str, title: str
 ) -> None:
-    """Draws lines over the batch size, both axes logarithmic with plain numbers.
+    """Draws lines over the batch size, with both axes logarithmic and labelled with plain numbers.
 
     Args:
-      axes: matplotlib's.
-      sizes: requests at once.
-      series: one value a size, by the line's label; a label that ends in "floor" is dashed.
-      value: what is drawn, with its unit.
-      title: above.
+      axes: the matplotlib Axes to draw on.
+      sizes: batch sizes.
+      series: for each line, its label and one value per batch size; a line whose label ends in "floor" is dashed.
+      value: label of the vertical axis, with the unit.
+      title: title above the axes.
     """
     for label, values in series.items():
         axes.plot(sizes, values, "--" if label.endswith("floor") else "o-", label=label)

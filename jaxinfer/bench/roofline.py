@@ -1,9 +1,10 @@
-"""`bench roofline`: how near decode and prefill come to what the device can read and multiply.
+"""`bench roofline`: how near decode and prefill come to the limits of the device.
 
-Owns: the two measured rates, the bytes and operations of a step computed from the model's shape, the floor.
+The floor of a step is the longer of bytes / read bandwidth and operations / matmul rate. No step can be faster.
+
+Owns: the measurement of these two rates, the bytes and operations of a step (computed from the model's shape), and the
+floor.
 Does not know: how the engine computes a step.
-
-The floor of a step is the longer of bytes / read bandwidth and operations / matmul rate, both measured here.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ _TRIALS = 7
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCost:
-    """What a step cannot do without.
+    """The work that a step needs at least.
 
     Args:
-      num_bytes: read from or written to memory.
-      num_ops: floating-point operations of the matrix products, a multiplication and an addition counted as two.
+      num_bytes: bytes read from or written to memory.
+      num_ops: floating-point operations of the matrix products; a multiplication and an addition count as two.
     """
 
     num_bytes: int
     num_ops: int
 
     def floor_s(self, rates: DeviceRates) -> float:
-        """Seconds that no implementation beats at these rates."""
+        """The least seconds that the step can take at these rates."""
         return max(self.num_bytes / rates.bytes_per_s, self.num_ops / rates.ops_per_s)
 
     def bound(self, rates: DeviceRates) -> str:
@@ -72,12 +73,12 @@ class StepCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRates:
-    """What the device reached.
+    """The rates of the device.
 
     Args:
-      bytes_per_s: reading an array far larger than its caches.
-      ops_per_s: a square matrix product in the model's dtype.
-      datasheet_bytes_per_s: by the maker; None for a device not in the table.
+      bytes_per_s: measured, reading an array far larger than the caches.
+      ops_per_s: measured, in the product of two square matrices in the model's dtype.
+      datasheet_bytes_per_s: the memory bandwidth that the maker states; None for a device that is not in the table.
     """
 
     bytes_per_s: float
@@ -87,18 +88,18 @@ class DeviceRates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RooflineRow:
-    """A decode step of a batch, or the prefill of one prompt, against its floor.
+    """A decode step of a batch, or the prefill of one prompt, beside its floor.
 
     Args:
       kind: "decode" or "prefill".
       batch_size: rows of the decode step; 1 for a prefill.
-      num_positions: KV positions a row reads, mean over the timed steps; for a prefill the prompt's tokens.
-      cost: bytes and operations.
-      ms: measured, median over the repeats.
-      floor_ms: computed from the cost.
-      bound: "memory" or "compute".
-      host_share: share of `ms` during which the device waits for the host; None where there is no profile of a device.
-      profile: of some further steps; None where none was asked for.
+      num_positions: KV positions that a row reads, mean over the timed steps; for a prefill, the prompt's tokens.
+      cost: the bytes and operations needed.
+      ms: measured time, median over the repeats.
+      floor_ms: the least time, computed from the cost.
+      bound: "memory" or "compute", whichever sets the floor.
+      host_share: share of `ms` during which the device waits for the host; None without a profile of a GPU.
+      profile: a profile of some further steps; None if none was asked for.
     """
 
     kind: str
@@ -113,7 +114,7 @@ class RooflineRow:
 
     @property
     def title(self) -> str:
-        """What is measured, for tables and file names."""
+        """A short name of what is measured, for tables and file names."""
         if self.kind == "decode":
             return f"decode batch {self.batch_size} context {self.num_positions:.0f}"
         return f"prefill {self.num_positions:.0f}"
@@ -121,14 +122,14 @@ class RooflineRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RooflineResult:
-    """Rates and rows.
+    """The rates of the device, and all rows.
 
     Args:
       rates: the device's.
       rows: the decode steps in the order of the batch sizes, then the prefills.
       dtype: the model's.
-      repeats: runs that medians are over.
-      compile_s: seconds until all programs were ready.
+      repeats: runs over which medians are taken.
+      compile_s: seconds until all programs were compiled.
     """
 
     rates: DeviceRates
@@ -139,12 +140,12 @@ class RooflineResult:
 
 
 def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsize: int) -> StepCost:
-    """One decode step: weights once, the KV of every row, float32 logits written and read once.
+    """The cost of a decode step: weights read once, every row's KV read, float32 logits written and read once.
 
     Args:
       config: the model's numbers.
       batch_size: rows.
-      context: KV positions each row reads, its new one included.
+      context: KV positions that each row reads, the new one included.
       itemsize: bytes of a weight and of a KV number.
     """
     used, read = (weights + _head_weights(config) for weights in _product_weights(config, batch_size))
@@ -158,7 +159,9 @@ def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsiz
 
 
 def prefill_cost(config: ModelConfig, *, batch_size: int, prompt_len: int, itemsize: int) -> StepCost:
-    """All prompts from nothing to their first token: weights once, KV written and read once, logits of one position.
+    """The cost of prefilling prompts up to the first token: weights read once, KV written and read once.
+
+    Each prompt computes the logits of its last position only.
 
     Args:
       config: the model's numbers.
@@ -181,10 +184,10 @@ def _head_weights(config: ModelConfig) -> int:
 
 
 def _product_weights(config: ModelConfig, num_tokens: int) -> tuple[float, float]:
-    """Weights without embedding and head that one token is multiplied by, and that a step of some tokens reads.
+    """How many weights multiply one token, and how many a step of num_tokens tokens reads; embedding and head apart.
 
-    Norms and biases, a few in ten thousand, count as products. Experts are read if any token asks them; tokens are
-    taken to choose evenly and independently.
+    Norms and biases, a few weights in ten thousand, are counted like the others. An expert is read if any token chooses
+    it; tokens are assumed to choose evenly and independently.
     """
     tables = 1 if config.tie_word_embeddings else 2
     weights = config.num_parameters - tables * _head_weights(config)
@@ -196,7 +199,7 @@ def _product_weights(config: ModelConfig, num_tokens: int) -> tuple[float, float
 
 
 def _positions_seen(config: ModelConfig, context: float) -> float:
-    """KV positions one row reads over all layers, windows respected."""
+    """KV positions that one row reads, summed over all layers; a layer with a window reads only that."""
     windows = config.windows or (None,) * config.num_layers
     return sum(context if window is None else min(context, window) for window in windows)
 
@@ -214,11 +217,11 @@ def measure_rates(dtype: Any, *, read_bytes: int, matmul_size: int) -> DeviceRat
       read_bytes: size of the array that is summed; far above the caches.
       matmul_size: rows and columns of the square matrices.
     """
-    # Random numbers, since products of equal ones take less power and so less time: a prompt of one token repeated
-    # 8,192 times took 205 ms on an H100 where a random one took 232 (8B shape).
+    # The numbers are random, since products of equal numbers take less power and so less time: with the 8B shape on an
+    # H100, a prompt of one token repeated 8,192 times took 205 ms, a random one 232 ms.
     keys = jax.random.split(jax.random.key(0))
     array = jax.block_until_ready(jax.random.normal(keys[0], (read_bytes // 2**14, 2**12)))
-    # Two ways to read it; how well XLA's reduction uses all cores differs by platform and version.
+    # The array is read in two ways, since XLA's reduction uses all cores on some platforms and versions only.
     reads = (jax.jit(lambda x: x.sum(axis=1)), jax.jit(lambda x: x @ jnp.ones(x.shape[1], x.dtype)))
     read_s = min(_best_seconds(read, array) for read in reads)
     matrix = jax.random.normal(keys[1], (matmul_size, matmul_size), dtype)
@@ -255,23 +258,23 @@ def measure(
     profiled: bool = False,
     keep: Path | None = None,
 ) -> RooflineResult:
-    """Measures the device's rates, then every batch size and every prompt against them.
+    """Measures the device's rates, then decode steps at every batch size and the prefill of every prompt length.
 
     Args:
-      session: with slots and context for the largest batch and the longest prompt.
-      batch_sizes: rows of a decode step.
-      context: KV positions in the middle of the timed steps; the prompts are half of these steps shorter.
-      prefill_lens: tokens of a prompt that is prefilled alone.
-      num_steps: decode steps timed at once.
-      repeats: timed runs, after one that is not.
-      read_bytes, matmul_size: of measure_rates.
+      session: the engine, with slots and context for the largest batch and the longest prompt.
+      batch_sizes: numbers of rows of a decode step.
+      context: KV positions of a row in the middle of the timed steps; prompts are shorter by half of these steps.
+      prefill_lens: lengths in tokens of prompts that are prefilled alone.
+      num_steps: decode steps in one timed run.
+      repeats: timed runs, after one for warm-up.
+      read_bytes, matmul_size: as in measure_rates.
       seed: of the prompts.
-      profiled: also record some steps of every row with the profiler.
+      profiled: whether to record some steps of every row with the profiler as well.
       keep: folder for the profiler's files; None keeps none.
 
     Raises:
-      ValueError: the context is too short for the steps, the settings hold no such batch, or the mesh is larger than
-        one device.
+      ValueError: the context is too short for the steps, the engine's settings have no room for a batch, or the mesh is
+        larger than one device.
     """
     for name in ("pipeline_parallel_size", "tensor_parallel_size"):
         if getattr(session.config, name) != 1:
@@ -307,7 +310,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bench:
-    """What measure was asked for, and the rates found."""
+    """The arguments of measure, and the device's rates."""
 
     batch_sizes: Sequence[int]
     prompt_len: int
@@ -381,7 +384,7 @@ def _row(
 
 
 def render(result: RooflineResult) -> str:
-    """The rates, decode steps and prefills one a row, then the profiles."""
+    """The rates, a table with one decode step or prefill per row, then the profiles."""
     rates = result.rates
     sheet = rates.datasheet_bytes_per_s
     lines = [
@@ -411,7 +414,7 @@ def _cells(row: RooflineRow) -> list[Any]:
 
 
 def draw(result: RooflineResult, axes: Any) -> None:
-    """The measured decode step and its floor against the batch size."""
+    """Plots the measured decode step and its floor against the batch size."""
     rows = [row for row in result.rows if row.kind == "decode"]
     series = {
         "decode step, measured": [row.ms for row in rows],

@@ -1,7 +1,7 @@
-"""A model and an engine to be timed, driven by hand through DynamicEngine.
+"""A model and an engine to be timed, with the steps of DynamicEngine called directly.
 
-Owns: opening the model (checkpoint, hub id or random weights), settings that fit a measurement, the timing of steps.
-Does not know: what is made of the times.
+Owns: opening the model (checkpoint, hub id or random weights), engine settings that fit a measurement, timing steps.
+Does not know: which benchmark uses the times.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ _BATCH_BROKE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What is measured.
+    """The model to measure.
 
     Args:
       model: a checkpoint directory, a hub id, or "demo".
-      random_weights: a config.json or a directory with one, to measure a shape instead; None takes `model`.
-      seed: of random weights.
+      random_weights: a config.json (or a directory with one) to measure that shape with random weights; None to measure
+        `model`.
+      seed: of the random weights.
     """
 
     model: str = DEMO
@@ -52,7 +53,7 @@ class Target:
     seed: int = 0
 
     def record(self) -> dict[str, Any]:
-        """What was measured, for the result's settings."""
+        """Which model was measured, for the settings in the result's JSON."""
         model = None if self.random_weights else self.model
         return {"model": model, "random_weights": self.random_weights, "seed": self.seed}
 
@@ -60,7 +61,7 @@ class Target:
         """The fields of config.json.
 
         Raises:
-          FileNotFoundError, ValueError: no such model, or a broken file.
+          FileNotFoundError, ValueError: there is no such model, or its config.json is broken.
         """
         if self.random_weights is not None:
             path = self.random_weights
@@ -71,29 +72,29 @@ class Target:
         """The checkpoint's directory.
 
         Raises:
-          FileNotFoundError: no such checkpoint.
+          FileNotFoundError: there is no such checkpoint.
         """
         return directory.resolve(self.model)
 
     def store(self, config: ModelConfig) -> TensorStore:
-        """The tensors; random ones are drawn on the host for a CPU and on the device elsewhere."""
+        """The model's tensors; random weights are drawn on the host for CPUs, and on the device otherwise."""
         if self.random_weights is not None:
             return (RandomStore if jax.default_backend() == "cpu" else DeviceRandomStore)(config, self.seed)
         return SafetensorsStore(directory.weight_files(self.path()))
 
 
 def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: int, num_tokens: int) -> EngineConfig:
-    """Settings for a measurement: what was given, else slots and context that just hold it.
+    """Engine settings for a measurement; slots and context are just large enough, unless they are given.
 
     Args:
-      fields: of EngineConfig, as given.
-      model: bounds the context.
+      fields: the fields of EngineConfig that the user gave.
+      model: the model's numbers, whose context is the upper limit.
       num_seqs: requests at once.
-      num_tokens: prompt and output of the longest.
+      num_tokens: tokens of the longest request, prompt and output together.
     """
     page_size = EngineConfig.from_keywords(fields).page_size
     # One page more than the tokens fill: the scheduler admits a request only while every running one has a page to
-    # grow into, and a batch would wait for itself.
+    # grow into. With fewer, the last requests of a batch would wait until others end.
     needed = (pages_for(num_tokens, page_size) + 1) * page_size
     fitting = {"max_num_seqs": num_seqs, "max_model_len": max(2, min(needed, model.max_position_embeddings))}
     fitting["max_num_batched_tokens"] = max(num_seqs, EngineConfig().max_num_batched_tokens)
@@ -102,12 +103,12 @@ def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: in
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimes:
-    """Times of one batch.
+    """The times of one batch.
 
     Args:
-      prefill_s: seconds from the first launch to the last prompt's first token, nothing decoding beside it.
+      prefill_s: seconds from the first launch to the first token of the last prompt, while no row decodes.
       decode_s: seconds for one more token of every row.
-      mean_context: KV positions that a row's decode step reads, over those steps.
+      mean_context: KV positions that a row reads in a decode step, mean over the timed steps.
     """
 
     prefill_s: float
@@ -117,18 +118,18 @@ class StepTimes:
 
 @dataclass(slots=True)
 class Decoding:
-    """Requests that have begun and only decode.
+    """A batch of requests whose prompts are prefilled, so that all of them decode.
 
     Args:
-      run_steps: steps until every row has that many more tokens.
-      mean_len: tokens known of a row, mean over the rows.
+      run_steps: called with n, runs the engine until every row has n more tokens.
+      mean_len: tokens of a row so far, prompt included, mean over the rows.
     """
 
     run_steps: Callable[[int], None]
     mean_len: float
 
     def run(self, num_steps: int) -> float:
-        """Seconds of one step, over so many of them."""
+        """Runs num_steps steps and returns the seconds of one, their mean."""
         started = time.perf_counter()
         self.run_steps(num_steps)
         self.mean_len += num_steps
@@ -162,10 +163,11 @@ class Session:
         self._loaded.warmup()
 
     def compile_for(self, work: Callable[[Session], object]) -> None:
-        """Compiles what some work will need, several programs at a time, and nothing else.
+        """Compiles exactly the programs that some work will need, several at a time.
 
         Args:
-          work: called with a session whose engine has no model: every token is 0 and all times are meaningless.
+          work: called with a session whose engine has no model, to find out which programs the work needs. There, every
+            token is 0 and all times are meaningless.
         """
         wrapper = self._loaded.wrapper
         recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
@@ -180,7 +182,7 @@ class Session:
         return random_prompts([length] * count, vocab_size=self.model_config.vocab_size, seed=seed)
 
     def generate(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> list[list[int]]:
-        """Greedy tokens of all prompts together, end token ignored."""
+        """Greedy tokens of all prompts, which run together; the end token is ignored."""
         ids = self._add(prompts, output_len)
         tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
         while self.engine.has_unfinished():
@@ -189,19 +191,19 @@ class Session:
         return list(tokens.values())
 
     def time_steps(self, prompts: Sequence[tuple[int, ...]], num_steps: int) -> StepTimes:
-        """Times the prompts' prefill alone, then decode steps in which all of them take part.
+        """Times the prefill of a batch, then decode steps in which all its rows take part.
 
-        The prompts are submitted twice: once for their first token only, then again to decode. Decoding is timed from
-        the moment every row has begun, so that prefill never shares the window; with the prefix cache the second
-        prefill is short.
+        The prompts are submitted twice: first for one token only, which times the prefill, then again to decode.
+        Decoding is timed from the moment when every row has a token, so that no prefill is included. The prefix cache
+        makes the second prefill short.
 
         Args:
-          prompts: of one batch; new ones each time, or the prefix cache spares their prefill.
-          num_steps: decode steps in the window.
+          prompts: the batch; use new prompts each time, as the prefix cache would spare known ones their prefill.
+          num_steps: decode steps to time.
 
         Raises:
-          ValueError: rows end, wait or are preempted inside the window, or steps bring several tokens; the message
-            names the knobs.
+          ValueError: rows end, wait or are preempted while they are timed, or a draft model makes steps bring several
+            tokens; the message names the settings to change.
         """
         started = time.perf_counter()
         self.generate(prompts, 1)
@@ -213,11 +215,11 @@ class Session:
 
     @contextlib.contextmanager
     def decoding(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[Decoding]:
-        """Begins all prompts; inside, every row decodes and nothing else happens. Afterwards they are aborted.
+        """A context in which all prompts are prefilled and every row decodes; at its end they are aborted.
 
         Raises:
-          ValueError: rows end, wait or are preempted inside, or steps bring several tokens; the message names the
-            knobs.
+          ValueError: rows end, wait or are preempted inside, or a draft model makes steps bring several tokens; the
+            message names the settings to change.
         """
         if self.config.draft_model is not None:
             raise ValueError(
@@ -231,7 +233,7 @@ class Session:
             self._abort(lengths)
 
     def _begin(self, lengths: dict[str, int]) -> None:
-        """Steps until every request has a token; counts the tokens into lengths."""
+        """Runs the engine until every request has a token; adds the tokens to lengths."""
         waiting = set(lengths)
         while waiting:
             if not self.engine.has_unfinished():
@@ -241,7 +243,10 @@ class Session:
                 lengths[event.request_id] += 1
 
     def _decode(self, ids: Mapping[str, int], num_steps: int) -> None:
-        """Steps until every row has num_steps more tokens; in a pipeline a launch brings tokens of some rows only."""
+        """Runs the engine until every row has num_steps more tokens.
+
+        With pipeline stages that takes more launches than num_steps, as each brings tokens of some rows only.
+        """
         counts = dict.fromkeys(ids, 0)
         while sum(counts.values()) < num_steps * len(ids):
             if not self.engine.has_unfinished() or max(counts.values()) > min(counts.values()) + 1:
@@ -261,5 +266,5 @@ class Session:
     def _abort(self, ids: Mapping[str, int]) -> None:
         for request_id in ids:
             self.engine.abort(request_id)
-        for _ in range(2 * self.config.pipeline_parallel_size):  # steps launched ahead are read and dropped
+        for _ in range(2 * self.config.pipeline_parallel_size):  # results of steps launched ahead are dropped
             self.engine.step()

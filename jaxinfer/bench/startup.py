@@ -1,7 +1,7 @@
-"""`bench startup`: what passes before the first token, part by part, in fresh processes.
+"""`bench startup`: the time from the start of a process to its first token, part by part.
 
-Owns: the process that is measured (probe) and the one that starts it with an empty, then a full compilation cache.
-Does not know: the engine's insides.
+Owns: the process that is measured (probe), and starting it with an empty, then with a filled compilation cache.
+Does not know: how the engine works inside.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ probe(imported - started)"""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartupTimes:
-    """Seconds of each part of a process's start, in their order.
+    """Seconds of each part of a process's start, in the order in which they happen.
 
     Args:
-      interpreter_s: Python itself, and what the measurement imports besides jaxinfer.
+      interpreter_s: starting Python, and importing what the measurement needs besides jaxinfer.
       import_s: `import jaxinfer`.
-      device_s: JAX finds its devices.
-      load_s: weights onto the device, KV pages allocated.
-      compile_s: what the first request took longer than a second one of the same shape: tracing, compiling or
-        reading from the cache.
-      first_token_s: the second request, prefill and first token.
+      device_s: JAX finding its devices.
+      load_s: loading weights onto the device and allocating KV pages.
+      compile_s: tracing, and compiling or reading programs from the cache: the time of the first request less that of a
+        second one with the same shapes.
+      first_token_s: the second request, that is, prefill and first token without any compilation.
       total_s: from the start of the process to its first token.
-      warmup_s: compiling every further program; None where it was not asked for.
+      warmup_s: compiling all further programs; None if that was not asked for.
     """
 
     interpreter_s: float
@@ -62,7 +62,7 @@ class StartupTimes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartupResult:
-    """Medians over `repeats` pairs of processes: with an empty compilation cache, then with the one they filled."""
+    """Medians over `repeats` pairs of processes: one with an empty compilation cache, one with the cache it filled."""
 
     cold: StartupTimes
     warm: StartupTimes
@@ -76,13 +76,13 @@ def measure(
 
     Args:
       target: the model.
-      fields: of EngineConfig, as given.
-      prompt_len: tokens of the first request.
+      fields: the fields of EngineConfig that the user gave.
+      prompt_len: tokens of the first request's prompt.
       repeats: pairs of processes.
-      warmup: also compile every program.
+      warmup: whether to compile all further programs as well.
 
     Raises:
-      ValueError: a process failed; the message is its last line.
+      ValueError: a process failed; the message is the last line that it wrote.
     """
     spec = {
         "target": dataclasses.asdict(target),
@@ -161,7 +161,7 @@ def probe(import_s: float) -> None:
 
 
 def render(result: StartupResult) -> str:
-    """The parts, one a line, with an empty and with a full cache."""
+    """A table with one part per row, with an empty and with a filled cache."""
     rows = [
         [field.name.removesuffix("_s").replace("_", " "), getattr(result.cold, field.name), warm]
         for field in dataclasses.fields(StartupTimes)

@@ -1,4 +1,4 @@
-"""`bench throughput`: many requests of a trace through one engine, and what each of them waited."""
+"""`bench throughput`: serves a trace of many requests with one engine, and measures rates and waiting times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IDLE_SECONDS = 0.001
 
 @dataclass(slots=True)
 class _Served:
-    """One request's arrival and the moments its tokens were read, in seconds after the start."""
+    """When one request arrived and when each of its tokens was read, in seconds after the start."""
 
     arrival: float
     tokens: list[float] = field(default_factory=list)
@@ -29,17 +29,17 @@ class _Served:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputResult:
-    """A trace served.
+    """The rates and waiting times of a trace that was served.
 
     Args:
-      num_requests, prompt_tokens, output_tokens: of the trace.
-      duration_s: from the start to the last token.
-      requests_per_s, output_tokens_per_s, total_tokens_per_s: over the duration; total counts prompts too.
-      ttft_ms: from arrival to the first token.
-      inter_token_ms: between neighbouring tokens of a request; None when no request has two.
-      end_to_end_ms: from arrival to the last token.
+      num_requests, prompt_tokens, output_tokens: totals of the trace.
+      duration_s: seconds from the start to the last token.
+      requests_per_s, output_tokens_per_s, total_tokens_per_s: means over the duration; total counts prompts too.
+      ttft_ms: time to first token, from the request's arrival.
+      inter_token_ms: time between neighbouring tokens of a request; None if no request has two.
+      end_to_end_ms: time from a request's arrival to its last token.
       num_steps, num_preemptions, num_compilations, prefix_cache_queries, prefix_cache_hits: the engine's counts during
-        the run; a compilation there means that the warm-up missed a shape.
+        the run. If num_compilations is not 0, the warm-up missed a shape.
     """
 
     num_requests: int
@@ -62,17 +62,17 @@ class ThroughputResult:
 def measure(session: Session, trace: Sequence[TraceEntry], *, prefix_len: int = 0, seed: int = 0) -> ThroughputResult:
     """Serves a trace of random prompts, after a warm-up.
 
-    A trace that arrives at once is warmed up by another one of its lengths, which meets the same shapes; one with
-    arrivals by compiling every program, since which shapes it meets depends on the clock.
+    If all requests arrive at the start, the warm-up serves other prompts of the same lengths, which need the same
+    programs. If they arrive over time, it compiles every program, since the clock decides which are needed.
 
     Args:
-      session: with slots and context for the trace.
+      session: the engine, with slots and context for the trace.
       trace: the requests in the order of their arrival.
       prefix_len: leading tokens that all prompts share.
       seed: of the prompts.
 
     Raises:
-      ValueError: a request that could never run.
+      ValueError: the trace has a request that could never run.
     """
 
     def prompts(number: int) -> list[tuple[int, ...]]:
@@ -148,7 +148,7 @@ def _waits(result: ThroughputResult) -> dict[str, Summary]:
 
 
 def render(result: ThroughputResult) -> str:
-    """Rates, waiting times and the engine's counts."""
+    """Text with the rates, the waiting times and the engine's counts."""
     rows = [[name, wait.mean, wait.p50, wait.p90, wait.p99] for name, wait in _waits(result).items()]
     return "\n".join(
         [
@@ -166,7 +166,7 @@ def render(result: ThroughputResult) -> str:
 
 
 def draw(result: ThroughputResult, axes: Any) -> None:
-    """The waiting times' percentiles."""
+    """Plots the percentiles of the waiting times."""
     waits = _waits(result)
     for name, marker in (("p50", "o"), ("p90", "s"), ("p99", "^")):
         axes.plot(list(waits), [getattr(wait, name) for wait in waits.values()], marker, label=name)

@@ -1,6 +1,6 @@
-"""What is asked of the engine: traces of lengths and arrivals, random prompts.
+"""Workloads: traces (the lengths and arrival times of requests) and random prompts.
 
-Owns: reading and drawing traces; everything drawn follows from a seed.
+Owns: reading traces from files and drawing them at random; a seed determines everything that is drawn.
 Does not know: engines, clocks.
 """
 
@@ -46,11 +46,11 @@ class TraceEntry:
 
 
 def read_trace(file: Path) -> list[TraceEntry]:
-    """The requests of a JSONL file, one object {"prompt_len", "output_len"[, "arrival_time"]} a line.
+    """The requests of a JSONL file, with one object {"prompt_len", "output_len"[, "arrival_time"]} per line.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: a line is wrong, or there is none; the message names file and line.
+      FileNotFoundError: there is no such file.
+      ValueError: a line is wrong, or there is none; the message names the file and the line.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no such trace file: {file}")
@@ -82,15 +82,15 @@ def _entry(fields: Any) -> TraceEntry:
 def draw_trace(
     num_requests: int, *, distribution: str, prompt_len: int, output_len: int, spread: float, seed: int
 ) -> list[TraceEntry]:
-    """Requests whose lengths are drawn around their means, all arriving at once.
+    """Requests whose lengths are drawn around given means and which all arrive at the start.
 
     Args:
       num_requests: how many.
-      distribution: "uniform" over mean * (1 - spread) .. mean * (1 + spread), or "lognormal" with that mean and
-        sigma = spread, cut at four times the mean.
-      prompt_len, output_len: means in tokens.
-      spread: 0 .. 1; 0 gives the means themselves.
-      seed: of the draw.
+      distribution: "uniform" from mean * (1 - spread) to mean * (1 + spread), or "lognormal" with the given mean and
+        sigma = spread; longer values than four times the mean are cut to that.
+      prompt_len, output_len: mean lengths in tokens.
+      spread: from 0 to 1; 0 gives every request the mean lengths.
+      seed: of the random numbers.
 
     Raises:
       TypeError, ValueError: an argument is outside its range.
@@ -120,15 +120,15 @@ def _lengths(values: np.ndarray, longest: int) -> list[int]:
 
 
 def with_poisson_arrivals(trace: Sequence[TraceEntry], request_rate: float, seed: int) -> list[TraceEntry]:
-    """The trace with exponential gaps between arrivals.
+    """The trace with Poisson arrivals: exponentially distributed gaps between neighbouring requests.
 
     Args:
-      trace: in the order of arrival.
-      request_rate: requests per second, > 0.
+      trace: the requests in the order of arrival.
+      request_rate: mean requests per second, > 0.
       seed: of the gaps.
 
     Raises:
-      TypeError, ValueError: request_rate is no positive number.
+      TypeError, ValueError: request_rate is not a positive number.
     """
     require_float("request_rate", request_rate, "> 0 requests per second", 0, math.inf, open_low=True)
     times = np.cumsum(np.random.default_rng((seed, 1)).exponential(1 / request_rate, len(trace)))
@@ -141,10 +141,10 @@ def random_prompts(
     """Prompts of uniformly drawn token ids; equal seeds give equal prompts.
 
     Args:
-      lengths: tokens of each.
-      vocab_size: ids are below it.
+      lengths: tokens of each prompt.
+      vocab_size: token ids are drawn below this number.
       seed: numbers that together seed the draw.
-      prefix_len: leading tokens that all of them share.
+      prefix_len: leading tokens that all prompts share.
     """
     rng = np.random.default_rng((*seed, 2))
     prefix = rng.integers(vocab_size, size=prefix_len).tolist()

@@ -1,1 +1,1 @@
-"""The bundled model: weights, tokenizer and card, read by path; and the scripts that made them."""
+"""The bundled model (weights, tokenizer and card, in files that are found by path) and the scripts that made it."""

@@ -1,6 +1,6 @@
-"""The bundled model's text: chapters of the King James Bible, their split and their tokens.
+"""The text of the bundled model: chapters of the King James Bible, their split and their tokens.
 
-Owns: reading Debian's `bible -f` output, the fixed held-out split, the tokenizer's training, the token stream.
+Owns: reading the output of Debian's `bible -f`, the fixed held-out split, the tokenizer's training, the token stream.
 Does not know: models, optimisation.
 """
 
@@ -20,13 +20,13 @@ _VERSE = re.compile(r"(?P<chapter>.+?\d+):\d+ (?P<text>.*)")
 
 
 def read_chapters(path: Path | str) -> list[str]:
-    """The chapters of a text in the format of `bible -f "gen1:1-rev22:21"`, one verse a line ("Ge1:1 In the ...").
+    """The chapters of a text in the format of `bible -f "gen1:1-rev22:21"`, one verse per line ("Ge1:1 In the ...").
 
     Returns:
-      One string a chapter: its verses in order, joined by spaces, without numbers.
+      One string per chapter: its verses in order, joined by spaces, without numbers.
 
     Raises:
-      ValueError: a line is no verse.
+      ValueError: a line is not a verse.
     """
     verses = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -38,17 +38,17 @@ def read_chapters(path: Path | str) -> list[str]:
 
 
 def split(chapters: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Chapters to train on, and every twentieth, which is held out of everything (the tokenizer's training too)."""
+    """The chapters to train on, and the held-out ones (every twentieth), which the tokenizer does not see either."""
     held_out = chapters[HELD_OUT_FIRST::HELD_OUT_EVERY]
     return [chapter for i, chapter in enumerate(chapters) if i % HELD_OUT_EVERY != HELD_OUT_FIRST], list(held_out)
 
 
 def train_tokenizer(chapters: Iterable[str], file: Path) -> sentencepiece.SentencePieceProcessor:
-    """Trains a BPE tokenizer with byte fallback and writes it.
+    """Trains a BPE tokenizer with byte fallback and writes it to a file.
 
     Args:
       chapters: its training text.
-      file: tokenizer.model.
+      file: path of the tokenizer.model to write.
     """
     with file.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -67,6 +67,6 @@ def train_tokenizer(chapters: Iterable[str], file: Path) -> sentencepiece.Senten
 
 
 def token_stream(tokenizer: sentencepiece.SentencePieceProcessor, chapters: Iterable[str]) -> np.ndarray:
-    """int32 ids of the chapters one after the other, each between BOS and EOS."""
+    """The chapters' token ids, int32, one chapter after the other, each between BOS and EOS."""
     ids = tokenizer.encode(list(chapters), add_bos=True, add_eos=True)
     return np.concatenate([np.asarray(chapter, np.int32) for chapter in ids])

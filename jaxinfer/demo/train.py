@@ -1,9 +1,10 @@
 """Trains the bundled model: `python -m jaxinfer.demo.train --text FILE` (needs the extra `[train]`).
 
-Owns: the model's size, its optimisation with optax, checkpoints to resume from, the held-out measurement, the export.
-Does not know: how to generate. The model is the engine's own Flax module, fed whole sequences as pages.
+The text is the output of `bible -f "gen1:1-rev22:21"` (Debian's package bible-kjv). The model is the engine's own Flax
+module; in training, every sequence is one row with a single KV page.
 
-The text is the output of `bible -f "gen1:1-rev22:21"` (Debian's package bible-kjv).
+Owns: the model's size, its optimisation with optax, checkpoints to resume from, the held-out measurement, the export.
+Does not know: how to generate.
 """
 
 from __future__ import annotations
@@ -77,7 +78,11 @@ TOKENIZER_CONFIG = {
 
 
 def initial_parameters(graph: nnx.State, key: PRNGKeyArray) -> nnx.State:
-    """Norms of one, embeddings of 0.02, products of variance 1 / inputs (less on the way back to the residual)."""
+    """The parameters before training.
+
+    Norms are 1, embeddings have standard deviation 0.02, and linear layers variance 1 / inputs (less for those whose
+    output is added to the residual stream).
+    """
 
     def drawn(path: Any, value: jax.ShapeDtypeStruct, number: int) -> Array:
         name = jax.tree_util.keystr(path)
@@ -93,7 +98,7 @@ def initial_parameters(graph: nnx.State, key: PRNGKeyArray) -> nnx.State:
 
 
 def sequence_batch(token_ids: Int[Array, "R Q"]) -> TokenBatch:
-    """Whole sequences as one segment: each is a row with one page of its own (page 0 is the dump page)."""
+    """Whole sequences as one segment, each a row with one KV page of its own (from 1 on: page 0 is the dump page)."""
     rows, length = token_ids.shape
     pages = 1 + jnp.arange(rows, dtype=jnp.int32)
     full = jnp.full(rows, length, jnp.int32)
@@ -109,12 +114,12 @@ def sequence_batch(token_ids: Int[Array, "R Q"]) -> TokenBatch:
 def token_losses(
     model: TransformerDecoder, token_ids: Int[Array, "R L"], dropout_key: PRNGKeyArray | None = None
 ) -> Float[Array, " T"]:
-    """Negative log-probability in nats of every token but each row's first, per shard.
+    """The negative log-probability in nats of every token but each row's first; runs inside a shard_map.
 
     Args:
       model: the engine's module.
       token_ids: int32[R, Q + 1].
-      dropout_key: drops components of the embeddings, which only training does.
+      dropout_key: key for the dropout of the embeddings in training; None for no dropout.
     """
     batch = sequence_batch(token_ids[:, :-1])
     rows, length = batch.segments[0].kv_len.shape[0], token_ids.shape[1] - 1
@@ -129,10 +134,10 @@ def token_losses(
 
 
 class Trainer:
-    """The model's parameters under optimisation.
+    """The training of the model: its parameters, the optimizer's state and the current step.
 
     Args:
-      num_steps: of the whole training, for the learning rate's schedule.
+      num_steps: steps of the whole training, for the learning rate's schedule.
     """
 
     def __init__(self, num_steps: int):
@@ -142,7 +147,7 @@ class Trainer:
             num_shards=1,
             dtype=jnp.dtype(jnp.float32),
             max_model_len=SEQUENCE_LEN,
-            attention_backend="reference",  # the differentiable one
+            attention_backend="reference",  # unlike the fast backends, it can be differentiated
         )
         config = parse_model_config(CONFIG)
         graph, abstract = nnx.split(nnx.eval_shape(lambda: TransformerDecoder(config, layout)))
@@ -174,7 +179,7 @@ class Trainer:
         self._losses = jax.jit(sharded(lambda parameters, ids: token_losses(nnx.merge(graph, parameters), ids)))
 
     def train(self, token_ids: np.ndarray) -> float:
-        """One step on int32[R, Q + 1]; returns the mean loss in nats per token."""
+        """Makes one optimizer step on a batch int32[R, Q + 1]; returns its mean loss in nats per token."""
         self.parameters, self.optimizer_state, loss = self._update(
             self.parameters, self.optimizer_state, token_ids, self.step
         )
@@ -182,20 +187,23 @@ class Trainer:
         return float(loss)
 
     def mean_loss(self, stream: np.ndarray) -> float:
-        """Nats per token of a text, in windows of SEQUENCE_LEN tokens without overlap (the rest is left out)."""
+        """The mean loss of a text in nats per token, in windows of SEQUENCE_LEN tokens without overlap.
+
+        Windows at the end that fill no batch of BATCH_SIZE are left out.
+        """
         windows = _windows(stream)
         windows = windows[: len(windows) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE, SEQUENCE_LEN + 1)
         return float(np.mean([self._losses(self.parameters, batch) for batch in windows]))
 
     def save(self, file: Path) -> None:
-        """Writes everything that training needs to go on."""
+        """Writes everything that is needed to resume training."""
         leaves = jax.tree.leaves((self.parameters, self.optimizer_state))
         partial = file.with_suffix(".partial.npz")
         np.savez(partial, *map(np.asarray, leaves), step=self.step)
         partial.replace(file)
 
     def restore(self, file: Path) -> None:
-        """Goes on from what save wrote."""
+        """Restores what save wrote."""
         structure = jax.tree.structure((self.parameters, self.optimizer_state))
         with np.load(file) as saved:
             leaves = [jnp.asarray(saved[f"arr_{i}"]) for i in range(structure.num_leaves)]
@@ -221,13 +229,13 @@ class Trainer:
 
 
 def _windows(stream: np.ndarray) -> np.ndarray:
-    """int32[W, SEQUENCE_LEN + 1]; neighbours share the token that one predicts and the other begins with."""
+    """The text as windows, int32[W, SEQUENCE_LEN + 1]; the last token of a window is also the first of the next."""
     starts = np.arange(0, len(stream) - SEQUENCE_LEN, SEQUENCE_LEN)
     return stream[starts[:, None] + np.arange(SEQUENCE_LEN + 1)]
 
 
 def batches(stream: np.ndarray, epoch: int) -> Iterator[np.ndarray]:
-    """One epoch's windows, from another offset and in another order each time, int32[BATCH_SIZE, SEQUENCE_LEN + 1]."""
+    """One epoch of batches int32[BATCH_SIZE, SEQUENCE_LEN + 1]; windows differ in offset and order between epochs."""
     random = np.random.default_rng((SEED, epoch))
     windows = _windows(stream[random.integers(SEQUENCE_LEN) :])
     order = random.permutation(len(windows))

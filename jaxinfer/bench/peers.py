@@ -106,7 +106,7 @@ class TransformersPeer:
         """Greedy tokens of all prompts (of one length) together, exactly output_len each, end token ignored."""
         ids = self._torch.tensor(np.asarray(prompts), device=self._model.device)
         is_cpu = self._model.device.type == "cpu"
-        with self._torch.inference_mode() if is_cpu else self._torch.no_grad():  # compiled as its users have it
+        with self._torch.inference_mode() if is_cpu else self._torch.no_grad():  # on GPUs, compiled as users' calls are
             tokens = self._model.generate(
                 ids,
                 attention_mask=self._torch.ones_like(ids),

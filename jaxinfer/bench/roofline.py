@@ -343,7 +343,7 @@ def _decode(bench: _Bench, session: Session, batch_size: int) -> RooflineRow:
 
 def _prefill(bench: _Bench, session: Session, length: int) -> RooflineRow:
     def run(number: int) -> float:
-        prompts = session.prompts(1, length, bench.seed, length, number)  # new ones: the prefix cache knows the others
+        prompts = session.prompts(1, length, bench.seed, length, number)  # new ones, not in the prefix cache
         started = time.perf_counter()
         session.generate(prompts, 1)
         return time.perf_counter() - started

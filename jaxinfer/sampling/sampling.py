@@ -294,8 +294,8 @@ def sample_candidates(
 ) -> Int[Array, " R"]:
     """Samples among the NUM_CANDIDATES most likely tokens of every slice, with the same result as sample_full.
 
-    The candidates suffice unless a filter allows tokens beyond them, as a top_k of 100 does. The device finds such rows
-    and samples them with sample_full. Arguments and result as sample_full.
+    The candidates suffice unless a row may sample tokens beyond them, as with a large top_k or without filters. The
+    device finds such rows and samples them with sample_full. Arguments and result as sample_full.
     """
     tokens, sufficient = _among_candidates(logits, numbers, position)
 

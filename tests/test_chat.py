@@ -16,6 +16,8 @@ from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer.tokenizer import SentencePieceTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_shape")
+
 CHAT = GOLDEN / "chat"
 RENDERS = json.loads((CHAT / "renders.json").read_text(encoding="utf-8"))
 GREEDY = SamplingParams(temperature=0, max_tokens=4)

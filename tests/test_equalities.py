@@ -90,13 +90,12 @@ MATRIX_ONLY = {
 }
 
 
+@pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize(
     "variation",
     [pytest.param(name, marks=pytest.mark.matrix if name in MATRIX_ONLY else ()) for name in VARIATIONS],
 )
-def test_generate_tokens_do_not_depend_on_the_engine(variation, alone, request):
-    if variation != "crowd":
-        request.getfixturevalue("one_shape")
+def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
     with LLM(load_golden("gqa").path, **BASE | VARIATIONS[variation]) as llm:
         assert outputs_of(llm) == alone
         stats = llm.stats()

@@ -109,7 +109,7 @@ def check_equals_plain_decoding(layout, fields):
     ("layout", "fields"),
     [
         ((1, 1), TIGHT),
-        pytest.param((2, 2), {"max_num_batched_tokens": 64}, marks=MATRIX),
+        ((2, 2), {"max_num_batched_tokens": 64}),
         pytest.param((4, 2), {"max_num_batched_tokens": 64, "enable_prefix_caching": False}, marks=MATRIX),
         pytest.param((1, 1), {"run_ahead": False}, marks=MATRIX),
         pytest.param((1, 1), {"max_num_batched_tokens": 64}, marks=MATRIX),
@@ -127,7 +127,7 @@ def test_generate_with_drafts_equals_plain_decoding(drafts, layout, fields):
     ("layout", "fields"),
     [
         ((1, 1), TIGHT),
-        ((2, 2), {"max_num_batched_tokens": 64}),
+        pytest.param((2, 2), {"max_num_batched_tokens": 64}, marks=MATRIX),
         pytest.param((4, 2), TIGHT, marks=MATRIX),
         pytest.param((1, 4), {"run_ahead": False}, marks=MATRIX),
     ],

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from jaxinfer import LLM, AsyncLLM, BeamSearchParams, EngineClosedError, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
 
+pytestmark = pytest.mark.usefixtures("one_shape")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 SMALL = {"max_num_seqs": 4, "page_size": 8, "num_kv_pages": 512, "max_num_batched_tokens": 64, "max_model_len": 250}

@@ -10,12 +10,13 @@ import pytest
 from conftest import GOLDEN, load_golden
 from typer.testing import CliRunner
 
-from jaxinfer.bench import commands, report
 from jaxinfer.bench import kernels as kernels_bench
+from jaxinfer.bench import report
 from jaxinfer.bench.golden import GoldenCase, GoldenResult
 from jaxinfer.bench.latency import timed_runs
 from jaxinfer.bench.report import Summary
 from jaxinfer.bench.session import Session, Target, engine_config
+from jaxinfer.cli import bench as commands
 from jaxinfer.models.registry import parse_model_config
 
 GQA = str(load_golden("gqa").path)

@@ -11,8 +11,9 @@ import pytest
 from conftest import load_golden
 
 import jaxinfer
-from jaxinfer import LLM, GenerationRecord, SamplingParams, cli
-from jaxinfer import info as facts
+from jaxinfer import LLM, GenerationRecord, SamplingParams
+from jaxinfer.cli import info as facts
+from jaxinfer.cli import main as cli
 
 MODEL = str(load_golden("gqa").path)
 SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}

@@ -29,7 +29,7 @@ def vocabularies(draw: st.DrawFn) -> list[bytes]:
     return draw(st.lists(text | cut, min_size=1, max_size=40))
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(
     vocabulary=vocabularies(),
     words=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=4),

@@ -114,7 +114,7 @@ class History:
         }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(engines(), histories())
 def test_engine_any_history_gives_own_results_and_leaks_no_page(engine_settings, actions):
     engine, wrapper = make_engine(max_model_len=64, **engine_settings)

@@ -163,7 +163,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
             assert not entry.parent or entry.parent in self.cached
 
 
-PageAllocatorMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PageAllocatorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_page_allocator_any_history_equals_model = PageAllocatorMachine.TestCase
 
 

@@ -17,6 +17,8 @@ from jaxinfer.outputs import CompletionRecord
 from jaxinfer.records.record import JsonRecord, Provenance
 
 PATH = load_golden("gqa").path
+pytestmark = pytest.mark.usefixtures("one_shape")
+
 SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}
 PARAMS = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True, logit_bias={7: 1.5, 30: -2})
 

@@ -124,7 +124,7 @@ class History:
             assert [next(iter(found)) for found in output.logprobs] == tokens
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ACTIONS, st.sampled_from([None, Scripted(partly), Scripted(right)]), st.sampled_from([1, 2]), st.booleans())
 def test_controller_any_history_gives_own_texts_or_errors_and_leaks_no_page(actions, drafter, num_stages, is_broken):
     tokenizer = AsciiTokenizer(BROKEN, ArithmeticError("no text")) if is_broken else AsciiTokenizer()

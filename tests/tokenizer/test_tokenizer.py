@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import GOLDEN
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from jaxinfer.tokenizer.tokenizer import (
     load_tokenizer,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
 DIRECTORIES = {"byte_level": GOLDEN / "gqa", "metaspace": GOLDEN / "tokenizers" / "metaspace"}
 ALL = [*DIRECTORIES, "bytes"]
 
@@ -195,7 +195,7 @@ def token_lists(vocab_size: int, max_size: int) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), skip=st.booleans(), size=st.integers(1, 4))
 def test_incremental_random_tokens_equal_whole_decode(name: str, data: st.DataObject, skip: bool, size: int) -> None:
     tokenizer = tokenizer_named(name)
@@ -209,7 +209,7 @@ def test_incremental_random_tokens_equal_whole_decode(name: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(prompt=st.text(max_size=8), output=st.text(max_size=80))
 @example(prompt="", output=" leading space")
 @example(prompt="a", output=" leading space")
@@ -226,7 +226,7 @@ def test_incremental_text_arrives_whole_and_in_time(name: str, prompt: str, outp
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_incremental_any_prompt_never_takes_text_back(name: str, data: st.DataObject, skip: bool) -> None:
     tokenizer = tokenizer_named(name)

@@ -60,7 +60,7 @@ def test_token_bytes_has_one_entry_a_token_and_none_for_special_ones(name: str) 
 
 
 @pytest.mark.parametrize("name", ["byte_level", "bytes"])
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_token_bytes_of_any_ids_joined_is_the_decoded_text(name: str, data: st.DataObject) -> None:
     """Exact, malformed bytes included: both readings write one U+FFFD for each maximal malformed part."""
@@ -70,7 +70,7 @@ def test_token_bytes_of_any_ids_joined_is_the_decoded_text(name: str, data: st.D
 
 
 @pytest.mark.parametrize("name", FALLBACK)
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_token_bytes_with_byte_fallback_joined_is_the_decoded_text(name: str, data: st.DataObject) -> None:
     """Exact up to one leading space for whole characters; byte tokens come as all the bytes of a character."""
@@ -85,7 +85,7 @@ def test_token_bytes_with_byte_fallback_joined_is_the_decoded_text(name: str, da
 
 
 @pytest.mark.parametrize("name", FALLBACK)
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_token_bytes_malformed_byte_tokens_leave_the_text_around_them_equal(name: str, data: st.DataObject) -> None:
     """Around a malformed run only the run itself reads differently: what comes before and behind it is equal."""

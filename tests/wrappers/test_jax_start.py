@@ -8,7 +8,8 @@ import jax
 import pytest
 from jax._src import xla_bridge
 
-from jaxinfer import LLM, loaded_engine
+from jaxinfer import LLM
+from jaxinfer.api import loaded_engine
 from jaxinfer.cli.info import system_facts
 from jaxinfer.config import EngineConfig
 from jaxinfer.wrappers import jax_start, memory

@@ -115,13 +115,8 @@ def test_compiled_programs_never_send_a_row_of_logits(layout):
     wrapper.close()
 
 
-IN_CI = [(2, 2)]
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(one, marks=() if one in IN_CI else pytest.mark.matrix, id=layout_name(one)) for one in LAYOUTS],
-)
+@pytest.mark.matrix  # on one device CI compiles all programs, too (tests/api/test_generate.py)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 def test_after_warm_up_nothing_compiles_and_pages_stay_in_place(layout):
     with on_mesh("llama", layout, max_num_seqs=layout[0], num_kv_pages=2000) as llm:
         llm.warmup()

@@ -311,6 +311,6 @@ class Driver(Generic[AnswerT]):
         ticket.error = error
         try:
             ticket.tell()
-        except Exception as failure:
+        except BaseException as failure:  # whatever it is, the other readers must hear of their end, too
             logger.warning("a reader cannot be told of an error (%s): %r", error, failure)
         self._open.discard(ticket)

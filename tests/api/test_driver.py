@@ -168,6 +168,24 @@ def test_driver_failing_step_reaches_all_callers_with_its_cause(driver, controll
     assert not driver.is_running
 
 
+@pytest.mark.parametrize("error", [ValueError("deaf"), Panic("deaf"), SystemExit("deaf")])
+def test_driver_reader_that_cannot_be_told_of_the_end_leaves_the_others_to_hear_of_it(controller, error):
+    ended, release = threading.Event(), threading.Event()
+    driver = Driver(controller, on_end=ended.set)
+    controller.step = lambda: release.wait(10) and []
+
+    def raise_on_news(ticket):
+        raise error
+
+    tickets = [submit(driver, controller, [5], on_news=raise_on_news if number != 1 else None) for number in range(3)]
+    release.set()
+    driver.close()
+    assert ended.is_set()
+    for ticket in tickets:
+        with pytest.raises(EngineClosedError, match="closed"):
+            ticket.next_output(timeout=30)
+
+
 @pytest.mark.parametrize("error", [ValueError("odd"), Panic("odd")])
 def test_driver_submission_that_raises_fails_alone(driver, controller, error):
     good = [controller.prepare([number, 3], SamplingParams(max_tokens=10)) for number in range(2)]

@@ -14,7 +14,7 @@ from test_sentencepiece import train
 
 from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
-from jaxinfer.tokenizer.tokenizer import SentencePieceTokenizer
+from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_shape")
 

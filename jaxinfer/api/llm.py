@@ -36,7 +36,9 @@ from jaxinfer.sandbox.template_sandbox import TemplateSandbox
 from jaxinfer.text.chat_template import ChatRenderer, ChatTemplates, as_conversations, read_chat_templates
 from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.text.preparation import Prompt, Submission
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.load import load_tokenizer
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("jaxinfer")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox, TemplateTraits
-from jaxinfer.tokenizer.tokenizer import read_json_object, token_name
+from jaxinfer.tokenizer.config_file import read_json_object, token_name
 
 logger = logging.getLogger("jaxinfer")
 

@@ -13,7 +13,8 @@ from functools import cached_property
 from jaxinfer.outputs import CompletionOutput, Logprob
 from jaxinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.tokenizer.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxinfer.tokenizer.detokenizer import IncrementalDetokenizer
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 
 class StopMatcher:

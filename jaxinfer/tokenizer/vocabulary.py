@@ -9,7 +9,8 @@ from __future__ import annotations
 import string
 from typing import Protocol, runtime_checkable
 
-from jaxinfer.tokenizer.tokenizer import REPLACEMENT, Tokenizer
+from jaxinfer.tokenizer.fixed_texts import REPLACEMENT
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 
 @runtime_checkable
@@ -34,7 +35,7 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
       One entry for each id below tokenizer.vocab_size; b"" for special tokens and for ids that name no token.
 
     Example:
-      >>> from jaxinfer.tokenizer.tokenizer import ByteTokenizer
+      >>> from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
       >>> token_bytes(ByteTokenizer())[64:67]
       (b'@', b'A', b'B')
     """

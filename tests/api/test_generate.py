@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import jaxinfer
 from jaxinfer import LLM, BeamSearchParams, EngineClosedError, RequestFailedError, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 SMALL = {"max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 64, "max_model_len": 128}

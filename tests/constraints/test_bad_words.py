@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.constraints.bad_words import BadWords
 from jaxinfer.constraints.constraint import packed_len
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 from jaxinfer.tokenizer.vocabulary import token_bytes
 
 LETTERS = "ab\u00e9"  # few, so that words overlap each other and themselves

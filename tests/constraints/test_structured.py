@@ -21,7 +21,10 @@ from jaxinfer.constraints import structured
 from jaxinfer.constraints.constraint import ConstraintState, packed_len
 from jaxinfer.constraints.structured import MAX_GRAMMAR_BYTES, GrammarCompiler
 from jaxinfer.constraints.structured_output import StructuredOutput
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer, FileTokenizer, SentencePieceTokenizer, Tokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.file_tokenizer import FileTokenizer
+from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 from jaxinfer.tokenizer.vocabulary import token_bytes
 
 pytest.importorskip("llguidance")

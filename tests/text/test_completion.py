@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text.completion import GrowingCompletion, StopMatcher
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 
 
 def first_match(text: str, stops: list[str]) -> tuple[str, str | None]:

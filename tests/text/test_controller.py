@@ -9,7 +9,7 @@ from fake_wrapper import VOCAB_SIZE, continuation
 from jaxinfer.config import GenerationDefaults
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text.controller import TextGenerationController
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 
 
 class AsciiTokenizer(ByteTokenizer):

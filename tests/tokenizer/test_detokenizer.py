@@ -1,4 +1,4 @@
-"""IncrementalDetokenizer: plain tokens looked up give the text that decoding them gives, at a bounded cost."""
+"""IncrementalDetokenizer: fixed texts looked up give the text that decoding them gives, at a bounded cost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from hypothesis import strategies as st
 from test_tokenizer import DIRECTORIES, token_lists, whole
 from tokenizers import decoders, models
 
-from jaxinfer.tokenizer.tokenizer import (
-    MAX_WINDOW,
-    ByteTokenizer,
-    FileTokenizer,
-    IncrementalDetokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.detokenizer import MAX_WINDOW, IncrementalDetokenizer
+from jaxinfer.tokenizer.file_tokenizer import FileTokenizer
+from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 DEMO = GOLDEN.parents[1] / "jaxinfer" / "demo" / "model"
 REPLACE = decoders.Replace("▁", " ")
@@ -94,7 +91,7 @@ def deltas(tokenizer: Tokenizer | Decoding, prompt: list[int], output: list[int]
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), skip=st.booleans())
-def test_detokenizer_plain_tokens_looked_up_give_the_text_of_decoding(name: str, data, skip: bool) -> None:
+def test_detokenizer_fixed_texts_looked_up_give_the_text_of_decoding(name: str, data, skip: bool) -> None:
     """Token by token: what is certain is given out at the same moment, malformed and cut-off characters included."""
     tokenizer = tokenizer_named(name)
     prompt, output = (data.draw(token_lists(tokenizer.vocab_size, 25)) for _ in range(2))
@@ -103,8 +100,8 @@ def test_detokenizer_plain_tokens_looked_up_give_the_text_of_decoding(name: str,
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_detokenizer_decoder_that_looks_at_neighbours_has_no_plain_tokens(name: str) -> None:
-    assert (tokenizer_named(name).plain_texts is not None) == DECODERS[name][1]
+def test_detokenizer_decoder_that_looks_at_neighbours_has_no_fixed_texts(name: str) -> None:
+    assert (tokenizer_named(name).fixed_texts is not None) == DECODERS[name][1]
 
 
 def test_subclass_that_decodes_otherwise_is_asked_for_every_text() -> None:
@@ -114,42 +111,42 @@ def test_subclass_that_decodes_otherwise_is_asked_for_every_text() -> None:
 
     detokenizer = IncrementalDetokenizer(Shouting(), [99], skip_special_tokens=True)
     assert "".join(detokenizer.push([byte]) for byte in b"cab") + detokenizer.finish() == "caB"
-    assert Shouting().plain_texts is None
+    assert Shouting().fixed_texts is None
 
 
-def test_plain_texts_by_decoder() -> None:
-    def plain(name: str, piece: str) -> tuple[str, str] | None:
-        found = tokenizer_named(name).plain_texts[PIECES.index(piece)]
+def test_fixed_texts_by_decoder() -> None:
+    def fixed(name: str, piece: str) -> tuple[str, str] | None:
+        found = tokenizer_named(name).fixed_texts[PIECES.index(piece)]
         return None if found is None else (found.inside, found.alone)
 
-    assert plain("llama", "▁hel") == (" hel", "hel")
-    assert plain("llama", "lo") == plain("letters", "lo") == ("lo", "lo")
-    assert plain("llama", "▁") == (" ", "")
-    assert plain("strip_three", "▁") is None  # a text that begins with it loses spaces of the next token, too
-    assert plain("llama", "<0x41>") is None  # a letter, but a part of its run of bytes
-    assert plain("llama", "\ufffd") is plain("llama", "a\ufffd") is None
-    assert plain("letters", "Ġx") == (" x", " x")
-    assert plain("letters", "ðŁ") is plain("letters", "©") is None  # parts of characters
-    assert tokenizer_named("llama").plain_texts[len(PIECES) + 9] is None
+    assert fixed("llama", "▁hel") == (" hel", "hel")
+    assert fixed("llama", "lo") == fixed("letters", "lo") == ("lo", "lo")
+    assert fixed("llama", "▁") == (" ", "")
+    assert fixed("strip_three", "▁") is None  # a text that begins with it loses spaces of the next token, too
+    assert fixed("llama", "<0x41>") is None  # a letter, but a part of its run of bytes
+    assert fixed("llama", "\ufffd") is fixed("llama", "a\ufffd") is None
+    assert fixed("letters", "Ġx") == (" x", " x")
+    assert fixed("letters", "ðŁ") is fixed("letters", "©") is None  # parts of characters
+    assert tokenizer_named("llama").fixed_texts[len(PIECES) + 9] is None
 
 
 @pytest.mark.parametrize("name", [*DIRECTORIES, "demo", "bytes"])
-def test_tokenizer_with_its_plain_texts_survives_pickling(name: str) -> None:
+def test_tokenizer_with_its_fixed_texts_survives_pickling(name: str) -> None:
     tokenizer = tokenizer_named(name)
     ids = tokenizer.encode_plain("the house")
     copied = pickle.loads(pickle.dumps(tokenizer))
-    assert [copied.plain_texts[i] for i in ids] == [tokenizer.plain_texts[i] for i in ids] != [None] * len(ids)
+    assert [copied.fixed_texts[i] for i in ids] == [tokenizer.fixed_texts[i] for i in ids] != [None] * len(ids)
 
 
 @pytest.mark.parametrize("name", [*DIRECTORIES, "demo", "bytes"])
 def test_detokenizer_ordinary_text_is_hardly_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain token is decoded when first seen; every other output finds it in the table."""
+    """A token with a fixed text is decoded when first seen; every other output finds it in the table."""
     tokenizer = tokenizer_named(name)
     prompt, output = tokenizer.encode("And he said"), tokenizer.encode_plain(" unto them, and went home." * 20)
     expected = whole(tokenizer, prompt, output, skip=True)
     deltas(tokenizer, prompt, output, skip=True)
     counting = Decoding(tokenizer)
-    monkeypatch.setattr(counting, "plain_texts", tokenizer.plain_texts, raising=False)
+    monkeypatch.setattr(counting, "fixed_texts", tokenizer.fixed_texts, raising=False)
     assert "".join(deltas(counting, prompt, output, skip=True)) == expected
     assert counting.lens == [1]  # the end of the prompt
 
@@ -160,7 +157,7 @@ def test_detokenizer_long_prompt_costs_no_more_than_its_end(name: str, has_table
     tokenizer = tokenizer_named(name)
     counting = Decoding(tokenizer)
     if has_table:
-        counting.plain_texts = tokenizer.plain_texts
+        counting.fixed_texts = tokenizer.fixed_texts
     words = [PIECES.index("lo"), PIECES.index("e")]
     prompt = words if name in DECODERS else tokenizer.encode("naïve — 日本語, and ")
     IncrementalDetokenizer(counting, prompt * 20_000, skip_special_tokens=True)

@@ -9,7 +9,9 @@ import sentencepiece
 from conftest import GOLDEN
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.tokenizer.tokenizer import IncrementalDetokenizer, SentencePieceTokenizer, load_tokenizer
+from jaxinfer.tokenizer.detokenizer import IncrementalDetokenizer
+from jaxinfer.tokenizer.load import load_tokenizer
+from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
 TEXTS = ("In the beginning", "  two  spaces ", "", "naïve 日本 🙂", "a\nb")
 CORPUS = "In the beginning there was a small river, and beside the river there was a small house. "

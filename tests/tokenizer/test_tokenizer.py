@@ -14,15 +14,11 @@ from conftest import GOLDEN
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.tokenizer.tokenizer import (
-    MAX_HELD,
-    MAX_WINDOW,
-    ByteTokenizer,
-    FileTokenizer,
-    IncrementalDetokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.detokenizer import MAX_HELD, MAX_WINDOW, IncrementalDetokenizer
+from jaxinfer.tokenizer.file_tokenizer import FileTokenizer
+from jaxinfer.tokenizer.load import load_tokenizer
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 DIRECTORIES = {"byte_level": GOLDEN / "gqa", "metaspace": GOLDEN / "tokenizers" / "metaspace"}
 ALL = [*DIRECTORIES, "bytes"]
@@ -292,14 +288,14 @@ def test_incremental_tokens_that_all_end_inside_a_character_still_give_text() ->
 
 @pytest.mark.parametrize("name", ALL)
 def test_incremental_cost_does_not_grow_with_the_text(name: str) -> None:
-    """Without a table of plain tokens, the longest window that is ever decoded stays at MAX_WINDOW."""
+    """Without a table of fixed texts, the longest window that is ever decoded stays at MAX_WINDOW."""
     tokenizer, lens = tokenizer_named(name), []
 
     class Counting(ByteTokenizer):
         special_token_ids = tokenizer.special_token_ids
 
         def __init__(self) -> None:
-            self.plain_texts = None
+            self.fixed_texts = None
 
         def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
             lens.append(len(token_ids))

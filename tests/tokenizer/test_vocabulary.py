@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from test_tokenizer import DIRECTORIES
 from tokenizers import decoders, models
 
-from jaxinfer.tokenizer.tokenizer import ByteTokenizer, FileTokenizer, SentencePieceTokenizer, Tokenizer
+from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
+from jaxinfer.tokenizer.file_tokenizer import FileTokenizer
+from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 from jaxinfer.tokenizer.vocabulary import token_bytes
 
 DEMO = GOLDEN.parents[1] / "jaxinfer" / "demo" / "model"

@@ -1,190 +1,153 @@
-"""IncrementalDetokenizer: fixed texts looked up give the text that decoding them gives, at a bounded cost."""
+"""Text that arrives token by token equals the text of all tokens."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-import tokenizers
-from conftest import GOLDEN
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import DIRECTORIES, token_lists, whole
-from tokenizers import decoders, models
+from tokenizer_tools import ALL, token_lists, tokenizer_named, whole
 
 from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
-from jaxinfer.tokenizer.detokenizer import MAX_WINDOW, IncrementalDetokenizer
-from jaxinfer.tokenizer.file_tokenizer import FileTokenizer
-from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from jaxinfer.tokenizer.detokenizer import MAX_HELD, MAX_WINDOW, IncrementalDetokenizer
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
-DEMO = GOLDEN.parents[1] / "jaxinfer" / "demo" / "model"
-REPLACE = decoders.Replace("▁", " ")
-LLAMA = [REPLACE, decoders.ByteFallback(), decoders.Fuse()]
-# By name: a decoder of the tokenizers library, and whether it reads tokens without a look at their neighbours.
-DECODERS = {
-    "letters": (decoders.ByteLevel(), True),
-    "letters_in_sequences": (decoders.Sequence([decoders.Sequence([decoders.ByteLevel()])]), True),
-    "spaces": (decoders.Metaspace(), True),
-    "gemma": (decoders.Sequence(LLAMA), True),
-    "llama": (decoders.Sequence([*LLAMA, decoders.Strip(" ", 1, 0)]), True),
-    "strip_three": (decoders.Sequence([*LLAMA, decoders.Strip(" ", 3, 0)]), True),
-    "strip_each": (decoders.Sequence([REPLACE, decoders.Strip(" ", 1, 0)]), True),
-    "cleans_up_the_joined_text": (decoders.Sequence([*LLAMA, decoders.Replace(" .", ".")]), False),
-    "word_piece": (decoders.WordPiece(cleanup=True), False),
-    "bpe_suffix": (decoders.BPEDecoder(), False),
-    "ctc": (decoders.CTC(), False),
-    "none": (None, False),
-}
-ALL = [*DECODERS, *DIRECTORIES, "demo", "bytes"]
-PIECES = [
-    *("<unk>", "lo", "▁hel", "##ing", "end</w>", "e", "\u0301", "é", "▁", "▁▁", "▁▁▁", ".", "▁.", "'s", "▁'"),
-    *("\ufffd", "a\ufffd", " b", "c ", " ", "|", "<pad>", "Ġx", "Ċ", "\u200d", "👩", "👧", "ðŁ", "Ĵ", "©"),
-    *(f"<0x{byte:02X}>" for byte in b"A\n\xff\x80" + "é日💩".encode()),
-]
+
+def stream(tokenizer: Tokenizer, prompt: list[int], output: list[int], *, skip: bool, size: int = 1) -> list[str]:
+    """What push and finish return when the output comes in groups of `size` tokens; checks `text` on the way."""
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip_special_tokens=skip)
+    deltas = [detokenizer.push(output[i : i + size]) for i in range(0, len(output), size)]
+    assert detokenizer.text == "".join(deltas)
+    deltas.append(detokenizer.finish())
+    assert detokenizer.text == "".join(deltas)
+    assert detokenizer.finish() == ""
+    return deltas
 
 
-@cache
-def tokenizer_named(name: str) -> Tokenizer:
-    if name in DECODERS:
-        return tokenizer_with(DECODERS[name][0])
-    if name == "bytes":
-        return ByteTokenizer()
-    return SentencePieceTokenizer(DEMO) if name == "demo" else FileTokenizer(DIRECTORIES[name])
+def is_rewritten(tokenizer: Tokenizer, prompt: list[int], output: list[int], *, skip: bool) -> bool:
+    """Whether a later token changes whole characters that an earlier prefix had (ByteFallback's malformed runs)."""
+    text = tokenizer.decode(prompt + output, skip_special_tokens=skip)
+    ends = range(len(prompt), len(prompt) + len(output))
+    prefixes = (tokenizer.decode((prompt + output)[:end], skip_special_tokens=skip) for end in ends)
+    return not all(text.startswith(prefix.rstrip("\ufffd")) for prefix in prefixes)
 
 
-def tokenizer_with(decoder: decoders.Decoder | None) -> FileTokenizer:
-    """Words, punctuation, spaces, parts of characters, byte tokens, added tokens and a special one."""
-    library = tokenizers.Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="<unk>"))
-    if decoder is not None:
-        library.decoder = decoder
-    library.add_tokens(["two words", "日本"])
-    library.add_special_tokens(["<s>"])
-    with TemporaryDirectory() as directory:
-        library.save(str(Path(directory) / "tokenizer.json"))
-        return FileTokenizer(directory)
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), skip=st.booleans(), size=st.integers(1, 4))
+def test_incremental_random_tokens_equal_whole_decode(name: str, data: st.DataObject, skip: bool, size: int) -> None:
+    tokenizer = tokenizer_named(name)
+    prompt = data.draw(token_lists(tokenizer.vocab_size, 40))
+    output = data.draw(token_lists(tokenizer.vocab_size, 60))
+    assume(not tokenizer.decode(prompt, skip_special_tokens=skip).endswith("\ufffd"))
+    assume(not is_rewritten(tokenizer, prompt, output, skip=skip))
+    assert "".join(stream(tokenizer, prompt, output, skip=skip, size=size)) == whole(
+        tokenizer, prompt, output, skip=skip
+    )
 
 
-class Decoding:
-    """A tokenizer that can only decode, as one of somebody else's; it counts the tokens it is given."""
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=30, deadline=None)
+@given(prompt=st.text(max_size=8), output=st.text(max_size=80))
+@example(prompt="", output=" leading space")
+@example(prompt="a", output=" leading space")
+@example(prompt="", output="🙂" * 100)
+@example(prompt="\ufffd", output="\ufffd" * 100)
+def test_incremental_text_arrives_whole_and_in_time(name: str, prompt: str, output: str) -> None:
+    tokenizer = tokenizer_named(name)
+    ids = tokenizer.encode_plain(output)
+    deltas = stream(tokenizer, tokenizer.encode(prompt), ids, skip=True)
+    assert "".join(deltas) == whole(tokenizer, tokenizer.encode(prompt), ids, skip=True)
+    if "\ufffd" not in output:
+        assert "\ufffd" not in "".join(deltas)
+        assert deltas[-1] == ""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.special_token_ids = tokenizer.special_token_ids
-        self.lens: list[int] = []
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_incremental_any_prompt_never_takes_text_back(name: str, data: st.DataObject, skip: bool) -> None:
+    tokenizer = tokenizer_named(name)
+    prompt, output = (data.draw(token_lists(tokenizer.vocab_size, 20)) for _ in range(2))
+    stream(tokenizer, prompt, output, skip=skip)  # checks that the deltas make the text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_incremental_cut_off_character_appears_at_finish(name: str) -> None:
+    tokenizer = tokenizer_named(name)
+    cut_off = tokenizer.encode_plain("a日本")[:-1]
+    deltas = stream(tokenizer, tokenizer.encode("x"), cut_off, skip=True)
+    assert "\ufffd" not in "".join(deltas[:-1])
+    assert set(deltas[-1]) == {"\ufffd"}
+    if name != "metaspace":  # ByteFallback writes one for each byte
+        assert deltas[-1] == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_incremental_prompt_ends_in_half_a_character_output_begins_behind_it(name: str) -> None:
+    tokenizer = tokenizer_named(name)
+    ids = tokenizer.encode_plain("x日y")
+    assert "".join(stream(tokenizer, ids[:-3], ids[-3:], skip=True)) == "y"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("letter", ["日", "🦄"])
+def test_incremental_prompt_is_one_long_run_of_bytes_nothing_is_lost(name: str, letter: str) -> None:
+    """A window that began inside a character would make ByteFallback call the whole run malformed."""
+    tokenizer = tokenizer_named(name)
+    for num_letters in range(20, 60):
+        prompt, output = tokenizer.encode(letter * num_letters), tokenizer.encode_plain("x" + letter)[-5:]
+        assert "".join(stream(tokenizer, prompt, output, skip=True)) == whole(tokenizer, prompt, output, skip=True)
+
+
+def test_incremental_malformed_byte_run_keeps_what_was_given_out() -> None:
+    tokenizer = tokenizer_named("metaspace")
+    prompt, day = tokenizer.encode("x"), tokenizer.encode_plain("日")[1:]
+    lone, letter = 3 + 0xFF, tokenizer.encode_plain("xy")[-1]
+    assert tokenizer.decode([*prompt, *day, lone, letter]) == "x" + 4 * "\ufffd" + "y"
+    assert stream(tokenizer, prompt, [*day, lone, letter], skip=True) == ["", "", "日", "", "\ufffdy", ""]
+    assert stream(tokenizer, prompt, [*day, *day], skip=True) == ["", "", "日", "", "", "日", ""]
+    assert stream(tokenizer, prompt, [*day, lone], skip=True) == ["", "", "日", "", "\ufffd"]
+
+
+def test_incremental_replacement_characters_are_not_held_for_ever() -> None:
+    deltas = stream(ByteTokenizer(), [], [0xFF] * 500, skip=True)
+    assert all(delta == "\ufffd" for delta in deltas[3:-1])
+    assert deltas[-1] == 3 * "\ufffd"
+
+
+class Overlapping(ByteTokenizer):
+    """Every token is the end of one character and the beginning of the next."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        self.lens.append(len(token_ids))
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return (b"\xbd\xa0\xe4" * len(token_ids)).decode(errors="replace")
 
 
-def deltas(tokenizer: Tokenizer | Decoding, prompt: list[int], output: list[int], *, skip: bool) -> list[str]:
-    """What each token and finish give out."""
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip_special_tokens=skip)
-    return [detokenizer.push([token_id]) for token_id in output] + [detokenizer.finish()]
-
-
-@pytest.mark.parametrize("name", ALL)
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), skip=st.booleans())
-def test_detokenizer_fixed_texts_looked_up_give_the_text_of_decoding(name: str, data, skip: bool) -> None:
-    """Token by token: what is certain is given out at the same moment, malformed and cut-off characters included."""
-    tokenizer = tokenizer_named(name)
-    prompt, output = (data.draw(token_lists(tokenizer.vocab_size, 25)) for _ in range(2))
-    decoded = deltas(Decoding(tokenizer), prompt, output, skip=skip)
-    assert deltas(tokenizer, prompt, output, skip=skip) == decoded
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_detokenizer_decoder_that_looks_at_neighbours_has_no_fixed_texts(name: str) -> None:
-    assert (tokenizer_named(name).fixed_texts is not None) == DECODERS[name][1]
-
-
-def test_subclass_that_decodes_otherwise_is_asked_for_every_text() -> None:
-    class Shouting(ByteTokenizer):
-        def decode(self, token_ids, *, skip_special_tokens=True):
-            return super().decode(token_ids, skip_special_tokens=skip_special_tokens).replace("ab", "aB")
-
-    detokenizer = IncrementalDetokenizer(Shouting(), [99], skip_special_tokens=True)
-    assert "".join(detokenizer.push([byte]) for byte in b"cab") + detokenizer.finish() == "caB"
-    assert Shouting().fixed_texts is None
-
-
-def test_fixed_texts_by_decoder() -> None:
-    def fixed(name: str, piece: str) -> tuple[str, str] | None:
-        found = tokenizer_named(name).fixed_texts[PIECES.index(piece)]
-        return None if found is None else (found.inside, found.alone)
-
-    assert fixed("llama", "▁hel") == (" hel", "hel")
-    assert fixed("llama", "lo") == fixed("letters", "lo") == ("lo", "lo")
-    assert fixed("llama", "▁") == (" ", "")
-    assert fixed("strip_three", "▁") is None  # a text that begins with it loses spaces of the next token, too
-    assert fixed("llama", "<0x41>") is None  # a letter, but a part of its run of bytes
-    assert fixed("llama", "\ufffd") is fixed("llama", "a\ufffd") is None
-    assert fixed("letters", "Ġx") == (" x", " x")
-    assert fixed("letters", "ðŁ") is fixed("letters", "©") is None  # parts of characters
-    assert tokenizer_named("llama").fixed_texts[len(PIECES) + 9] is None
-
-
-@pytest.mark.parametrize("name", [*DIRECTORIES, "demo", "bytes"])
-def test_tokenizer_with_its_fixed_texts_survives_pickling(name: str) -> None:
-    tokenizer = tokenizer_named(name)
-    ids = tokenizer.encode_plain("the house")
-    copied = pickle.loads(pickle.dumps(tokenizer))
-    assert [copied.fixed_texts[i] for i in ids] == [tokenizer.fixed_texts[i] for i in ids] != [None] * len(ids)
-
-
-@pytest.mark.parametrize("name", [*DIRECTORIES, "demo", "bytes"])
-def test_detokenizer_ordinary_text_is_hardly_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token with a fixed text is decoded when first seen; every other output finds it in the table."""
-    tokenizer = tokenizer_named(name)
-    prompt, output = tokenizer.encode("And he said"), tokenizer.encode_plain(" unto them, and went home." * 20)
-    expected = whole(tokenizer, prompt, output, skip=True)
-    deltas(tokenizer, prompt, output, skip=True)
-    counting = Decoding(tokenizer)
-    monkeypatch.setattr(counting, "fixed_texts", tokenizer.fixed_texts, raising=False)
-    assert "".join(deltas(counting, prompt, output, skip=True)) == expected
-    assert counting.lens == [1]  # the end of the prompt
+def test_incremental_tokens_that_all_end_inside_a_character_still_give_text() -> None:
+    deltas = stream(Overlapping(), [0], [0] * 300, skip=True)
+    assert deltas[1:] == [*["你"] * 299, "\ufffd"]
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("has_table", [True, False])
-def test_detokenizer_long_prompt_costs_no_more_than_its_end(name: str, has_table: bool) -> None:
-    tokenizer = tokenizer_named(name)
-    counting = Decoding(tokenizer)
-    if has_table:
-        counting.fixed_texts = tokenizer.fixed_texts
-    words = [PIECES.index("lo"), PIECES.index("e")]
-    prompt = words if name in DECODERS else tokenizer.encode("naïve — 日本語, and ")
-    IncrementalDetokenizer(counting, prompt * 20_000, skip_special_tokens=True)
-    assert sum(counting.lens) < 10 * MAX_WINDOW
+def test_incremental_cost_does_not_grow_with_the_text(name: str) -> None:
+    """Without a table of fixed texts, the longest window that is ever decoded stays at MAX_WINDOW."""
+    tokenizer, lens = tokenizer_named(name), []
 
+    class Counting(ByteTokenizer):
+        special_token_ids = tokenizer.special_token_ids
 
-@pytest.mark.parametrize("name", ["metaspace", "demo", "bytes"])
-@pytest.mark.parametrize("letter", ["日", "🦄"])
-@example(num_letters=21)
-@example(num_letters=90)
-@settings(max_examples=10, deadline=None)
-@given(num_letters=st.integers(1, 200))
-def test_detokenizer_without_a_table_reads_a_prompt_that_is_one_run_of_bytes(
-    name: str, letter: str, num_letters: int
-) -> None:
-    """The window at the prompt's end is doubled until it does not begin inside a character."""
-    tokenizer = tokenizer_named(name)
-    prompt, output = tokenizer.encode(letter * num_letters), tokenizer.encode_plain("x" + letter)[-5:]
-    text = "".join(deltas(Decoding(tokenizer), prompt, output, skip=True))
-    assert text == whole(tokenizer, prompt, output, skip=True)
+        def __init__(self) -> None:
+            self.fixed_texts = None
 
+        def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            lens.append(len(token_ids))
+            return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-def test_detokenizer_prompt_ends_in_a_long_malformed_run_of_bytes_output_is_part_of_it() -> None:
-    """ByteFallback writes U+FFFD for every byte of the run, however far back the malformed one is."""
-    tokenizer = tokenizer_named("metaspace")
-    day = tokenizer.encode_plain("日")[-3:]
-    prompt = [*tokenizer.encode("x"), 3 + 0xFF, *day * 300]
-    assert (
-        "".join(deltas(tokenizer, prompt, [*day, *tokenizer.encode_plain("xy")[-1:]], skip=True)) == "\ufffd" * 3 + "y"
-    )
+    text = "The fisher's 日本語 🙂🙂 naïve   house ⵣⴰⵎ\n" * 20
+    ids = tokenizer.encode_plain(text) + [3 + 0xF0] * 200
+    detokenizer = IncrementalDetokenizer(Counting(), ids, skip_special_tokens=True)
+    for token_id in ids:
+        detokenizer.push([token_id])
+    assert max(lens) <= MAX_WINDOW + MAX_HELD
+    assert sum(lens) < 400 * len(ids)

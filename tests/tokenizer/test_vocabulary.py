@@ -11,7 +11,7 @@ import tokenizers
 from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import DIRECTORIES
+from tokenizer_tools import DIRECTORIES
 from tokenizers import decoders, models
 
 from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer

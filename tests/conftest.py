@@ -73,7 +73,7 @@ def gqa() -> Golden:
 @pytest.fixture
 def one_shape(monkeypatch) -> None:
     """Pads every step to the largest shape, so that a test compiles few programs."""
-    from jaxinfer.wrappers.step_batch import StepShape, StepShapes  # after the import hook
+    from jaxinfer.wrappers.step_shapes import StepShape, StepShapes  # after the import hook
 
     smallest = StepShapes.shape
 

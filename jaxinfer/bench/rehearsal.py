@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.step_batch import AllowedTokens, RowUsage, StepBatch, StepResult, StepShapes
+from jaxinfer.wrappers.step_batch import AllowedTokens, StepBatch
+from jaxinfer.wrappers.step_result import RowUsage, StepResult
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 
 class RecordingWrapper(AbstractModelInferenceWrapper):

@@ -29,7 +29,7 @@ from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import Request
-from jaxinfer.wrappers.step_batch import pages_for
+from jaxinfer.wrappers.step_shapes import pages_for
 
 _BATCH_BROKE = (
     "not all {} rows decode together for as long as they are timed; raise max_model_len or num_kv_pages, or lower "

@@ -23,8 +23,9 @@ from jaxinfer.models.registry import known_architectures, parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, context_length, lay_out
 from jaxinfer.wrappers.jax_start import start_jax
 from jaxinfer.wrappers.memory import free_bytes
-from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes
+from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "tokenizers", "sentencepiece", "safetensors")
 

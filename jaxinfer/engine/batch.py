@@ -15,16 +15,14 @@ from jaxinfer.engine.schedule import PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import EditKind, Request
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
-    PREFILL_BLOCK,
     SAMPLING_FIELDS,
     AllowedTokens,
     SamplerVariant,
     SlotEdits,
     StepBatch,
-    StepShape,
-    StepShapes,
     pack_sampling,
 )
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 
 
 def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:

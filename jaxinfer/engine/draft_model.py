@@ -28,7 +28,8 @@ import numpy as np
 from jaxinfer.engine.batch import make_batch
 from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepBatch
+from jaxinfer.wrappers.step_batch import StepBatch
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK
 
 MAX_UNREAD = 8
 """Launches that may wait to be read, at most; with an unbounded queue, processes that share a mesh would deadlock."""

@@ -26,7 +26,7 @@ from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.step_batch import LogprobArrays, StepResult
+from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

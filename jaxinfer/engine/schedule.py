@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from jaxinfer.constraints.constraint import ConstraintState
 from jaxinfer.request import FinishReason, Request, TokenLogprobs
-from jaxinfer.wrappers.step_batch import num_blocks
+from jaxinfer.wrappers.step_shapes import num_blocks
 
 NO_SLOT = -1
 

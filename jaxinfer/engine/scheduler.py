@@ -25,7 +25,7 @@ from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule,
 from jaxinfer.engine.sequence_pages import SequencePages
 from jaxinfer.engine.waiting import WaitingQueue
 from jaxinfer.request import FinishReason, Request, RequestTooLongError
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes, num_blocks, pages_for
 
 MAX_SKIPS = 16
 """How often younger requests may overtake the first waiting one that does not fit yet."""

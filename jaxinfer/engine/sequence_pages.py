@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
 from jaxinfer.engine.schedule import NO_SLOT, SequenceState
-from jaxinfer.wrappers.step_batch import pages_for
+from jaxinfer.wrappers.step_shapes import pages_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from jaxinfer.wrappers.step_batch import AllowedTokens, RowUsage, StepBatch, StepResult, StepShapes
+from jaxinfer.wrappers.step_batch import AllowedTokens, StepBatch
+from jaxinfer.wrappers.step_result import RowUsage, StepResult
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 
 class AbstractModelInferenceWrapper(ABC):

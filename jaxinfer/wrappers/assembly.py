@@ -23,7 +23,7 @@ from jaxinfer.models.registry import find_family
 from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.memory import Footprint, activation_bytes
-from jaxinfer.wrappers.step_batch import StepShapes
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 logger = logging.getLogger(__name__)
 

@@ -24,25 +24,15 @@ from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.decoder_step import pack_inputs
 from jaxinfer.wrappers.edit_words import pack_allowed, pack_edits
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle, copy_sizes
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache
-from jaxinfer.wrappers.step_batch import (
-    NO_TARGET,
-    PREFILL_BLOCK,
-    AllowedTokens,
-    LogprobArrays,
-    RowUsage,
-    SamplerVariant,
-    SlotEdits,
-    StepBatch,
-    StepResult,
-    StepShape,
-    StepShapes,
-)
+from jaxinfer.wrappers.step_batch import NO_TARGET, AllowedTokens, SamplerVariant, SlotEdits, StepBatch
+from jaxinfer.wrappers.step_inputs import pack_inputs
 from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 from jaxinfer.wrappers.xla_options import compiler_options
 
 _LAUNCHING = threading.Lock()
@@ -367,7 +357,7 @@ def _reported(num_top: int | None) -> int | None:
 
 
 def _logprobs(columns: Int32[np.ndarray, "M J"]) -> LogprobArrays:
-    """Takes apart the columns that decoder_step.score_step returns."""
+    """Takes apart the columns that sample_step.score_step returns."""
     num_top = (columns.shape[1] - 2) // 2
     return LogprobArrays(
         logprob=np.ascontiguousarray(columns[:, 0]).view(np.float32),

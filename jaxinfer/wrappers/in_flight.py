@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from jaxinfer.wrappers.step_batch import RowUsage, StepBatch, StepShape, StepShapes
+from jaxinfer.wrappers.step_batch import StepBatch
+from jaxinfer.wrappers.step_result import RowUsage
+from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
 
 @dataclass(eq=False, slots=True)

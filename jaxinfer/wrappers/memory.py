@@ -16,7 +16,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.sampling.logit_edits import EditState
 from jaxinfer.wrappers.jax_start import card_bytes
-from jaxinfer.wrappers.step_batch import StepShapes
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 MEMINFO = Path("/proc/meminfo")
 CPU_SHARE = 0.5

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication import collectives
 from jaxinfer.communication.sharding import PER_STAGE, REPLICATED
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SAMPLING_FIELDS, StepShape
+from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape
 
 
 @jax.tree_util.register_dataclass

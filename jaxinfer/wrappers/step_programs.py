@@ -24,17 +24,14 @@ from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
 from jaxinfer.sampling.logit_edits import EditState, set_allowed, set_slot
 from jaxinfer.wrappers import pipeline
-from jaxinfer.wrappers.decoder_step import (
-    DecoderStep,
-    DecodeState,
-    num_input_words,
-    sample_step,
-    score_step,
-    unpack_inputs,
-)
+from jaxinfer.wrappers.decode_state import DecodeState
+from jaxinfer.wrappers.decoder_step import DecoderStep
 from jaxinfer.wrappers.edit_words import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
-from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, StepShape, StepShapes
+from jaxinfer.wrappers.sample_step import sample_step, score_step
+from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant
+from jaxinfer.wrappers.step_inputs import num_input_words, unpack_inputs
+from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
 
 @dataclass

@@ -17,16 +17,9 @@ from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.request import MAX_LOGPROBS, Request
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
-from jaxinfer.wrappers.step_batch import (
-    NO_TARGET,
-    PREFILL_BLOCK,
-    SAMPLING_FIELDS,
-    AllowedTokens,
-    LogprobArrays,
-    StepBatch,
-    StepResult,
-    StepShapes,
-)
+from jaxinfer.wrappers.step_batch import NO_TARGET, SAMPLING_FIELDS, AllowedTokens, StepBatch
+from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes
 
 VOCAB_SIZE = 97
 UNKNOWN = -1

@@ -7,7 +7,8 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine.batch import make_batch, needed_variant
 from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import Request
-from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes, pack_sampling
+from jaxinfer.wrappers.step_batch import SamplerVariant, pack_sampling
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 SHAPES = StepShapes(EngineConfig(max_num_seqs=4, page_size=8, max_num_batched_tokens=64), max_model_len=64)
 

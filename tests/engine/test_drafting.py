@@ -22,7 +22,7 @@ from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.drafting import PromptLookup
 from jaxinfer.engine.schedule import SequenceState
 from jaxinfer.sampling_params import BeamSearchParams
-from jaxinfer.wrappers.step_batch import pages_for
+from jaxinfer.wrappers.step_shapes import pages_for
 
 STOP = frozenset(range(0, 97, 9))
 

@@ -10,8 +10,8 @@ import pytest
 from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
-from jaxinfer.wrappers.step_batch import StepShapes
 from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 NUMBERS = {
     "architecture": "LlamaForCausalLM",

@@ -17,8 +17,9 @@ from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.sampling import sampling
 from jaxinfer.sampling.sampling import NUM_CANDIDATES, SamplingNumbers
-from jaxinfer.wrappers.decoder_step import DecodeState, sample_step
+from jaxinfer.wrappers.decode_state import DecodeState
 from jaxinfer.wrappers.pipeline import LogitRows
+from jaxinfer.wrappers.sample_step import sample_step
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant, pack_sampling
 
 SMALL = 48

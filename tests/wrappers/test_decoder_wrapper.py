@@ -15,7 +15,7 @@ from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request
 from jaxinfer.wrappers import decoder_wrapper
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, StepShapes
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes
 
 # float32 on both sides; sums in another order differ by about 1e-5.
 TOLERANCE = 2e-4

@@ -21,9 +21,10 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.sampling.sampling import NUM_CANDIDATES
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
-from jaxinfer.wrappers.decoder_step import SCORE_BLOCK
-from jaxinfer.wrappers.step_batch import SamplerVariant, StepShapes
+from jaxinfer.wrappers.sample_step import SCORE_BLOCK
+from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 
 def abstract_programs(model: str, layout: tuple[int, int]) -> tuple[StepPrograms, StepShapes]:

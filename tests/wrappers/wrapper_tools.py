@@ -11,7 +11,8 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import assemble
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
-from jaxinfer.wrappers.step_batch import PREFILL_BLOCK, SamplerVariant, StepBatch, pack_sampling, pages_for
+from jaxinfer.wrappers.step_batch import SamplerVariant, StepBatch, pack_sampling
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, pages_for
 
 GREEDY = pack_sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.step_batch import AllowedTokens, StepBatch
+from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
@@ -54,7 +54,7 @@ class RecordingWrapper(AbstractModelInferenceWrapper):
         """Different programs recorded so far."""
         return len(self.programs)
 
-    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> Any:
+    def launch(self, batch: StepBatch) -> Any:
         """Records the step's programs and returns the batch, which serves as the handle."""
         self.programs["forward", batch.shape] = None
         if batch.has_logits:

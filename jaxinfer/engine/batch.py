@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxinfer.engine.schedule import PrefillChunk, Schedule, SequenceState
-from jaxinfer.request import EditKind, Request
+from jaxinfer.request import EditKind, LogitEdits, Request
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
     SAMPLING_FIELDS,
@@ -24,11 +24,19 @@ from jaxinfer.wrappers.step_batch import (
 )
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 
+NO_EDITS = LogitEdits()
 
-def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
+
+def make_batch(schedule: Schedule, shapes: StepShapes, masks: Mapping[int, np.ndarray] | None = None) -> StepBatch:
     """The arrays of a schedule, in the smallest shape that holds it.
 
     The logit rows are in the order of Schedule.sampled.
+
+    Args:
+      schedule: the rows of the step.
+      shapes: the shapes of steps.
+      masks: by slot, uint32[ceil(V / 32)], the allowed tokens of the constrained sequences that are sampled with the
+        step's launch (StepBatch.allowed).
     """
     blocks = [block for chunk in schedule.prefills for block in _blocks(chunk)]
     sampled, scored = schedule.sampled, any(chunk.scored for chunk in schedule.prefills)
@@ -52,7 +60,8 @@ def make_batch(schedule: Schedule, shapes: StepShapes) -> StepBatch:
         num_top=max((rows.sequence.num_top for rows in sampled if rows.sequence.num_top is not None), default=None),
         targets=_targets(schedule, shape.num_prefill) if scored else None,
         edited=any(request.is_edited for request in requests),
-        new_edits={chunk.slot: _edits(chunk.sequence) for chunk in schedule.prefills if chunk.num_sampled},
+        edits=_slot_edits([chunk for chunk in schedule.prefills if chunk.num_sampled]),
+        allowed=_allowed_tokens(masks or {}),
     )
 
 
@@ -104,10 +113,9 @@ def _logit_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> d
     return {"logit_index": index, "logit_slots": slots, "logit_feeds": feeds}
 
 
-def allowed_tokens(masks: Mapping[int, np.ndarray]) -> AllowedTokens | None:
-    """The masks of constrained sequences, given by slot, as arrays; None if there are none."""
+def _allowed_tokens(masks: Mapping[int, np.ndarray]) -> AllowedTokens:
     if not masks:
-        return None
+        return AllowedTokens.none()
     return AllowedTokens(slots=np.array(list(masks), np.int32), words=np.stack(list(masks.values())))
 
 
@@ -160,15 +168,37 @@ def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
     return SamplerVariant.CANDIDATES if all(filtered) else SamplerVariant.FULL
 
 
-def _edits(sequence: SequenceState) -> SlotEdits | None:
-    """The logit edits for a sequence's slot, with the tokens that its penalties count so far.
+def _slot_edits(chunks: Sequence[PrefillChunk]) -> SlotEdits:
+    """The logit edits of sequences whose next token will be the first since their admission."""
+    if not chunks:
+        return SlotEdits.none()
+    sequences = [chunk.sequence for chunk in chunks]
+    edits = [sequence.request.edits or NO_EDITS for sequence in sequences]
+    entries = [_entries(sequence) for sequence in sequences]
+    return SlotEdits(
+        slots=np.array([chunk.slot for chunk in chunks], np.int32),
+        is_edited=np.array([sequence.request.is_edited for sequence in sequences]),
+        bias_of_others=np.array([0 if edit.allowed_token_ids is None else -math.inf for edit in edits], np.float32),
+        penalties=np.array(
+            [(edit.repetition_penalty, edit.presence_penalty, edit.frequency_penalty) for edit in edits], np.float32
+        ),
+        min_position=np.array(
+            [
+                min(len(sequence.request.prompt_token_ids) + edit.min_tokens, sequence.limit)
+                for sequence, edit in zip(sequences, edits, strict=True)
+            ],
+            np.int32,
+        ),
+        num_entries=np.array([len(kinds) for kinds, _, _ in entries], np.int32),
+        kinds=np.concatenate([kinds for kinds, _, _ in entries]),
+        token_ids=np.concatenate([token_ids for _, token_ids, _ in entries]),
+        values=np.concatenate([values for _, _, values in entries]),
+    )
 
-    None if the sequence has neither edits nor a constraint; a constraint alone needs a slot without edits.
-    """
-    request, edits = sequence.request, sequence.request.edits
-    if edits is None:
-        return SlotEdits.none() if request.is_edited else None
-    num_prompt = len(request.prompt_token_ids)
+
+def _entries(sequence: SequenceState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kinds, token ids and values of a sequence's edits; its penalties count the tokens that it has so far."""
+    request, edits = sequence.request, sequence.request.edits or NO_EDITS
     bias = dict(edits.logit_bias)
     if edits.allowed_token_ids is not None:
         bias = {token_id: bias.get(token_id, 0.0) for token_id in edits.allowed_token_ids}
@@ -176,18 +206,12 @@ def _edits(sequence: SequenceState) -> SlotEdits | None:
         EditKind.BIAS: list(bias),
         EditKind.HELD_BACK: list(request.stop_token_ids) if edits.min_tokens else [],
         EditKind.PROMPT: list(set(request.prompt_token_ids)) if edits.repetition_penalty != 1 else [],
-        EditKind.OUTPUT: sequence.token_ids[num_prompt:],
+        EditKind.OUTPUT: sequence.token_ids[len(request.prompt_token_ids) :] if request.edits else [],
     }
-    values = np.zeros(sum(map(len, tokens.values())), np.float32)
+    kinds = np.repeat(np.array(list(tokens), np.int32), list(map(len, tokens.values())))
+    values = np.zeros(len(kinds), np.float32)
     values[: len(bias)] = list(bias.values())
-    return SlotEdits(
-        bias_of_others=0.0 if edits.allowed_token_ids is None else -math.inf,
-        penalties=np.array([edits.repetition_penalty, edits.presence_penalty, edits.frequency_penalty], np.float32),
-        min_position=min(num_prompt + edits.min_tokens, sequence.limit),
-        kinds=np.repeat(np.array(list(tokens), np.int32), list(map(len, tokens.values()))),
-        token_ids=np.array([token_id for ids in tokens.values() for token_id in ids], np.int32),
-        values=values,
-    )
+    return kinds, np.array([token_id for ids in tokens.values() for token_id in ids], np.int32), values
 
 
 def _numbers(request: Request) -> np.ndarray:

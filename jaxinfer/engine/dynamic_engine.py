@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.batch import allowed_tokens, first_tokens, make_batch
+from jaxinfer.engine.batch import first_tokens, make_batch
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.engine.beams import BeamSearch
 from jaxinfer.engine.drafting import Drafter
@@ -241,9 +241,8 @@ class DynamicEngine:
         if launching:
             if self._drafter is not None:
                 schedule = self._drafter.complete(schedule)
-            batch = make_batch(schedule, self._wrapper.shapes)
             rows_to_sample = self._sampled_with(schedule)
-            handle = self._wrapper.launch(batch, allowed_tokens(self._masks(rows_to_sample)))
+            handle = self._wrapper.launch(make_batch(schedule, self._wrapper.shapes, self._masks(rows_to_sample)))
             self._in_flight.append(_InFlight(handle, schedule))
             self._num_steps += bool(schedule)
             self._end_failed(rows_to_sample)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from jaxinfer.wrappers.step_batch import AllowedTokens, StepBatch
+from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
@@ -46,14 +46,8 @@ class AbstractModelInferenceWrapper(ABC):
         """Programs compiled so far."""
 
     @abstractmethod
-    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> Any:
-        """Starts a step, moves those in flight on by one stage, and returns the new step's handle.
-
-        Args:
-          batch: the step that enters the pipeline.
-          allowed: the allowed tokens of constrained slots in the step that leaves the pipeline with this launch, for
-            that is the step that is sampled; with one stage, it is `batch` itself.
-        """
+    def launch(self, batch: StepBatch) -> Any:
+        """Starts a step, moves those in flight on by one stage, and returns the new step's handle."""
 
     @abstractmethod
     def collect(self, handle: Any) -> StepResult:

@@ -170,7 +170,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """Bytes of the parameters over all devices, replicas counted once."""
         return sum(leaf.nbytes for leaf in self._arrays.leaves)
 
-    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> StepHandle:
+    def launch(self, batch: StepBatch) -> StepHandle:
         """Starts a step and returns without waiting for the device.
 
         Page copies come first, then the forward program, then the sampler for the step that leaves the pipeline, which
@@ -179,7 +179,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         handle = StepHandle(batch)
         tick = self._plan_tick(handle)
         leaving = self._in_flight.leaving
-        plan = None if leaving is None else self._plan_exit(leaving.batch, tick.shape, allowed)
+        plan = None if leaving is None else self._plan_exit(leaving.batch, tick.shape, batch.allowed)
         with _LAUNCHING:
             hidden, rows, prompts = self._run_tick(tick)
             if leaving is not None and plan is not None:
@@ -210,11 +210,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         )
         return hidden, rows, prompts[0] if prompts else None
 
-    def _plan_exit(self, batch: StepBatch, shape: StepShape, allowed: AllowedTokens | None) -> _Exit:
+    def _plan_exit(self, batch: StepBatch, shape: StepShape, allowed: AllowedTokens) -> _Exit:
         samples = batch.has_logits
         return _Exit(
             score=None if batch.targets is None else self._plan_score(batch.targets, shape),
-            edits=self._plan_edits(batch, allowed) if samples else (),
+            edits=self._plan_edits(batch.edits, allowed) if samples else (),
             sample=self._sampler(batch, shape.num_logits) if samples else None,
         )
 
@@ -223,23 +223,19 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         targets[: wanted.size] = wanted.ravel()
         return _Call(self._programs.get("score", targets.size, MAX_LOGPROBS), targets)
 
-    def _plan_edits(self, batch: StepBatch, allowed: AllowedTokens | None) -> list[_Call]:
+    def _plan_edits(self, edits: SlotEdits, allowed: AllowedTokens) -> list[_Call]:
         """Uploads of the logit edits of newly admitted sequences, and of the allowed tokens of constrained ones.
 
         A slot's edits are set right before its sequence is sampled for the first time. If they were set earlier, steps
         still in flight would count the tokens of the slot's previous sequence in them.
         """
         calls = []
-        for slot, edits in batch.new_edits.items():
-            if edits is None and slot not in self._edited_slots:
-                continue
-            (self._edited_slots.discard if edits is None else self._edited_slots.add)(slot)
-            words = pack_edits(slot, edits or SlotEdits.none())
-            calls += [_Call(self._programs.get("edit"), upload) for upload in words]
-        if allowed is not None:
-            words = pack_allowed(allowed, self._step_programs.padded_vocab_size)
-            calls += [_Call(self._programs.get("allow"), upload) for upload in words]
-        return calls
+        for row, (slot, is_edited) in enumerate(zip(edits.slots.tolist(), edits.is_edited.tolist(), strict=True)):
+            if is_edited or slot in self._edited_slots:
+                (self._edited_slots.add if is_edited else self._edited_slots.discard)(slot)
+                calls += [_Call(self._programs.get("edit"), words) for words in pack_edits(edits, row)]
+        uploads = pack_allowed(allowed, self._step_programs.padded_vocab_size)
+        return calls + [_Call(self._programs.get("allow"), words) for words in uploads]
 
     def _sampler(self, batch: StepBatch, num_logits: int) -> jax.stages.Compiled:
         num_top = _reported(batch.num_top)

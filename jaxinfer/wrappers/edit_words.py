@@ -26,15 +26,22 @@ NUM_SLOTS = 8
 """Slots of one upload of allowed tokens."""
 
 
-def pack_edits(slot: int, edits: SlotEdits) -> Iterator[Int32[np.ndarray, " J"]]:
-    """The uploads that set the edits of a slot, to be made in order; at least one, even without entries."""
-    numbers = np.array([edits.bias_of_others, *edits.penalties], np.float32).view(np.int32)
-    for start in range(0, max(len(edits.kinds), 1), NUM_ENTRIES):
-        part = slice(start, start + NUM_ENTRIES)
+def pack_edits(edits: SlotEdits, row: int) -> Iterator[Int32[np.ndarray, " J"]]:
+    """The uploads that set the edits of one slot, to be made in order; at least one, even without entries.
+
+    Args:
+      edits: the edits of several slots.
+      row: which of these slots.
+    """
+    numbers = np.array([edits.bias_of_others[row], *edits.penalties[row]], np.float32).view(np.int32)
+    first = int(edits.num_entries[:row].sum())
+    end = first + int(edits.num_entries[row])
+    for start in range(first, max(end, first + 1), NUM_ENTRIES):
+        part = slice(start, min(start + NUM_ENTRIES, end))
         columns = np.full((3, NUM_ENTRIES), _PADDING, np.int32)
         for column, entries in zip(columns, (edits.kinds, edits.token_ids, edits.values.view(np.int32)), strict=True):
-            column[: len(entries[part])] = entries[part]
-        header = np.array([slot, start == 0, edits.min_position], np.int32)
+            column[: part.stop - start] = entries[part]
+        header = np.array([edits.slots[row], start == first, edits.min_position[row]], np.int32)
         yield np.concatenate([header, numbers, columns.ravel()])
 
 

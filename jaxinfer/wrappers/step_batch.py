@@ -7,7 +7,6 @@ Does not know: jax, requests, queues.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,40 +32,66 @@ class SamplerVariant(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SlotEdits:
-    """The logit edits of a sequence at the time when its first token since admission is sampled.
+    """The logit edits of E sequences whose first token since admission is sampled, as J entries.
 
     Args:
-      bias_of_others: bias of the tokens that have no bias entry; -inf allows only tokens that have one.
-      penalties: float32[3], repetition, presence, frequency.
-      min_position: first position in the text, the prompt included, at which a stop token may come.
+      slots: int32[E], the slots of the sequences.
+      is_edited: bool[E], False for a sequence without edits, whose slot has to lose those of an earlier sequence.
+      bias_of_others: float32[E], bias of the tokens without a BIAS entry; -inf allows only tokens that have one.
+      penalties: float32[E, 3], repetition, presence, frequency.
+      min_position: int32[E], first position in the text, the prompt included, at which a stop token may come.
+      num_entries: int32[E], how many entries each sequence has; those of the first come first.
       kinds, token_ids, values: int32[J], int32[J], float32[J], as in logit_edits.EditEntries.
     """
 
-    bias_of_others: float
-    penalties: Float32[np.ndarray, " 3"]
-    min_position: int
+    slots: Int32[np.ndarray, " E"]
+    is_edited: Bool[np.ndarray, " E"]
+    bias_of_others: Float32[np.ndarray, " E"]
+    penalties: Float32[np.ndarray, "E 3"]
+    min_position: Int32[np.ndarray, " E"]
+    num_entries: Int32[np.ndarray, " E"]
     kinds: Int32[np.ndarray, " J"]
     token_ids: Int32[np.ndarray, " J"]
     values: Float32[np.ndarray, " J"]
 
     @classmethod
     def none(cls) -> SlotEdits:
-        """Edits that change nothing."""
-        ids = np.zeros(0, np.int32)
-        penalties = np.array([1, 0, 0], np.float32)
+        """The edits of no sequence."""
+        integers, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
         return cls(
-            bias_of_others=0.0,
-            penalties=penalties,
-            min_position=0,
-            kinds=ids,
-            token_ids=ids,
-            values=np.zeros(0, np.float32),
+            slots=integers,
+            is_edited=np.zeros(0, bool),
+            bias_of_others=floats,
+            penalties=np.zeros((0, 3), np.float32),
+            min_position=integers,
+            num_entries=integers,
+            kinds=integers,
+            token_ids=integers,
+            values=floats,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
+class AllowedTokens:
+    """The tokens that constraints allow next, for the J slots that have a constraint.
+
+    Args:
+      slots: int32[J].
+      words: uint32[J, ceil(V / 32)], a bit per token: token t is allowed if bit t % 32 of word t // 32 is 1.
+    """
+
+    slots: Int32[np.ndarray, " J"]
+    words: UInt32[np.ndarray, "J K"]
+
+    @classmethod
+    def none(cls) -> AllowedTokens:
+        """No slot has a constraint."""
+        return cls(slots=np.zeros(0, np.int32), words=np.zeros((0, 0), np.uint32))
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """One step's work, padded to its shape.
+    """All that a wrapper is told of one step, as arrays that could be sent elsewhere; padded to the step's shape.
 
     A padding row names the dump slot and has length 0. The wrapper keeps every slot's last token, length, page table
     and sampling numbers; a step brings only what changes.
@@ -95,8 +120,9 @@ class StepBatch:
       targets: int32[P, Q], the token whose log-probability is wanted behind each prefill token, NO_TARGET for none;
         None if the step scores no prompt.
       edited: whether any sampled row has logit edits or a constraint.
-      new_edits: by slot, the edits of the sequences whose first token since admission is sampled in this step; None for
-        a sequence without edits.
+      edits: the edits of the sequences whose first token since admission is sampled in this step.
+      allowed: the allowed tokens of constrained slots in the step that is sampled with this launch. With one stage that
+        is this step; in a pipeline it is the one that leaves when this one enters.
     """
 
     shape: StepShape
@@ -119,7 +145,8 @@ class StepBatch:
     num_top: int | None = None
     targets: Int32[np.ndarray, "P Q"] | None = None
     edited: bool = False
-    new_edits: Mapping[int, SlotEdits | None] = field(default_factory=dict)
+    edits: SlotEdits = field(default_factory=SlotEdits.none)
+    allowed: AllowedTokens = field(default_factory=AllowedTokens.none)
 
     @property
     def num_live_rows(self) -> int:
@@ -158,19 +185,6 @@ class StepBatch:
             page_copies=full(0, 2),
             variant=SamplerVariant.GREEDY,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AllowedTokens:
-    """The tokens that constraints allow next, for the slots that have a constraint.
-
-    Args:
-      slots: int32[J].
-      words: uint32[J, ceil(V / 32)], a bit per token: token t is allowed if bit t % 32 of word t // 32 is 1.
-    """
-
-    slots: Int32[np.ndarray, " J"]
-    words: UInt32[np.ndarray, "J K"]
 
 
 def pack_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> Int32[np.ndarray, " F"]:

@@ -98,7 +98,7 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self.num_pending = self.max_pending = 0
         self.max_pages_used = 0
         self.batches: list[StepBatch] = []
-        self.masks: list[AllowedTokens | None] = []
+        self.masks: list[AllowedTokens] = []
         self._in_flight = InFlight(self._shapes)
 
     shapes = property(lambda self: self._shapes)
@@ -117,9 +117,9 @@ class FakeWrapper(AbstractModelInferenceWrapper):
 
         allocator.allocate = allocate_empty
 
-    def launch(self, batch: StepBatch, allowed: AllowedTokens | None = None) -> FakeStep:
+    def launch(self, batch: StepBatch) -> FakeStep:
         self.batches.append(batch)
-        self.masks.append(allowed)
+        self.masks.append(batch.allowed)
         self.max_pages_used = max(self.max_pages_used, self._allocator.num_used)
         self._in_flight.enter(StepHandle(batch))
         for source, destination in batch.page_copies:
@@ -137,9 +137,9 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         step = FakeStep(batch, texts, seeds, None if batch.targets is None else self._scores(batch))
         self.in_pipeline.append(step)
         if len(self.in_pipeline) == self._shapes.num_stages:
-            self._leave(self.in_pipeline.popleft(), allowed)
+            self._leave(self.in_pipeline.popleft(), batch.allowed)
         else:
-            assert allowed is None
+            assert not len(batch.allowed.slots)
         self.num_pending += 1
         self.max_pending = max(self.max_pending, self.num_pending)
         return step
@@ -194,9 +194,9 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         ]
         return score(texts, batch.targets.ravel(), MAX_LOGPROBS)
 
-    def _leave(self, step: FakeStep, allowed: AllowedTokens | None) -> None:
+    def _leave(self, step: FakeStep, allowed: AllowedTokens) -> None:
         batch = step.batch
-        masks = {} if allowed is None else dict(zip(allowed.slots.tolist(), map(unpacked, allowed.words), strict=True))
+        masks = dict(zip(allowed.slots.tolist(), map(unpacked, allowed.words), strict=True))
         assert batch.edited or not masks
         assert masks.keys() <= set(batch.logit_slots.tolist())
         tokens = np.zeros(batch.shape.num_logits, np.int32)

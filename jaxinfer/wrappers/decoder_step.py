@@ -10,6 +10,7 @@ instead of 80. A third program scores the tokens of prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,6 +25,21 @@ from jaxinfer.wrappers.decode_state import DecodeState, advanced, with_changes
 from jaxinfer.wrappers.pipeline import Flight, LogitRows, Ring, SegmentRows
 from jaxinfer.wrappers.step_inputs import StepInputs
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeavingBatch:
+    """What the head has to know of the batch that leaves the last stage.
+
+    Args:
+      hidden: [M, D], normalised hidden states of the tokens behind which one is sampled.
+      rows: tells how to sample from them.
+      prompts: [T, D], normalised hidden states of all prefill tokens; None unless the step is scored.
+    """
+
+    hidden: Float[Array, "M D"]
+    rows: LogitRows
+    prompts: Float[Array, "T D"] | None
 
 
 class DecoderStep(nnx.Module):
@@ -48,15 +64,13 @@ class DecoderStep(nnx.Module):
         inputs: StepInputs,
         *,
         scored: bool = False,
-    ) -> tuple[DecodeState, list[LayerCache], Ring | None, Float[Array, "M D"], LogitRows, Float[Array, "T D"] | None]:
+    ) -> tuple[DecodeState, list[LayerCache], Ring | None, LeavingBatch]:
         """Runs one tick of the pipeline: a batch enters, and every batch in flight moves on by one stage.
 
         With one stage, the batch that enters is also the one that leaves.
 
         Returns:
-          The new state, the written caches and the ring. Then, of the batch that leaves the last stage, the normalised
-          hidden states [M, D] for the head, the logit rows that tell how to sample from them, and, if scored, the
-          normalised hidden states of all prefill tokens (else None).
+          The new state, the written caches, the ring, and the batch that leaves the last stage.
         """
         state = with_changes(state, inputs)
         flight = self._flight(state, inputs)
@@ -65,10 +79,10 @@ class DecoderStep(nnx.Module):
         token_ids = jnp.concatenate([state.last_token[inputs.decode_slots], inputs.prefill_tokens.ravel()])
         ring, here, x = pipeline.enter(ring, flight, self.model.embed(token_ids, positions))
         x, caches = self.model.run_layers(x, caches, self._tokens(here, inputs.row_len))
-        ring, logits = pipeline.leave(ring, flight, x)
-        hidden = self._for_head(x[self._token_index(logits.index, inputs)])
+        ring, rows = pipeline.leave(ring, flight, x)
+        hidden = self._for_head(x[self._token_index(rows.index, inputs)])
         prompts = self._for_head(x[inputs.decode_slots.shape[0] :]) if scored else None
-        return state, caches, ring, hidden, logits, prompts
+        return state, caches, ring, LeavingBatch(hidden=hidden, rows=rows, prompts=prompts)
 
     def _for_head(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
         return self.model.final_norm(share_from_last_stage(x))

@@ -30,7 +30,7 @@ from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, fr
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import NO_TARGET, AllowedTokens, SamplerVariant, SlotEdits, StepBatch
 from jaxinfer.wrappers.step_inputs import pack_inputs
-from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.step_programs import HeadInputs, StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 from jaxinfer.wrappers.xla_options import compiler_options
@@ -181,9 +181,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         leaving = self._in_flight.leaving
         plan = None if leaving is None else self._plan_exit(leaving.batch, tick.shape, batch.allowed)
         with _LAUNCHING:
-            hidden, rows, prompts = self._run_tick(tick)
+            head_inputs = self._run_tick(tick)
             if leaving is not None and plan is not None:
-                self._run_exit(leaving, plan, hidden, rows, prompts)
+                self._run_exit(leaving, plan, head_inputs)
         return handle
 
     def _plan_tick(self, handle: StepHandle) -> _Tick:
@@ -195,20 +195,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             forward=_Call(self._programs.get("forward", shape), pack_inputs(handle.batch, shape, self._shapes)),
         )
 
-    def _run_tick(self, tick: _Tick) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
-        """Runs a tick.
-
-        Returns:
-          Of the step that leaves: the hidden states to sample from, the leaves of their LogitRows, and the hidden
-          states of its prefill tokens, None unless a step in flight scores prompts.
-        """
+    def _run_tick(self, tick: _Tick) -> HeadInputs:
+        """Runs a tick; returns what the head needs to sample and score the step that leaves."""
         arrays = self._arrays
         if tick.copy is not None:
             arrays.caches = tick.copy.program(arrays.caches, tick.copy.words)
-        arrays.state, arrays.caches, arrays.ring, hidden, rows, *prompts = tick.forward.program(
+        arrays.state, arrays.caches, arrays.ring, head_inputs = tick.forward.program(
             arrays.leaves, arrays.state, arrays.caches, arrays.ring, tick.forward.words
         )
-        return hidden, rows, prompts[0] if prompts else None
+        return head_inputs
 
     def _plan_exit(self, batch: StepBatch, shape: StepShape, allowed: AllowedTokens) -> _Exit:
         samples = batch.has_logits
@@ -243,25 +238,23 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             return self._programs.get("sample_edited", num_logits, num_top)
         return self._programs.get("sample", num_logits, batch.variant, num_top)
 
-    def _run_exit(
-        self, leaving: StepHandle, plan: _Exit, hidden: jax.Array, rows: list[jax.Array], prompts: jax.Array | None
-    ) -> None:
+    def _run_exit(self, leaving: StepHandle, plan: _Exit, inputs: HeadInputs) -> None:
         """Samples and scores the step that leaves, and starts copying its results to the host."""
         arrays = self._arrays
         if plan.score is not None:
-            leaving.scores = plan.score.program(arrays.head_leaves, prompts, plan.score.words)
+            leaving.scores = plan.score.program(arrays.head_leaves, inputs.prompts, plan.score.words)
             leaving.scores.copy_to_host_async()
         if plan.sample is None:
-            leaving.result = rows[0]  # no tokens, but an array for collect to wait for
+            leaving.result = inputs.rows[0]  # no tokens, but an array for collect to wait for
             return
         for upload in plan.edits:
             arrays.edits = upload.program(arrays.edits or self._step_programs.allocate_edits(), upload.words)
         if leaving.batch.edited:
             arrays.state, arrays.edits, leaving.result = plan.sample(
-                arrays.head_leaves, arrays.state, arrays.edits, hidden, rows
+                arrays.head_leaves, arrays.state, arrays.edits, inputs.hidden, inputs.rows
             )
         else:
-            arrays.state, leaving.result = plan.sample(arrays.head_leaves, arrays.state, hidden, rows)
+            arrays.state, leaving.result = plan.sample(arrays.head_leaves, arrays.state, inputs.hidden, inputs.rows)
         leaving.result.copy_to_host_async()
 
     def collect(self, handle: StepHandle) -> StepResult:
@@ -298,7 +291,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """Runs a tick that samples nothing; returns its shape and the hidden states of the step that leaves."""
         tick = self._plan_tick(StepHandle(batch))
         with _LAUNCHING:
-            return tick.shape, self._run_tick(tick)[0]
+            return tick.shape, self._run_tick(tick).hidden
 
     def warmup(self) -> None:
         """Compiles the programs that serving needs: forward, samplers, page copies, scoring, logit edits.

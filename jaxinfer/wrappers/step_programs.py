@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,20 @@ class StepArrays:
     def all(self) -> list[jax.Array]:
         """Every array; those of the head appear twice, as they are among the model's leaves as well."""
         return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring, *self.edits]
+
+
+class HeadInputs(NamedTuple):
+    """The leaves of a LeavingBatch: what the forward program returns for the programs of the head.
+
+    Args:
+      hidden: [M, D], hidden states to sample from.
+      rows: the leaves of LogitRows.
+      prompts: [T, D], hidden states of all prefill tokens; None unless the shape is a scored one.
+    """
+
+    hidden: Any
+    rows: list[Any]
+    prompts: Any = None
 
 
 class StepPrograms:
@@ -142,10 +156,7 @@ class StepPrograms:
         return jax.tree.unflatten(self._cache_tree, leaves)
 
     def forward(self, shape: StepShape) -> jax.stages.Traced:
-        """(leaves, state, caches, ring, words) -> (state, caches, ring, hidden, rows); donates state, caches and ring.
-
-        If the shape is a scored one, the hidden states of all prefill tokens follow as a sixth result.
-        """
+        """(leaves, state, caches, ring, words) -> (state, caches, ring, HeadInputs); donates state, caches and ring."""
 
         def forward(leaves, state, caches, ring, words):
             step = self._step.merge(leaves)
@@ -153,14 +164,14 @@ class StepPrograms:
             caches = jax.tree.unflatten(self._cache_tree, caches)
             ring = jax.tree.unflatten(self._ring_tree, ring)
             inputs = unpack_inputs(words, shape, self._shapes)
-            state, caches, ring, hidden, rows, prompts = step(state, caches, ring, inputs, scored=shape.scored)
-            outputs = (*map(jax.tree.leaves, (state, caches, ring)), hidden, jax.tree.leaves(rows))
-            return (*outputs, prompts) if shape.scored else outputs
+            state, caches, ring, leaving = step(state, caches, ring, inputs, scored=shape.scored)
+            head_inputs = HeadInputs(leaving.hidden, jax.tree.leaves(leaving.rows), leaving.prompts)
+            return (*map(jax.tree.leaves, (state, caches, ring)), head_inputs)
 
         mapped = self._sharded(
             forward,
             in_specs=(self._step.specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
-            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED, REPLICATED, *[REPLICATED] * shape.scored),
+            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
         )
         return jax.jit(mapped, donate_argnums=(1, 2, 3)).trace(
             self._placed(self._step.leaves, self._step.specs),

@@ -15,6 +15,7 @@ from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request
 from jaxinfer.wrappers import decoder_wrapper
+from jaxinfer.wrappers.step_programs import HeadInputs
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes
 
 # float32 on both sides; sums in another order differ by about 1e-5.
@@ -162,8 +163,9 @@ def blank_program(name, *arguments):
     if name == "forward":
         (shape,) = arguments
         hidden, rows = jnp.zeros((shape.num_logits, 1)), [jnp.zeros(shape.num_logits, jnp.int32)]
-        prompts = [jnp.zeros((shape.num_prefill * PREFILL_BLOCK, 1))] * shape.scored
-        return FakeProgram(lambda leaves, state, caches, ring, words: (state, caches, ring, hidden, rows, *prompts))
+        prompts = jnp.zeros((shape.num_prefill * PREFILL_BLOCK, 1)) if shape.scored else None
+        head_inputs = HeadInputs(hidden, rows, prompts)
+        return FakeProgram(lambda leaves, state, caches, ring, words: (state, caches, ring, head_inputs))
     num_columns = {"score": 42, "sample_edited": 1, "sample": 1}.get(name, 0)
     result = jnp.zeros((arguments[0] if arguments else 0, num_columns), jnp.int32)
     functions = {

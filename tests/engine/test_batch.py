@@ -1,12 +1,15 @@
 """Schedules as arrays."""
 
+import dataclasses
+from enum import Enum
+
 import numpy as np
 import pytest
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.batch import make_batch, needed_variant
 from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
-from jaxinfer.request import Request
+from jaxinfer.request import EditKind, LogitEdits, Request
 from jaxinfer.wrappers.step_batch import SamplerVariant, pack_sampling
 from jaxinfer.wrappers.step_shapes import StepShapes
 
@@ -62,3 +65,28 @@ def test_make_batch_lays_out_decodes_then_last_chunks():
 )
 def test_needed_variant_is_the_cheapest_that_serves_all(fields, variant):
     assert needed_variant(sequence(**entry).request for entry in fields) is variant
+
+
+def test_make_batch_edits_and_masks_are_plain_arrays_of_the_step():
+    edits = LogitEdits(logit_bias=((7, 2.5),), min_tokens=2, repetition_penalty=1.5)
+    edited = sequence(edits=edits, stop_token_ids=frozenset({3}))
+    edited.token_ids = [1, 8, 8]  # it was preempted after two output tokens
+    chunks = (PrefillChunk(sequence(), 2, 0, [1], (6,), 1), PrefillChunk(edited, 1, 0, [1, 8, 8], (5,), 1))
+    batch = make_batch(Schedule((), chunks), SHAPES, {1: np.array([0b1010], np.uint32)})
+    assert batch.edits.slots.tolist() == [2, 1]
+    assert batch.edits.is_edited.tolist() == [False, True]
+    assert batch.edits.min_position[1] == 1 + 2
+    np.testing.assert_array_equal(batch.edits.penalties, np.float32([[1, 0, 0], [1.5, 0, 0]]))
+    assert batch.edits.num_entries.tolist() == [0, 5]
+    entries = zip(batch.edits.kinds.tolist(), batch.edits.token_ids.tolist(), batch.edits.values.tolist(), strict=True)
+    kinds = [EditKind.BIAS, EditKind.HELD_BACK, EditKind.PROMPT, EditKind.OUTPUT, EditKind.OUTPUT]
+    assert list(entries) == list(zip(kinds, [7, 3, 1, 8, 8], [2.5, 0, 0, 0, 0], strict=True))
+    assert (batch.allowed.slots.tolist(), batch.allowed.words.tolist()) == ([1], [[0b1010]])
+    assert all(is_plain(getattr(batch, field.name)) for field in dataclasses.fields(batch))
+
+
+def is_plain(value) -> bool:
+    """Whether a value consists of numbers and of arrays of numbers, so that it can be sent as bytes."""
+    if dataclasses.is_dataclass(value):
+        return all(is_plain(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value.dtype.kind in "biuf" if isinstance(value, np.ndarray) else isinstance(value, (int, Enum, type(None)))

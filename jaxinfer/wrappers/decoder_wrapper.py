@@ -24,7 +24,7 @@ from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.edit_words import pack_allowed, pack_edits
+from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle, copy_sizes
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.programs import ProgramCache

@@ -26,7 +26,7 @@ from jaxinfer.sampling.logit_edits import EditState, set_allowed, set_slot
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decode_state import DecodeState
 from jaxinfer.wrappers.decoder_step import DecoderStep
-from jaxinfer.wrappers.edit_words import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
+from jaxinfer.wrappers.edit_upload import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.sample_step import sample_step, score_step
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -116,54 +116,64 @@ def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Arra
     for device, index in sharding.addressable_devices_indices_map(variable.shape).items():
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), variable.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
-    read = _reader(parameter, store, num_shards=mesh.shape[TENSOR])
+    reader = _ParameterReader(parameter, store, num_shards=mesh.shape[TENSOR])
     arrays = []
     for bounds, replicas in devices.items():
-        values = read(bounds)
+        values = reader.read(bounds)
         arrays += [jax.device_put(values, device) for device in replicas]
         # Transfers are asynchronous and keep their source alive: without this wait, all slices could be in host memory.
         jax.block_until_ready(arrays)
     return jax.make_array_from_single_device_arrays(variable.shape, sharding, arrays)
 
 
-def _reader(parameter: NamedParameter, store: TensorStore, *, num_shards: int) -> Callable[[Bounds], np.ndarray]:
-    """A function that reads one slice of the parameter, given its bounds."""
-    variable, parts = parameter.variable, parameter.parts
-    shards = parameter.num_interleaved(num_shards)
-    copied: dict[tuple[str, int, int], np.ndarray] = {}  # rows with several copies (kv heads) are read once
+class _ParameterReader:
+    """Reads slices of one parameter from the tensors that it is made of.
 
-    def read_rows(name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
-        _read_slice(store, name, (slice(start, stop), *rest), out, transposed=parameter.transposed)
+    Args:
+      parameter: the parameter.
+      store: the tensors.
+      num_shards: tensor shards of the mesh.
+    """
 
-    def read_copy(name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
-        key = (name, start, stop)
-        if key not in copied:
-            copied[key] = np.empty_like(out)
-            read_rows(*key, rest, copied[key])
-        out[...] = copied[key]
+    def __init__(self, parameter: NamedParameter, store: TensorStore, *, num_shards: int):
+        self._parameter = parameter
+        self._store = store
+        self._shards = parameter.num_interleaved(num_shards)
+        self._copied: dict[tuple[str, int, int], np.ndarray] = {}  # rows with several copies (kv heads) are read once
 
-    def read_stage(stage: int, bounds: Bounds, out: np.ndarray) -> None:
-        (start, stop), *others = bounds
-        rest = tuple(slice(low, high) for low, high in others)
-        position = 0
-        for piece in fused_rows([part.size for part in parts], shards, start, stop):
-            name, first = parameter.part_source(stage, piece.part)
-            for low, high in stored_rows(parts[piece.part], piece.start, piece.stop):
-                fill = read_rows if parts[piece.part].copies == 1 else read_copy
-                fill(name, first + low, first + high, rest, out[position : position + high - low])
-                position += high - low
-
-    def read(bounds: Bounds) -> np.ndarray:
-        out = _aligned_zeros([stop - start for start, stop in bounds], np.dtype(variable.dtype))
+    def read(self, bounds: Bounds) -> np.ndarray:
+        """The slice with these bounds, in aligned memory; stages that only pad are zero."""
+        parameter = self._parameter
+        out = _aligned_zeros([stop - start for start, stop in bounds], np.dtype(parameter.variable.dtype))
         if not parameter.staged:
-            read_stage(0, bounds, out)
+            self._read_stage(0, bounds, out)
             return out
         for position, stage in enumerate(range(*bounds[0])):
             if parameter.stages[stage]:
-                read_stage(stage, bounds[1:], out[position])
+                self._read_stage(stage, bounds[1:], out[position])
         return out
 
-    return read
+    def _read_stage(self, stage: int, bounds: Bounds, out: np.ndarray) -> None:
+        (start, stop), *others = bounds
+        rest = tuple(slice(low, high) for low, high in others)
+        parts = self._parameter.parts
+        position = 0
+        for piece in fused_rows([part.size for part in parts], self._shards, start, stop):
+            name, first = self._parameter.part_source(stage, piece.part)
+            for low, high in stored_rows(parts[piece.part], piece.start, piece.stop):
+                read = self._read_rows if parts[piece.part].copies == 1 else self._read_copy
+                read(name, first + low, first + high, rest, out[position : position + high - low])
+                position += high - low
+
+    def _read_rows(self, name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
+        _read_slice(self._store, name, (slice(start, stop), *rest), out, transposed=self._parameter.transposed)
+
+    def _read_copy(self, name: str, start: int, stop: int, rest: tuple[slice, ...], out: np.ndarray) -> None:
+        key = (name, start, stop)
+        if key not in self._copied:
+            self._copied[key] = np.empty_like(out)
+            self._read_rows(*key, rest, self._copied[key])
+        out[...] = self._copied[key]
 
 
 def _read_slice(store: TensorStore, name: str, index: tuple[slice, ...], out: np.ndarray, *, transposed: bool) -> None:

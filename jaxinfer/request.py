@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfer.config import require_int
+from jaxinfer.config.validation import require_int
 from jaxinfer.constraints.constraint import TokenConstraint
 
 FinishReason = Literal["stop", "length", "abort"]

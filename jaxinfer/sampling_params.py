@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from jaxinfer.config import names_nearest_field, require_bool, require_float, require_int
+from jaxinfer.config.keywords import names_nearest_field
+from jaxinfer.config.validation import require_bool, require_float, require_int
 from jaxinfer.constraints.structured_output import StructuredOutput
 from jaxinfer.request import MAX_LOGPROBS, LogitEdits
 

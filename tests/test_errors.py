@@ -1,8 +1,8 @@
 """Every call refuses what it cannot do before anything is queued, in words that name parameter, value and range; the
 same LLM then goes on as if nothing had been asked.
 
-Wrong values of single fields are test_sampling_params.py's and test_config.py's; here a wish needs the model, the
-tokenizer or the engine to be found wrong.
+Wrong values of single fields are test_sampling_params.py's and config/test_engine_config.py's; here a wish needs the
+model, the tokenizer or the engine to be found wrong.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from typing import Any
 
 from jaxinfer.api.llm import LLM
 from jaxinfer.checkpoint.directory import DEMO
-from jaxinfer.config import EngineConfig, unknown_keyword
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.keywords import unknown_keyword
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text.preparation import Prompt
 from jaxinfer.tokenizer.tokenizer import Tokenizer

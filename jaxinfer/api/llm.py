@@ -26,7 +26,9 @@ from jaxinfer.api.scoring import Perplexity, Window, check_windows, sliding_wind
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
-from jaxinfer.config import EngineConfig, GenerationDefaults, ModelConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.generation_defaults import GenerationDefaults
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.draft_model import DraftModel
 from jaxinfer.engine.drafting import PROMPT_LOOKUP, Drafter, PromptLookup
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from jaxinfer.checkpoint.directory import fingerprint
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.records.record import Provenance
 
 PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy")

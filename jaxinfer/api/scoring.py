@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxinfer.config import require_int
+from jaxinfer.config.validation import require_int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from jaxinfer.api.llm import LLM
 from jaxinfer.bench.report import format_table
-from jaxinfer.config import require_choice
+from jaxinfer.config.validation import require_choice
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling_params import SamplingParams

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.bench.marks import headline
-from jaxinfer.config import require_choice
+from jaxinfer.config.validation import require_choice
 
 _LEAST_SECONDS = 5.0
 _SHOWN_ERROR = 4000

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from jaxinfer.checkpoint.directory import SINGLE_FILE
 from jaxinfer.checkpoint.naming import NamedParameter, name_parameters
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family
 

@@ -27,7 +27,7 @@ from jaxinfer.bench.profile import Profile, record
 from jaxinfer.bench.profile import render as render_profile
 from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.wrappers.assembly import choose_dtype
 
 _DATASHEET_GB_PER_S = {

@@ -26,7 +26,8 @@ from jaxinfer.bench.workload import random_prompts
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import Request
 from jaxinfer.wrappers.step_shapes import pages_for

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.config import require_choice, require_float, require_int, unknown_keyword
+from jaxinfer.config.keywords import unknown_keyword
+from jaxinfer.config.validation import require_choice, require_float, require_int
 
 DISTRIBUTIONS = ("uniform", "lognormal")
 _TAIL = 4

@@ -19,7 +19,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from jaxinfer.config import GenerationDefaults
+from jaxinfer.config.generation_defaults import GenerationDefaults
 
 DEMO = "demo"
 """The name of the bundled model."""

@@ -32,7 +32,8 @@ from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
 from jaxinfer.bench.session import Session, Target, engine_config
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli.flags import takes_settings
-from jaxinfer.config import EngineConfig, require_int
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.validation import require_int
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import choose_dtype
 

@@ -21,7 +21,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from jaxinfer.config import EngineConfig, GenerationDefaults, unknown_keyword
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.generation_defaults import GenerationDefaults
+from jaxinfer.config.keywords import unknown_keyword
 from jaxinfer.sampling_params import SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)

@@ -17,7 +17,8 @@ from jaxinfer.api.loaded_engine import find_draft
 from jaxinfer.checkpoint import directory
 from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.communication.volume import CollectiveVolume
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, context_length, lay_out

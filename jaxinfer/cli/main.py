@@ -27,7 +27,7 @@ from jaxinfer.cli.conversation import HELP, Conversation
 from jaxinfer.cli.flags import SETTINGS, takes_settings
 from jaxinfer.cli.replay import read_records, replay_records
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams

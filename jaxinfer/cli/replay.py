@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.api.llm import LLM
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.outputs import CompletionRecord, GenerationRecord, RequestOutput
 from jaxinfer.sampling_params import SamplingParams
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.config import names_nearest_field
+from jaxinfer.config.keywords import names_nearest_field
 
 
 def _require_text(name: str, value: object) -> str:

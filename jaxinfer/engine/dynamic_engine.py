@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.batch import first_tokens, make_batch
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.engine.beams import BeamSearch

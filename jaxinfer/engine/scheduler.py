@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.ending import end_reason, start_constraint
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import paged_attention
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.layers import kv_cache, rope

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import sum_over_tensor, tensor_shard
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.linear import Rows, project
 from jaxinfer.layers.mlp import activate
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.config import RopeConfig
+from jaxinfer.config.model_config import RopeConfig
 
 RotaryTables = tuple[Float[Array, "T J"], Float[Array, "T J"]]
 """The cosines and the sines of every token's angles, each [T, J] for J rotated pairs."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers import rope
 from jaxinfer.layers.attention import Attention, TokenBatch
 from jaxinfer.layers.embedding import PositionEmbedding, VocabularyEmbedding

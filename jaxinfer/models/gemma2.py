@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ModelConfig, require_float
+from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.config.validation import require_float
 from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
 from jaxinfer.models.llama import TENSOR_NAMES

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.gemma2 import GEMMA2_TENSOR_NAMES, parse_gemma
 from jaxinfer.models.hf_config import parse_rope, require_count

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ACTIVATIONS, ModelConfig, require_choice, require_float
+from jaxinfer.config.model_config import ACTIVATIONS, ModelConfig
+from jaxinfer.config.validation import require_choice, require_float
 from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import require, require_count
 from jaxinfer.models.registry import ModelFamily

@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ROPE_KINDS, ModelConfig, RopeConfig, require_float, require_int
+from jaxinfer.config.model_config import ROPE_KINDS, ModelConfig, RopeConfig
+from jaxinfer.config.validation import require_float, require_int
 
 _OPTIONAL_NUMBERS = (
     "low_freq_factor",

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import jax.numpy as jnp
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.kv_cache import CacheShape
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.hf_config import parse_decoder
 from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.attention import TokenBatch
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache

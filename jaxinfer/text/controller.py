@@ -9,7 +9,7 @@ It is the counterpart of Megatron's TextGenerationController.
 
 from __future__ import annotations
 
-from jaxinfer.config import GenerationDefaults
+from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.errors import INTERRUPTS
 from jaxinfer.records.record import Provenance

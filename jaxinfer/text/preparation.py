@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from jaxinfer.config import GenerationDefaults
+from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.constraints.bad_words import BadWords
 from jaxinfer.constraints.constraint import AllOf, OnlyThese, TokenConstraint
 from jaxinfer.constraints.structured import GrammarCompiler

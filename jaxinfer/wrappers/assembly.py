@@ -16,7 +16,8 @@ from flax import nnx
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import choose_backend
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.moe import EXPERT_BLOCK
 from jaxinfer.sampling.logit_edits import EditState
 from jaxinfer.wrappers.jax_start import card_bytes

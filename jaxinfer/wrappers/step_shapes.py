@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 
 PREFILL_BLOCK = 16
 """Q, tokens of a prefill row. A chunk of a prompt takes as many rows as it needs: 40 tokens take rows of 16, 16 and 8.

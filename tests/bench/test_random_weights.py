@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.directory import read_json, weight_files
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import find_family, parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
 

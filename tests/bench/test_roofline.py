@@ -14,7 +14,7 @@ from jaxinfer.bench.roofline import (
     measure_rates,
     prefill_cost,
 )
-from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.config.model_config import ModelConfig, RopeConfig
 from jaxinfer.models.registry import parse_model_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

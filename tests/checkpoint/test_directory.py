@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from jaxinfer.checkpoint.directory import generation_defaults, read_json, resolve, weight_files
-from jaxinfer.config import GenerationDefaults
+from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.models.registry import parse_model_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -2,7 +2,7 @@
 
 from fake_wrapper import FakeWrapper, logprobs, text_of
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.beam_search import BeamCandidates, BeamGroup
 from jaxinfer.engine.drafting import PROMPT_LOOKUP
 from jaxinfer.engine.dynamic_engine import DynamicEngine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.request import MAX_LOGPROBS, Request
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper

@@ -6,7 +6,7 @@ from enum import Enum
 import numpy as np
 import pytest
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.batch import make_batch, needed_variant
 from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
 from jaxinfer.request import EditKind, LogitEdits, Request

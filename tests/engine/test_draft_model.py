@@ -5,7 +5,7 @@ from engine_tools import assert_own_texts, finish, make_engine, request, run_all
 from fake_policies import Residues
 from fake_wrapper import FakeWrapper
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.draft_model import MAX_UNREAD, DraftModel
 
 

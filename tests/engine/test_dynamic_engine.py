@@ -5,7 +5,7 @@ import pytest
 from engine_tools import assert_own_texts, finish, make_engine, request, run_all
 from fake_wrapper import FakeWrapper, continuation
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import RequestTooLongError
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.config import RopeConfig
+from jaxinfer.config.model_config import RopeConfig
 from jaxinfer.layers.rope import rotary_frequencies, rotary_tables, rotate
 
 LLAMA3 = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_len=8192)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer.communication.mesh import abstract_mesh
-from jaxinfer.config import EngineConfig, ModelConfig, RopeConfig
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig, RopeConfig
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
 from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_shapes import StepShapes

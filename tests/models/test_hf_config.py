@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.config.model_config import ModelConfig, RopeConfig
 from jaxinfer.models.hf_config import parse_rope, parse_windows, require, require_count
 from jaxinfer.models.llama import parse_config
 from jaxinfer.models.registry import parse_model_config

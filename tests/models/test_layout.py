@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.config.model_config import ModelConfig, RopeConfig
 from jaxinfer.models.layout import Layout
 
 CONFIG = ModelConfig(

@@ -122,7 +122,7 @@ def changed(path: str, value: Any) -> str:
         (changed("sampling_params.logit_bias", {"x": 1}), "logit_bias key must be an int"),
         (changed("provenance.engine.page_size", 9), "page_size must be a power of two, got 9"),
         (changed("provenance.engine.data_parallel_size", 2), "only one replica"),
-        (changed("provenance.engine", None), "engine must be jaxinfer.config.EngineConfig, got None"),
+        (changed("provenance.engine", None), "engine must be jaxinfer.config.engine_config.EngineConfig, got None"),
         (changed("prompt_token_ids", "abc"), r"prompt_token_ids must be tuple\[int, ...\], got 'abc'"),
         (changed("outputs.0.token_ids", [1, True]), "token_ids entry must be int, got True"),
         (changed("outputs.0.finish_reason", "done"), "finish_reason must be"),

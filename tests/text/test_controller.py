@@ -6,7 +6,7 @@ import pytest
 from engine_tools import make_engine
 from fake_wrapper import VOCAB_SIZE, continuation
 
-from jaxinfer.config import GenerationDefaults
+from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer

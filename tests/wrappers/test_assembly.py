@@ -6,7 +6,7 @@ import pytest
 from conftest import GOLDEN
 
 from jaxinfer.checkpoint.directory import read_json
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import context_length
 

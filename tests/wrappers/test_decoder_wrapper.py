@@ -10,7 +10,7 @@ import pytest
 from conftest import load_golden
 from wrapper_tools import FakeProgram, decode_step, make_random_wrapper, make_wrapper, prefill_step
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request

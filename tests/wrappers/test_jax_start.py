@@ -11,7 +11,7 @@ from jax._src import xla_bridge
 from jaxinfer import LLM
 from jaxinfer.api import loaded_engine
 from jaxinfer.cli.info import system_facts
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.wrappers import jax_start, memory
 
 GIB = 2**30

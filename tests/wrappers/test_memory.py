@@ -8,7 +8,7 @@ import pytest
 from wrapper_tools import make_wrapper
 
 from jaxinfer.checkpoint import directory
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers import decoder_wrapper, memory
 from jaxinfer.wrappers.memory import (

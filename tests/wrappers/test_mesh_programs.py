@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.directory import read_json
 from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.communication.sharding import KV_PAGES
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.sampling.sampling import NUM_CANDIDATES
 from jaxinfer.wrappers.assembly import abstract_model, lay_out

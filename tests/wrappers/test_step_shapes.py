@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.wrappers.step_inputs import num_input_words
 from jaxinfer.wrappers.step_shapes import MAX_CHUNKS, PREFILL_BLOCK, StepShapes, num_blocks
 

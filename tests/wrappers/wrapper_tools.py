@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore
-from jaxinfer.config import EngineConfig
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import assemble
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper

@@ -1,222 +1,22 @@
-"""Settings of the engine (EngineConfig) and the numbers of a decoder-only model (ModelConfig).
+"""ModelConfig: the numbers of a decoder-only model, and RopeConfig, those of its rotary embedding.
 
-Owns: every knob of the engine and every number of an architecture, each validated once.
-Does not know: jax, files, requests.
+Owns: every number of an architecture, which combinations exist, and how many parameters follow from them.
+Does not know: jax, files; models.hf_config reads the numbers from a checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
 import math
-import numbers
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
-_Settings = TypeVar("_Settings")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
+from jaxinfer.config.validation import require_choice, require_float, require_int
+
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
 NORM_PLACES = ("before", "behind", "both")
 NORM_KINDS = ("rms", "layer")
 QK_NORMS = ("none", "head", "projection")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-
-
-def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """The value as a Python int; refuses bools and anything but an integer (numpy's included) within [low, high].
-
-    Raises:
-      TypeError: value is not an integer.
-      ValueError: value lies outside the range; the message gives name, range and value.
-    """
-    allowed = f">= {low}" if high is None else f"in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int {allowed}, got {value!r} of type {type(value).__name__}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {allowed}, got {number}")
-    return number
-
-
-def require_float(name: str, value: object, allowed: str, low: float, high: float, *, open_low: bool = False) -> float:
-    """The value as a Python float; refuses bools and anything but a finite number (numpy's included) in the range.
-
-    Args:
-      name: of the setting, for messages.
-      value: what the user gave.
-      allowed: the range in words, for messages.
-      low, high: the range, both ends included.
-      open_low: whether low itself is outside the range.
-
-    Raises:
-      TypeError: value is not a number.
-      ValueError: value lies outside the range or is not finite; the message gives name, range and value.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return number
-
-
-def require_bool(name: str, value: object) -> None:
-    """Refuses anything but True or False.
-
-    Raises:
-      TypeError: value is not a bool.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuses a value outside a closed list of words.
-
-    Raises:
-      ValueError: value is not one of choices; the message lists them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def unknown_keyword(keyword: str, known: Iterable[str]) -> TypeError:
-    """The error for an unknown keyword; its message names the nearest known one."""
-    near = difflib.get_close_matches(keyword, list(known), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return TypeError(f"unknown argument {keyword!r}{hint}")
-
-
-def names_nearest_field(settings: type[_Settings]) -> type[_Settings]:
-    """Makes the error about an unknown keyword of a dataclass name the nearest field; a decorator above @dataclass.
-
-    It applies wherever an instance is made (a call, dataclasses.replace). Signature, copies and pickles stay those of
-    the dataclass.
-
-    Example:
-      >>> @names_nearest_field
-      ... @dataclass
-      ... class Size:
-      ...     width: int
-      >>> Size(width=3)
-      Size(width=3)
-      >>> Size(widht=3)
-      Traceback (most recent call last):
-      TypeError: unknown argument 'widht'; did you mean 'width'?
-    """
-    initialise: Callable[..., None] = settings.__init__
-    known = [field.name for field in dataclasses.fields(cast(Any, settings))]
-
-    @functools.wraps(initialise)
-    def initialise_known(self: object, *values: Any, **keywords: Any) -> None:
-        for keyword in keywords:
-            if keyword not in known:
-                raise unknown_keyword(keyword, known)
-        initialise(self, *values, **keywords)
-
-    cast(Any, settings).__init__ = initialise_known
-    return settings
-
-
-@names_nearest_field
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """All settings of the engine; one instance per LLM, never changed.
-
-    Args:
-      dtype: dtype of weights, activations and KV cache: "auto" is float32 on CPU and bfloat16 elsewhere.
-      tensor_parallel_size: devices that share each layer.
-      pipeline_parallel_size: stages that share the layers.
-      data_parallel_size: replicas of the whole mesh; only 1 is supported.
-      max_model_len: limit on the tokens of prompt and output together; None takes the model's own limit.
-      max_num_seqs: sequences that can run at once (decode slots).
-      max_num_batched_tokens: tokens that one step may process. Prefill rows are padded to 16 tokens each; padding
-        included, they are bounded by the same number, rounded up to whole rows.
-      page_size: tokens in one KV page; a power of two, at least 8.
-      num_kv_pages: KV pages without the dump page; None derives it from free memory.
-      gpu_memory_utilization: share of a GPU's memory for weights, KV cache and activations. JAX reserves this share
-        when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION or a related variable is set.
-      enable_prefix_caching: whether requests with equal beginnings share the full KV pages of these.
-      enable_chunked_prefill: whether prompts may be split to fit the token budget of a step.
-      run_ahead: whether the next step is launched before the last one's tokens are read.
-      attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
-        CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle.
-      draft_model: what proposes tokens for speculative decoding, which verifies several in one step and gives the same
-        output in fewer steps. Either the directory or hub id of a checkpoint with the same vocabulary, or
-        "prompt-lookup", which proposes what followed the last tokens where they occurred before in the text. None
-        decodes one token at a time.
-      num_draft_tokens: how many tokens to propose at a time, at most, 1 .. 15.
-      seed: the seeds of requests without a seed are derived from it.
-
-    Raises:
-      TypeError, ValueError: a field is outside its range; the message names field, value and range.
-    """
-
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    page_size: int = 64
-    num_kv_pages: int | None = None
-    gpu_memory_utilization: float = 0.9
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    run_ahead: bool = True
-    attention_backend: str = "auto"
-    draft_model: str | None = None
-    num_draft_tokens: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_choice("dtype", self.dtype, DTYPES)
-        require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
-        lowest |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
-        for name, low in lowest.items():
-            object.__setattr__(self, name, require_int(name, getattr(self, name), low))
-        for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, require_int(name, getattr(self, name), low))
-        if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):
-            raise TypeError(
-                f'draft_model must be a checkpoint\'s directory or hub id, "prompt-lookup" or None, got '
-                f"{self.draft_model!r}"
-            )
-        object.__setattr__(self, "num_draft_tokens", require_int("num_draft_tokens", self.num_draft_tokens, 1, 15))
-        if self.data_parallel_size != 1:
-            raise NotImplementedError(
-                f"data_parallel_size={self.data_parallel_size}: only one replica is supported so far; use 1"
-            )
-        if self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size must be a power of two, got {self.page_size}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens must be >= max_num_seqs, so that every running request can decode, "
-                f"got {self.max_num_batched_tokens} < {self.max_num_seqs}"
-            )
-        share = require_float("gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]", 0, 1, open_low=True)
-        object.__setattr__(self, "gpu_memory_utilization", share)
-        for name in ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead"):
-            require_bool(name, getattr(self, name))
-        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**63 - 1))
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> EngineConfig:
-        """Builds a config from keyword arguments.
-
-        Raises:
-          TypeError: a keyword is not a field; the message names the nearest field.
-        """
-        return cls(**keywords)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -421,19 +221,3 @@ class ModelConfig:
         num_sparse = len(self.expert_layers)
         blocks = (self.num_layers - num_sparse) * dense + num_sparse * experts
         return tables * self.hidden_size + self.num_layers * layer + blocks + norm
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationDefaults:
-    """What a checkpoint's generation_config.json (and config.json) say about generating.
-
-    Args:
-      temperature, top_k, top_p: sampling settings for calls without SamplingParams; 0, 0 and 1 (greedy, no filters)
-        unless the checkpoint asks for sampling.
-      eos_token_ids: tokens that end a text.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    eos_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,112 @@
+"""EngineConfig: all settings of the engine.
+
+Owns: every knob of the engine with its default and its range.
+Does not know: jax, models, requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.config.keywords import names_nearest_field
+from jaxinfer.config.validation import require_bool, require_choice, require_float, require_int
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
+
+
+@names_nearest_field
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """All settings of the engine; one instance per LLM, never changed.
+
+    Args:
+      dtype: dtype of weights, activations and KV cache: "auto" is float32 on CPU and bfloat16 elsewhere.
+      tensor_parallel_size: devices that share each layer.
+      pipeline_parallel_size: stages that share the layers.
+      data_parallel_size: replicas of the whole mesh; only 1 is supported.
+      max_model_len: limit on the tokens of prompt and output together; None takes the model's own limit.
+      max_num_seqs: sequences that can run at once (decode slots).
+      max_num_batched_tokens: tokens that one step may process. Prefill rows are padded to 16 tokens each; padding
+        included, they are bounded by the same number, rounded up to whole rows.
+      page_size: tokens in one KV page; a power of two, at least 8.
+      num_kv_pages: KV pages without the dump page; None derives it from free memory.
+      gpu_memory_utilization: share of a GPU's memory for weights, KV cache and activations. JAX reserves this share
+        when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION or a related variable is set.
+      enable_prefix_caching: whether requests with equal beginnings share the full KV pages of these.
+      enable_chunked_prefill: whether prompts may be split to fit the token budget of a step.
+      run_ahead: whether the next step is launched before the last one's tokens are read.
+      attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
+        CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle.
+      draft_model: what proposes tokens for speculative decoding, which verifies several in one step and gives the same
+        output in fewer steps. Either the directory or hub id of a checkpoint with the same vocabulary, or
+        "prompt-lookup", which proposes what followed the last tokens where they occurred before in the text. None
+        decodes one token at a time.
+      num_draft_tokens: how many tokens to propose at a time, at most, 1 .. 15.
+      seed: the seeds of requests without a seed are derived from it.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
+    """
+
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 64
+    num_kv_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    run_ahead: bool = True
+    attention_backend: str = "auto"
+    draft_model: str | None = None
+    num_draft_tokens: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
+        lowest |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+        for name, low in lowest.items():
+            object.__setattr__(self, name, require_int(name, getattr(self, name), low))
+        for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, require_int(name, getattr(self, name), low))
+        if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):
+            raise TypeError(
+                f'draft_model must be a checkpoint\'s directory or hub id, "prompt-lookup" or None, got '
+                f"{self.draft_model!r}"
+            )
+        object.__setattr__(self, "num_draft_tokens", require_int("num_draft_tokens", self.num_draft_tokens, 1, 15))
+        if self.data_parallel_size != 1:
+            raise NotImplementedError(
+                f"data_parallel_size={self.data_parallel_size}: only one replica is supported so far; use 1"
+            )
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two, got {self.page_size}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be >= max_num_seqs, so that every running request can decode, "
+                f"got {self.max_num_batched_tokens} < {self.max_num_seqs}"
+            )
+        share = require_float("gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]", 0, 1, open_low=True)
+        object.__setattr__(self, "gpu_memory_utilization", share)
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead"):
+            require_bool(name, getattr(self, name))
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**63 - 1))
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> EngineConfig:
+        """Builds a config from keyword arguments.
+
+        Raises:
+          TypeError: a keyword is not a field; the message names the nearest field.
+        """
+        return cls(**keywords)

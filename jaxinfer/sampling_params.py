@@ -185,15 +185,6 @@ class SamplingParams:
         )
         return None if edits == LogitEdits() else edits
 
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> SamplingParams:
-        """Builds parameters from keyword arguments.
-
-        Raises:
-          TypeError: a keyword is not a field; the message names the nearest field.
-        """
-        return cls(**keywords)
-
 
 @names_nearest_field
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,5 +106,5 @@ def split_settings(fields: Mapping[str, Any], *, also_known: Sequence[str] = ())
         if name not in known:
             raise unknown_keyword(name, sorted({*known, *also_known}))
     sampling = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
-    SamplingParams.from_keywords(sampling)  # refuses a wrong value now, before the caller loads a model
-    return sampling, EngineConfig.from_keywords({name: fields[name] for name in fields if name not in sampling})
+    SamplingParams(**sampling)  # refuses a wrong value now, before the caller loads a model
+    return sampling, EngineConfig(**{name: fields[name] for name in fields if name not in sampling})

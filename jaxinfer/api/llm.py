@@ -68,7 +68,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
-        config = EngineConfig.from_keywords(engine)
+        config = EngineConfig(**engine)
         path = checkpoint_directory.resolve(model)
         fields = checkpoint_directory.read_json(path / "config.json")
         model_config = parse_model_config(fields)
@@ -104,7 +104,7 @@ class LLM:
         """
         llm = cls.__new__(cls)
         eos = config.get("eos_token_id")
-        engine_config = EngineConfig.from_keywords(engine)
+        engine_config = EngineConfig(**engine)
         llm._start(
             parse_model_config(config),
             MemoryStore(_flat(params)),

@@ -93,13 +93,13 @@ def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: in
       num_seqs: requests at once.
       num_tokens: tokens of the longest request, prompt and output together.
     """
-    page_size = EngineConfig.from_keywords(fields).page_size
+    page_size = EngineConfig(**fields).page_size
     # One page more than the tokens fill: the scheduler admits a request only while every running one has a page to
     # grow into. With fewer, the last requests of a batch would wait until others end.
     needed = (pages_for(num_tokens, page_size) + 1) * page_size
     fitting = {"max_num_seqs": num_seqs, "max_model_len": max(2, min(needed, model.max_position_embeddings))}
     fitting["max_num_batched_tokens"] = max(num_seqs, EngineConfig().max_num_batched_tokens)
-    return EngineConfig.from_keywords(fitting | dict(fields))
+    return EngineConfig(**{**fitting, **fields})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

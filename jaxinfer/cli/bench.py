@@ -129,7 +129,7 @@ def startup(
     compilation cache."""
     target = _target(model, random_weights, fields)
     target.fields()  # raises for a wrong path before a process is started
-    EngineConfig.from_keywords(fields)
+    EngineConfig(**fields)
     report.warn_if_busy()
     result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
     settings = {**target.record(), "engine": fields, "prompt_len": prompt_len}
@@ -217,7 +217,7 @@ def compare(
         order = apart_bench.PeerOrder(
             peer=peer,
             fields=target.fields(),
-            dtype=choose_dtype(EngineConfig.from_keywords(fields).dtype, jax.default_backend()).name,
+            dtype=choose_dtype(EngineConfig(**fields).dtype, jax.default_backend()).name,
             platform=jax.default_backend(),
             works=tuple(works),
             max_num_seqs=max_num_seqs,
@@ -229,7 +229,7 @@ def compare(
         result = apart_bench.measure(order, lambda: _session(target, fields, plot, **size))
         _emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
         return
-    dtype = choose_dtype(EngineConfig.from_keywords(fields).dtype, jax.default_backend()).name
+    dtype = choose_dtype(EngineConfig(**fields).dtype, jax.default_backend()).name
     with tempfile.TemporaryDirectory(prefix="jaxinfer-compare-") as folder:
         shared = target
         if random_weights is not None:
@@ -350,7 +350,7 @@ def _whole_numbers(name: str, text: str) -> list[int]:
 
 
 def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> Target:
-    return Target(model=model, random_weights=random_weights, seed=EngineConfig.from_keywords(fields).seed)
+    return Target(model=model, random_weights=random_weights, seed=EngineConfig(**fields).seed)
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ def score(
     text = _read_text(file, missing="no text: name a file or use a pipe", name="FILE")
     if not text:
         raise ValueError(f"there is nothing to score: {file or 'standard input'} is empty")
-    config = EngineConfig.from_keywords(fields)
+    config = EngineConfig(**fields)
     check_windows(window, stride, max_model_len=facts.context(model or DEMO, config))
     with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
         found = llm.perplexity(text, window=window, stride=stride)
@@ -205,7 +205,7 @@ def info(
         for name, size in _parallel_sizes(mesh).items():
             if fields.setdefault(name, size) != size:
                 raise ValueError(f"--mesh {mesh} contradicts {name} {fields[name]}; pass one of them")
-    config = EngineConfig.from_keywords(fields)
+    config = EngineConfig(**fields)
     system = facts.system_facts(config)
     found = None if model is None else facts.model_facts(model, config, system)
     if as_json:

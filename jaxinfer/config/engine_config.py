@@ -6,9 +6,7 @@ Does not know: jax, models, requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxinfer.config.keywords import names_nearest_field
 from jaxinfer.config.validation import require_bool, require_choice, require_float, require_int
@@ -101,12 +99,3 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead"):
             require_bool(name, getattr(self, name))
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**63 - 1))
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> EngineConfig:
-        """Builds a config from keyword arguments.
-
-        Raises:
-          TypeError: a keyword is not a field; the message names the nearest field.
-        """
-        return cls(**keywords)

@@ -70,15 +70,9 @@ def test_engine_config_numbers_become_float(value) -> None:
     [("max_num_seq", "; did you mean 'max_num_seqs'?"), ("page_sise", "; did you mean 'page_size'?"), ("zzz", "")],
 )
 def test_engine_config_unknown_keyword_names_nearest(keyword: str, hint: str) -> None:
-    for make in (EngineConfig, lambda **keywords: EngineConfig.from_keywords(keywords)):
-        with pytest.raises(TypeError) as caught:
-            make(**{keyword: 1})
-        assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
-
-
-def test_engine_config_from_keywords_equals_constructor() -> None:
-    assert EngineConfig.from_keywords({"max_num_seqs": 5}) == EngineConfig(max_num_seqs=5)
-    assert EngineConfig.from_keywords({}) == EngineConfig()
+    with pytest.raises(TypeError) as caught:
+        EngineConfig(**{keyword: 1})
+    assert str(caught.value) == f"unknown argument {keyword!r}{hint}"
 
 
 def test_engine_config_is_frozen_hashable_and_picklable() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxinfer.records.codec import JsonRecord
 from jaxinfer.records.html import OutputView, TokenView, render
-from jaxinfer.records.record import JsonRecord, Provenance
+from jaxinfer.records.provenance import Provenance
 from jaxinfer.request import FinishReason
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 

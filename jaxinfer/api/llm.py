@@ -32,7 +32,7 @@ from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
-from jaxinfer.records.record import Provenance
+from jaxinfer.records.provenance import Provenance
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
 from jaxinfer.text.chat_template import ChatRenderer, ChatTemplates, as_conversations, read_chat_templates

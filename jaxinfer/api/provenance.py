@@ -14,7 +14,7 @@ import jax
 
 from jaxinfer.checkpoint.directory import fingerprint
 from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.records.record import Provenance
+from jaxinfer.records.provenance import Provenance
 
 PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy")
 

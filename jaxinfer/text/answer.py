@@ -14,7 +14,7 @@ from typing import Literal
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.errors import RequestFailedError
 from jaxinfer.outputs import Logprob, RequestMetrics, RequestOutput
-from jaxinfer.records.record import Provenance
+from jaxinfer.records.provenance import Provenance
 from jaxinfer.request import TokenEvent, TokenLogprobs
 from jaxinfer.text.completion import GrowingCompletion, as_logprobs
 from jaxinfer.text.preparation import Submission

@@ -12,7 +12,7 @@ from __future__ import annotations
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.errors import INTERRUPTS
-from jaxinfer.records.record import Provenance
+from jaxinfer.records.provenance import Provenance
 from jaxinfer.request import TokenEvent
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.text.answer import GrowingAnswer

@@ -1,8 +1,10 @@
-"""JsonRecord, a base class that writes dataclasses as lines of JSON and reads them back; and Provenance.
+"""JsonRecord, a base class that writes dataclasses as lines of JSON and reads them back.
 
-Owns: the format of a line and its version; turning JSON back into typed fields; Provenance, the part of a record that
-says which model, settings and machine made it.
-Does not know: jax, requests, how the provenance is collected.
+Owns: the format of a line and its version; turning JSON back into typed fields.
+Does not know: jax, which dataclasses there are.
+
+Reading is code of our own. Of the libraries for it, msgspec ignores unknown fields of a dataclass and refuses a union
+of a dataclass and a mapping (SamplingParams.structured), and cattrs needs a hook of ours for almost every rule below.
 """
 
 from __future__ import annotations
@@ -13,10 +15,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Self
-
-from jaxinfer.config.engine_config import EngineConfig
 
 FORMAT = 1
 """Version of the format, written into every line; a line of another version is refused."""
@@ -59,47 +58,6 @@ class JsonRecord:
             return _build(cls, fields)
         except (TypeError, NotImplementedError) as error:  # raised by checks of the dataclasses, beside ValueError
             raise ValueError(str(error)) from error
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Provenance(JsonRecord):
-    """Where the outputs of an LLM come from: model, settings, versions and devices, the same for all its outputs.
-
-    Args:
-      model: the model as the user named it; None for weights that were in memory.
-      fingerprint: hash of the checkpoint's files (checkpoint.directory.fingerprint); None for weights in memory.
-      tokenizer: the tokenizer as the user named it, or "<ClassName>" for an object; None for the checkpoint's own.
-      engine: the engine's settings.
-      versions: version of Python (under "python") and of packages, by name.
-      platform: "cpu", "gpu" or "tpu".
-      device_kind: kind of the first device, as JAX names it.
-      mesh: numbers of pipeline stages and of tensor shards.
-    """
-
-    model: str | None
-    fingerprint: str | None
-    tokenizer: str | None
-    engine: EngineConfig
-    versions: Mapping[str, str]
-    platform: str
-    device_kind: str
-    mesh: tuple[int, int]
-
-    def changes(self, now: Provenance) -> tuple[str, ...]:
-        """Compares with the provenance of now: one phrase for each version, device or model file that has changed.
-
-        Such a change may explain why a replay gives other tokens. What was not recorded is not compared.
-        """
-        before, after = self._circumstances(), now._circumstances()
-        return tuple(
-            f"{name} was {before[name]}, is now {value}"
-            for name, value in after.items()
-            if before.get(name) not in (None, value)
-        )
-
-    def _circumstances(self) -> dict[str, str | None]:
-        devices = {"platform": self.platform, "device kind": self.device_kind}
-        return {**self.versions, **devices, "model fingerprint": self.fingerprint}
 
 
 def _build(cls: type, fields: Mapping[str, Any]) -> Any:

@@ -1,9 +1,6 @@
 """Records: what an output says of its making survives a line of JSON, and generates the same tokens again."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,8 +10,6 @@ import jaxinfer
 from jaxinfer import LLM, BeamSearchParams, EngineConfig, GenerationRecord, SamplingParams
 from jaxinfer.checkpoint.directory import fingerprint
 from jaxinfer.cli.replay import read_records, replay_records
-from jaxinfer.outputs import CompletionRecord
-from jaxinfer.records.record import JsonRecord, Provenance
 
 PATH = load_golden("gqa").path
 pytestmark = pytest.mark.usefixtures("one_shape")
@@ -28,114 +23,6 @@ def outputs():
     """Of two prompts, a text and ids, sampled without a seed."""
     with LLM(PATH, **SMALL) as llm:
         return llm.generate(["one two", [5, 6, 7]], PARAMS, use_tqdm=False)
-
-
-PROVENANCE = Provenance(
-    model="somewhere",
-    fingerprint="ab",
-    tokenizer=None,
-    engine=EngineConfig(**SMALL),
-    versions={"python": "3.11", "jax": "0.10.0"},
-    platform="cpu",
-    device_kind="cpu",
-    mesh=(1, 1),
-)
-
-
-def make_record(**fields: Any) -> GenerationRecord:
-    output = CompletionRecord(index=0, token_ids=(4, 5), text="\u2028 \ud800\n", finish_reason="stop", seed=3)
-    values = {"provenance": PROVENANCE, "prompt": "é\n", "prompt_token_ids": (1, 2), "outputs": (output,)}
-    return GenerationRecord(**{**values, "sampling_params": SamplingParams(), **fields})
-
-
-FULL = SamplingParams(
-    temperature=0.1,
-    seed=2**63 - 1,
-    max_tokens=None,
-    stop="\n",
-    stop_token_ids=[1, 2],
-    logit_bias={5: 1, 70: -0.25},
-    bad_words=["a", "é"],
-    allowed_token_ids=range(5),
-)
-
-
-@pytest.mark.parametrize("params", [SamplingParams(), FULL], ids=["defaults", "all kinds of fields"])
-def test_record_survives_a_line_of_json(params):
-    record = make_record(sampling_params=params)
-    line = record.to_json()
-    assert line.isascii() and "\n" not in line
-    assert GenerationRecord.from_json(line) == record
-    assert Provenance.from_json(PROVENANCE.to_json()) == PROVENANCE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inner:
-    words: Sequence[str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outer(JsonRecord):
-    inner: Inner | None = None
-    either: str | Sequence[int] | None = None
-    mapping: Mapping[str, Any] | None = None
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        Outer(),
-        Outer(inner=Inner(words=("a", "b")), either="x", mapping={"1": {"type": ["object"]}}),
-        Outer(inner=Inner(words=()), either=(1, 2)),
-    ],
-)
-def test_json_record_rebuilds_fields_of_any_plain_type(value):
-    assert Outer.from_json(value.to_json()) == value
-
-
-def changed(path: str, value: Any) -> str:
-    """A record's line with one field, by its dotted name, replaced; ... takes it out."""
-    fields = json.loads(make_record().to_json())
-    *parents, name = path.split(".")
-    place = fields
-    for parent in parents:
-        place = place[int(parent)] if isinstance(place, list) else place[parent]
-    place[name] = value
-    if value is ...:
-        del place[name]
-    return json.dumps(fields)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[1]", r"expected a JSON object, got \[1\]"),
-        ("{}", "unknown format version None, this version of jaxinfer reads 1"),
-        (changed("format", 2), "unknown format version 2"),
-        (changed("outputs", ...), "missing field 'outputs' of GenerationRecord"),
-        (changed("provenance.platform", ...), "missing field 'platform' of Provenance"),
-        (changed("outputs.0.seed", ...), "missing field 'seed' of CompletionRecord"),
-        (changed("sampling_params.temprature", 1), "unknown field 'temprature' of SamplingParams"),
-        (changed("sampling_params.top_p", 3), r"top_p must be in \(0, 1\], got 3"),
-        (changed("sampling_params.logit_bias", {"x": 1}), "logit_bias key must be an int"),
-        (changed("provenance.engine.page_size", 9), "page_size must be a power of two, got 9"),
-        (changed("provenance.engine.data_parallel_size", 2), "only one replica"),
-        (changed("provenance.engine", None), "engine must be jaxinfer.config.engine_config.EngineConfig, got None"),
-        (changed("prompt_token_ids", "abc"), r"prompt_token_ids must be tuple\[int, ...\], got 'abc'"),
-        (changed("outputs.0.token_ids", [1, True]), "token_ids entry must be int, got True"),
-        (changed("outputs.0.finish_reason", "done"), "finish_reason must be"),
-        (changed("outputs", []), "expected one output for each of n=1, got 0"),
-    ],
-)
-def test_from_json_says_what_is_wrong_with_a_line(line, message):
-    with pytest.raises(ValueError, match=message):
-        GenerationRecord.from_json(line)
-
-
-def test_from_json_takes_defaults_for_settings_that_a_line_lacks():
-    assert GenerationRecord.from_json(changed("sampling_params.min_p", ...)) == make_record()
 
 
 def test_output_record_has_what_was_used(outputs):
@@ -235,11 +122,12 @@ def test_replay_of_weights_in_memory_needs_a_model(outputs):
     assert not named.warnings and not unnamed.warnings
 
 
-def test_read_records_names_file_and_line(tmp_path):
+def test_read_records_names_file_and_line(outputs, tmp_path):
+    record = outputs[0].record
     file = tmp_path / "records"
-    file.write_text(f"{make_record().to_json()}\n\n{make_record().to_json()}\n")
-    assert read_records(file) == [make_record()] * 2
-    file.write_text(f"\n{make_record().to_json()}\n{{\n")
+    file.write_text(f"{record.to_json()}\n\n{record.to_json()}\n")
+    assert read_records(file) == [record] * 2
+    file.write_text(f"\n{record.to_json()}\n{{\n")
     with pytest.raises(ValueError, match="records, line 3: not JSON"):
         read_records(file)
     file.write_text("\n")

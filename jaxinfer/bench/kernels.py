@@ -203,8 +203,10 @@ def _normal(shape: tuple[int, ...], case: KernelCase, rng: np.random.Generator) 
 def attention_of(case: KernelCase, backend: str) -> Any:
     """A jitted call of one backend: a function of the sinks (or None), then paged_attention's arrays in order."""
     features = {name: value for name, value in case.features.items() if name != "sinks"}
-    owner = jnp.zeros(case.num_rows, jnp.int32) if case.same_text else None
-    call = functools.partial(paged_attention, scale=case.head_dim**-0.5, backend=backend, owner=owner, **features)
+    sequence_id = jnp.zeros(case.num_rows, jnp.int32) if case.same_text else None
+    call = functools.partial(
+        paged_attention, scale=case.head_dim**-0.5, backend=backend, sequence_id=sequence_id, **features
+    )
     return jax.jit(lambda sinks, *arguments: call(*arguments, sinks=sinks))
 
 

@@ -68,7 +68,7 @@ def paged_attention(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    owner: Int[Array, " R"] | None = None,
+    sequence_id: Int[Array, " R"] | None = None,
     backend: str = "xla",
 ) -> Float[Array, "R Q N H"]:
     """Causal attention of the last tokens of each row over all positions of the row, whose keys lie in pages.
@@ -89,9 +89,9 @@ def paged_attention(
         window: how many tokens each query sees, itself included; None for all. An array may differ between devices.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
         sinks: float[N], for each head one more logit in the softmax's denominator, which has no value; None for none.
-        owner: int[R], a number for the text that each row belongs to. Rows with the same owner are pieces of one text
-            and have the same page table, so a backend may read its pages once for neighbouring rows. The results do
-            not depend on it. None: every row is a text of its own.
+        sequence_id: int[R], the number of the sequence that each row belongs to. Rows with the same number are pieces
+            of one text and have the same page table, so a backend may read its pages once for neighbouring rows. The
+            results do not depend on it. None: every row is a sequence of its own.
         backend: a name in `BACKENDS`; see `choose_backend`.
 
     Returns:
@@ -121,5 +121,5 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
-        owner=owner,
+        sequence_id=sequence_id,
     )

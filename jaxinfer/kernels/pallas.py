@@ -9,8 +9,8 @@ row, kv head and split: the keys of a row are split among several blocks, so tha
 GPU, and the combine kernel then adds up the splits' results.
 
 The prefill kernel takes longer rows. Its grid has one block for each query head and tile of up to _QUERY_TILE queries.
-A tile may hold several rows; neighbouring rows with the same owner are pieces of one prompt, whose pages they read
-together.
+A tile may hold several rows; neighbouring rows with the same sequence_id are pieces of one prompt, whose pages they
+read together.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Inputs(NamedTuple):
     page_table: Any
     kv_len: Any
     q_len: Any
-    owner: Any
+    sequence_id: Any
     window: Any
     sinks: Any
 
@@ -93,7 +93,7 @@ def paged_attention_pallas(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    owner: Int[Array, " R"] | None = None,
+    sequence_id: Int[Array, " R"] | None = None,
 ) -> Float[Array, "R Q N H"]:
     """Attends with the decode kernel or, for rows of _MIN_PREFILL_QUERIES queries or more, with the prefill kernel.
 
@@ -111,7 +111,7 @@ def paged_attention_pallas(
         page_table=page_table,
         kv_len=kv_len,
         q_len=q_len,
-        owner=jnp.arange(q.shape[0], dtype=jnp.int32) if owner is None else owner,
+        sequence_id=jnp.arange(q.shape[0], dtype=jnp.int32) if sequence_id is None else sequence_id,
         window=None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,)),
         sinks=sinks,
     )
@@ -248,7 +248,7 @@ def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret:
             page_table=padded(inputs.page_table),
             kv_len=padded(inputs.kv_len),
             q_len=padded(inputs.q_len),
-            owner=padded(inputs.owner),
+            sequence_id=padded(inputs.sequence_id),
         )
     dims = inputs.q.shape
     found = pl.pallas_call(
@@ -265,7 +265,7 @@ def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret:
 def _prefill_kernel(
     inputs: _Inputs, out_ref: Any, *, row_len: int, rows_per_tile: int, scale: float, softcap: float | None
 ) -> None:
-    """One block: one query head of a tile of rows. The rows of each owner attend to the owner's pages together."""
+    """One block: one query head of a tile of rows. Rows of one sequence attend to its pages together."""
     num_heads, head_dim = inputs.q.shape[1:]
     tile_len = _tile_len(_PREFILL_TILE, inputs.k_pages)
     # Later tiles of a prompt attend to more keys and take longer, so they begin first.
@@ -274,7 +274,7 @@ def _prefill_kernel(
     member = jnp.arange(rows_per_tile * row_len)  # [M]
     local_row = lax.div(member, row_len)
     row = tile * rows_per_tile + local_row
-    kv_len, q_len, owner = (plgpu.load(ref.at[row]) for ref in (inputs.kv_len, inputs.q_len, inputs.owner))
+    kv_len, q_len, sequence_id = (plgpu.load(ref.at[row]) for ref in (inputs.kv_len, inputs.q_len, inputs.sequence_id))
     query = lax.rem(member, row_len)
     query_position = jnp.where(query < q_len, kv_len - q_len + query, -1)
     dims, inside = _head_dims(head_dim)
@@ -286,12 +286,12 @@ def _prefill_kernel(
         sink = inputs.sinks[head].astype(jnp.float32) * _LOG2_E
         found = found._replace(top=jnp.full_like(found.top, sink), total=jnp.ones_like(found.total))
 
-    def attend_owner(number: Array, found: _Softmax) -> _Softmax:
-        """Attends with all rows of one owner: that of row `number` of the tile, if the row is its owner's first here.
+    def attend_sequence(number: Array, found: _Softmax) -> _Softmax:
+        """Attends with all rows of one sequence: that of row `number`, if the row is its sequence's first in the tile.
 
-        For any other row the ranges of key tiles are empty, as its owner's first row has done the work.
+        For any other row the ranges of key tiles are empty, as its sequence's first row has done the work.
         """
-        mine = (owner == inputs.owner[tile * rows_per_tile + number]) & (q_len > 0)
+        mine = (sequence_id == inputs.sequence_id[tile * rows_per_tile + number]) & (q_len > 0)
         is_first = jnp.min(jnp.where(mine, local_row, rows_per_tile)) == number
         own_len = jnp.max(jnp.where(mine, kv_len, 0))
         own_position = jnp.where(mine, query_position, -1)
@@ -312,13 +312,13 @@ def _prefill_kernel(
         if inputs.window is not None:
             first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), tile_len)
             return attend(found, tiles=(first, end))
-        # Where all queries of the tile have this owner, the tiles of keys that all of them see (most of a long prompt)
-        # need no mask.
+        # Where all queries of the tile are this sequence's, the tiles of keys that all of them see (most of a long
+        # prompt) need no mask.
         num_seen = jnp.where(is_first & (jnp.min(own_position) >= 0), lax.div(earliest + 1, tile_len), 0)
         found = attend(found, tiles=(0, num_seen), masked=False)
         return attend(found, tiles=(num_seen, end))
 
-    found = lax.fori_loop(0, rows_per_tile, attend_owner, found)
+    found = lax.fori_loop(0, rows_per_tile, attend_sequence, found)
     plgpu.store(out_ref.at[token, head, dims], _normalised(found).astype(out_ref.dtype), mask=mask)
 
 

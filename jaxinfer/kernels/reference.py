@@ -22,7 +22,7 @@ def paged_attention_reference(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    owner: Int[Array, " R"] | None = None,
+    sequence_id: Int[Array, " R"] | None = None,
 ) -> Float[Array, "R Q N H"]:
     """Attends over gathered pages with one dense float32 softmax.
 

@@ -28,7 +28,7 @@ def paged_attention_xla(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    owner: Int[Array, " R"] | None = None,
+    sequence_id: Int[Array, " R"] | None = None,
 ) -> Float[Array, "R Q N H"]:
     """Attends page by page, from the first page inside the window to the last live page.
 

@@ -36,15 +36,15 @@ class Segment:
       page_table: int32[R, W], the KV pages of each row, in the order of the text.
       kv_len: int32[R], positions of each row that hold keys after this step's keys are written.
       q_len: int32[R], live queries of each row; its other Q - q_len queries are padding.
-      owner: int32[R], the number of the sequence that each row belongs to. Neighbouring rows with the same owner are
-        pieces of one prompt.
+      sequence_id: int32[R], the number of the sequence that each row belongs to. Neighbouring rows with the same
+        number are pieces of one prompt.
       num_queries: Q.
     """
 
     page_table: Int[Array, "R W"]
     kv_len: Int[Array, " R"]
     q_len: Int[Array, " R"]
-    owner: Int[Array, " R"]
+    sequence_id: Int[Array, " R"]
     num_queries: int = field(metadata={"static": True})
 
     @property
@@ -192,7 +192,7 @@ class Attention(nnx.Module):
                     scale=self.scale,
                     window=window,
                     softcap=self.softcap,
-                    owner=segment.owner,
+                    sequence_id=segment.sequence_id,
                     backend=self.backend,
                 ).reshape(rows.shape[0], -1)
             )

@@ -131,7 +131,7 @@ class DecoderStep(nnx.Module):
                         page_table=rows.page_table,
                         kv_len=rows.start + rows.q_len,
                         q_len=rows.q_len,
-                        owner=rows.slot,
+                        sequence_id=rows.slot,
                         num_queries=num_queries,
                     )
                 )

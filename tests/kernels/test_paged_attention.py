@@ -50,19 +50,21 @@ def attention(backend, names, window, softcap):
     """The typechecked contract under jit, compiled once per static setting."""
     checked = jaxtyped(typechecker=beartype)(paged_attention)
 
-    def call(sinks, owner, *arrays):
+    def call(sinks, sequence_id, *arrays):
         sinks = sinks if "sinks" in names else None
-        return checked(*arrays, scale=SCALE, window=window, softcap=softcap, sinks=sinks, owner=owner, backend=backend)
+        return checked(
+            *arrays, scale=SCALE, window=window, softcap=softcap, sinks=sinks, sequence_id=sequence_id, backend=backend
+        )
 
     return jax.jit(call)
 
 
-def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks=False, owner=None, **replaced):
+def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks=False, sequence_id=None, **replaced):
     arrays = case.arrays | replaced
     floats = [jnp.asarray(arrays[name], dtype) for name in ("q", "k_pages", "v_pages")]
     ints = [jnp.asarray(arrays[name], jnp.int32) for name in ("page_table", "kv_len", "q_len")]
     call = attention(backend, ("sinks",) if sinks else (), window, softcap)
-    out = call(jnp.asarray(case.sinks), owner, *floats, *ints)
+    out = call(jnp.asarray(case.sinks), sequence_id, *floats, *ints)
     assert out.dtype == dtype
     return np.asarray(out, np.float32)
 
@@ -122,7 +124,7 @@ def test_paged_attention_shuffled_pages_equals_reference(num_queries, features, 
 
 
 def prompt_pieces():
-    """Prompts of 40 tokens from position 0, and of 20 from position 7, in rows of 16, then padding; owners beside."""
+    """Prompts of 40 tokens from position 0 and of 20 from position 7, in rows of 16, then padding; and their ids."""
     case = make_case(16, 2, kv_lens=(40, 27))
     texts, starts, lengths = [0, 0, 0, 1, 1, 0, 0], [0, 16, 32, 7, 23, 0, 0], [16, 16, 8, 16, 4, 0, 0]
     q = np.random.default_rng(5).normal(size=(7, 16, 2 * NUM_KV_HEADS, HEAD_DIM))
@@ -133,10 +135,10 @@ def prompt_pieces():
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 @pytest.mark.parametrize("features", [pytest.param("plain", marks=MATRIX), "all"])
-def test_paged_attention_rows_of_one_owner_equal_rows_of_their_own(features, backend):
-    case, owner = prompt_pieces()
+def test_paged_attention_rows_of_one_sequence_equal_rows_of_their_own(features, backend):
+    case, sequence_id = prompt_pieces()
     expected = attend(case, "reference", **FEATURES[features])
-    np.testing.assert_allclose(attend(case, backend, owner=owner, **FEATURES[features]), expected, **F32)
+    np.testing.assert_allclose(attend(case, backend, sequence_id=sequence_id, **FEATURES[features]), expected, **F32)
 
 
 @pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
@@ -243,9 +245,9 @@ def long_prompt():
 
 @pytest.mark.parametrize("features", ["plain", *(pytest.param(name, marks=MATRIX) for name in ("window", "softcap"))])
 def test_paged_attention_pallas_long_prompt_equals_reference(features):
-    case, owner = long_prompt(), jnp.full(10, 3)
+    case, sequence_id = long_prompt(), jnp.full(10, 3)
     expected = attend(case, "reference", **FEATURES[features])
-    np.testing.assert_allclose(attend(case, "pallas", owner=owner, **FEATURES[features]), expected, **F32)
+    np.testing.assert_allclose(attend(case, "pallas", sequence_id=sequence_id, **FEATURES[features]), expected, **F32)
 
 
 def test_paged_attention_pallas_splits_of_one_row_equal_reference(monkeypatch):

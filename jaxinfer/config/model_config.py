@@ -13,7 +13,7 @@ from typing import Literal
 from jaxinfer.config.validation import require_choice, require_float, require_int
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
-NORM_PLACES = ("before", "behind", "both")
+NORM_PLACES = ("before", "after", "both")
 NORM_KINDS = ("rms", "layer")
 QK_NORMS = ("none", "head", "projection")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -84,7 +84,7 @@ class ModelConfig:
       norm_eps: added to the mean square (or the variance) inside a norm.
       tie_word_embeddings: whether the head's weights are those of the embedding.
       attention_bias, attention_out_bias, mlp_bias: whether the projections to query, key and value, the projection
-        behind attention and the feed-forward have a bias.
+        after attention and the feed-forward have a bias.
       qk_norm: how queries and keys are normalised before rotation: not at all ("none"), each head by itself ("head"),
         or all heads of a token together ("projection").
       windows: for each layer, how many tokens a query sees, itself included; None for all. () if every layer sees all.
@@ -95,7 +95,7 @@ class ModelConfig:
       activation: activation of the gate, or of the feed-forward without one, by its name in transformers.
       mlp_gate: whether the feed-forward has a gate.
       norm_kind: "rms" (root mean square, a weight) or "layer" (subtracts the mean, a weight and a bias).
-      norm_places: whether norms stand "before" attention and feed-forward, "behind" them (before the residual is
+      norm_places: whether norms stand "before" attention and feed-forward, "after" them (before the residual is
         added), or "both".
       norm_offset: added to the weights of every norm.
       num_experts, experts_per_token, expert_ffn_size: numbers of a mixture of experts; 0 for a model without experts.

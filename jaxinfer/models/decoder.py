@@ -30,7 +30,7 @@ from jaxinfer.models.layout import Layout
 class DecoderLayer(nnx.Module):
     """One layer: x = x + attention(norm(x)), then x + mlp(norm(x)).
 
-    That is ModelConfig.norm_places "before". With "behind" each block's output is normalised instead of its input, with
+    That is ModelConfig.norm_places "before". With "after" each block's output is normalised instead of its input, with
     "both" input and output. The feed-forward (mlp) has a gate or none, or is a mixture of experts.
 
     Args:
@@ -46,7 +46,7 @@ class DecoderLayer(nnx.Module):
             return make_norm(config, layout, num_stages=stages) if config.norm_places in (place, "both") else None
 
         self.attention_norm, self.mlp_norm = norm("before"), norm("before")
-        self.attention_post_norm, self.mlp_post_norm = norm("behind"), norm("behind")
+        self.attention_post_norm, self.mlp_post_norm = norm("after"), norm("after")
         self.attention = Attention(
             config,
             num_stages=stages,

@@ -35,7 +35,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         attention_bias=bias,
         attention_out_bias=bias,
         qk_norm="projection",
-        norm_places="behind",
+        norm_places="after",
     )
 
 

@@ -26,7 +26,7 @@ class EditKind(enum.IntEnum):
     it was sampled once (an entry for each time)."""
 
     BIAS = 0
-    HELD_BACK = 1
+    MASKED_UNTIL_MIN_TOKENS = 1
     PROMPT = 2
     OUTPUT = 3
 

@@ -204,7 +204,7 @@ def _entries(sequence: SequenceState) -> tuple[np.ndarray, np.ndarray, np.ndarra
         bias = {token_id: bias.get(token_id, 0.0) for token_id in edits.allowed_token_ids}
     tokens = {
         EditKind.BIAS: list(bias),
-        EditKind.HELD_BACK: list(request.stop_token_ids) if edits.min_tokens else [],
+        EditKind.MASKED_UNTIL_MIN_TOKENS: list(request.stop_token_ids) if edits.min_tokens else [],
         EditKind.PROMPT: list(set(request.prompt_token_ids)) if edits.repetition_penalty != 1 else [],
         EditKind.OUTPUT: sequence.token_ids[len(request.prompt_token_ids) :] if request.edits else [],
     }

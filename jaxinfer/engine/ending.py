@@ -40,14 +40,14 @@ def start_constraint(request: Request) -> ConstraintState | None:
     """
     if request.constraint is None:
         return None
-    held_back = request.stop_token_ids if request.min_tokens else ()
+    masked = request.stop_token_ids if request.min_tokens else ()
     state = request.constraint.start()
     try:
-        if allows_beside(state.allowed(), held_back):
+        if allows_beside(state.allowed(), masked):
             return state
     except ConstraintError as error:
         raise ValueError(f"the constraint of request {request.request_id} allows no first token: {error}") from error
-    others = f", while min_tokens {request.min_tokens} holds back stop tokens" if held_back else ""
+    others = f", while min_tokens {request.min_tokens} holds back stop tokens" if masked else ""
     raise ValueError(
         f"structured, bad_words and allowed_token_ids together leave no token to begin with{others}; allow more"
     )
@@ -56,15 +56,15 @@ def start_constraint(request: Request) -> ConstraintState | None:
 def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> FinishReason | None:
     """Advances a constraint: "stop" if its text is complete, "abort" if it is not but cannot go on, else None."""
     request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
-    held_back = request.stop_token_ids if num_new < request.min_tokens else ()
+    masked = request.stop_token_ids if num_new < request.min_tokens else ()
     try:
         constraint.advance(token_id)
         if constraint.is_complete:
             return "stop"
         allowed = constraint.allowed()
-        if allows_beside(allowed, held_back):
+        if allows_beside(allowed, masked):
             return None
-        if allowed.any():  # end tokens are allowed, but min_tokens holds them back
+        if allowed.any():  # end tokens are allowed, but min_tokens masks them
             return "stop"
         lost = "structured, bad_words and allowed_token_ids together leave no token to go on with"
     except ConstraintError as error:

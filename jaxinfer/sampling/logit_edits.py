@@ -31,18 +31,19 @@ class EditState:
     Args:
       bias: float32[S, V], added to the logits; -inf for a token that the request never allows.
       forbidden: bool[S, V], tokens that may not be sampled next; set_allowed changes them during generation.
-      held_back: bool[S, V], tokens that may not be sampled at positions before min_position, such as the end token of
-        a request with min_tokens.
+      masked_until_min_position: bool[S, V], tokens that may not be sampled at positions before min_position, such
+        as the end token of a request with min_tokens.
       in_prompt: bool[S, V], tokens that occur in the prompt.
       output_count: int32[S, V], how often each token was sampled.
       penalties: float32[S, 3], the repetition, presence and frequency penalties. A repetition penalty of 1 changes
         nothing; 0 marks a slot that was never set and changes nothing either.
-      min_position: int32[S], the first position in the text at which the tokens held back are allowed.
+      min_position: int32[S], the first position in the text at which the tokens of masked_until_min_position are
+        allowed.
     """
 
     bias: Float[Array, "S V"]
     forbidden: Bool[Array, "S V"]
-    held_back: Bool[Array, "S V"]
+    masked_until_min_position: Bool[Array, "S V"]
     in_prompt: Bool[Array, "S V"]
     output_count: Int[Array, "S V"]
     penalties: Float[Array, "S 3"]
@@ -55,7 +56,7 @@ class EditState:
         return cls(
             bias=jnp.zeros(shape, jnp.float32),
             forbidden=jnp.zeros(shape, bool),
-            held_back=jnp.zeros(shape, bool),
+            masked_until_min_position=jnp.zeros(shape, bool),
             in_prompt=jnp.zeros(shape, bool),
             output_count=jnp.zeros(shape, jnp.int32),
             penalties=jnp.zeros((num_slots, 3), jnp.float32),
@@ -110,13 +111,15 @@ def set_slot(state: EditState, entries: EditEntries) -> EditState:
         return rows.at[entries.slot].set(new)
 
     bias = row(state.bias, entries.bias_of_others).at[of(EditKind.BIAS)].set(entries.values, mode="drop")
-    held_back = row(state.held_back, 0).at[of(EditKind.HELD_BACK)].set(True, mode="drop")
+    masked_until_min_position = (
+        row(state.masked_until_min_position, 0).at[of(EditKind.MASKED_UNTIL_MIN_TOKENS)].set(True, mode="drop")
+    )
     in_prompt = row(state.in_prompt, 0).at[of(EditKind.PROMPT)].set(True, mode="drop")
     output_count = row(state.output_count, 0).at[of(EditKind.OUTPUT)].add(1, mode="drop")
     return EditState(
         bias=put(state.bias, bias),
         forbidden=put(state.forbidden, row(state.forbidden, 0)),
-        held_back=put(state.held_back, held_back),
+        masked_until_min_position=put(state.masked_until_min_position, masked_until_min_position),
         in_prompt=put(state.in_prompt, in_prompt),
         output_count=put(state.output_count, output_count),
         penalties=put(state.penalties, entries.penalties),
@@ -154,7 +157,7 @@ def edited(
     multiplies negative ones; presence and frequency penalties as in OpenAI's API.
     """
     count, penalties = state.output_count[slots], state.penalties[slots]
-    too_early = state.held_back[slots] & (position < state.min_position[slots])[:, None]
+    too_early = state.masked_until_min_position[slots] & (position < state.min_position[slots])[:, None]
     logits = jnp.where(too_early | state.forbidden[slots], -jnp.inf, logits) + state.bias[slots]
     repetition, presence, frequency = (penalties[:, i, None] for i in range(3))
     seen = state.in_prompt[slots] | (count > 0)

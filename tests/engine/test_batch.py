@@ -79,7 +79,7 @@ def test_make_batch_edits_and_masks_are_plain_arrays_of_the_step():
     np.testing.assert_array_equal(batch.edits.penalties, np.float32([[1, 0, 0], [1.5, 0, 0]]))
     assert batch.edits.num_entries.tolist() == [0, 5]
     entries = zip(batch.edits.kinds.tolist(), batch.edits.token_ids.tolist(), batch.edits.values.tolist(), strict=True)
-    kinds = [EditKind.BIAS, EditKind.HELD_BACK, EditKind.PROMPT, EditKind.OUTPUT, EditKind.OUTPUT]
+    kinds = [EditKind.BIAS, EditKind.MASKED_UNTIL_MIN_TOKENS, EditKind.PROMPT, EditKind.OUTPUT, EditKind.OUTPUT]
     assert list(entries) == list(zip(kinds, [7, 3, 1, 8, 8], [2.5, 0, 0, 0, 0], strict=True))
     assert (batch.allowed.slots.tolist(), batch.allowed.words.tolist()) == ([1], [[0b1010]])
     assert all(is_plain(getattr(batch, field.name)) for field in dataclasses.fields(batch))

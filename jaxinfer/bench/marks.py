@@ -23,16 +23,16 @@ class Mark:
       name: the figure's name, with its unit.
       section: name of the section whose record holds the figure.
       find: reads the figure from the result in that record; returns None where it is not there.
-      first: the first goal, as text.
-      aim: the far goal, as text.
+      first_goal: what the figure has to reach first, as text.
+      final_goal: what it has to reach in the end, as text.
       form: format string for the figure.
     """
 
     name: str
     section: str
     find: Callable[[Record], float | None]
-    first: str
-    aim: str
+    first_goal: str
+    final_goal: str
     form: str = "{:.0f}"
 
     def seen(self, records: Mapping[str, Record]) -> str:
@@ -84,48 +84,64 @@ def _decode_marks(section: str, goals: Mapping[int, tuple[str, str]]) -> list[Ma
             name=f"{section} decode B={size}, % of floor",
             section=section,
             find=_of_floor("decode", size),
-            first=first,
-            aim=aim,
+            first_goal=first_goal,
+            final_goal=final_goal,
         )
-        for size, (first, aim) in goals.items()
+        for size, (first_goal, final_goal) in goals.items()
     ]
 
 
-def _ratio_mark(name: str, section: str, first: str, aim: str) -> Mark:
-    return Mark(name=name, section=section, find=_peer_ratio, form="{:.1f}", first=first, aim=aim)
+def _ratio_mark(name: str, section: str, first_goal: str, final_goal: str) -> Mark:
+    return Mark(
+        name=name, section=section, find=_peer_ratio, form="{:.1f}", first_goal=first_goal, final_goal=final_goal
+    )
 
 
 MARKS: tuple[Mark, ...] = (
-    Mark(name="kernels right, %", section="kernels", find=_share_right, first="100", aim="100"),
+    Mark(name="kernels right, %", section="kernels", find=_share_right, first_goal="100", final_goal="100"),
     *_decode_marks("8b", {1: ("75", "90"), 32: ("70", "88"), 128: ("65", "85")}),
-    Mark(name="8b prefill of 8192, % of floor", section="8b", find=_of_floor("prefill", 1), first="60", aim="75"),
+    Mark(
+        name="8b prefill of 8192, % of floor",
+        section="8b",
+        find=_of_floor("prefill", 1),
+        first_goal="60",
+        final_goal="75",
+    ),
     *_decode_marks("0.6b", {1: ("45", "65")}),
     _ratio_mark("0.6b trace, times transformers' continuous batching", "trace-0.6b", "4", "8"),
     _ratio_mark("8b trace, times transformers' continuous batching", "trace-8b", "4", "8"),
     _ratio_mark("0.6b B=1, times transformers' static cache", "peer-0.6b", "1.3", "2"),
     _ratio_mark("8b B=1, times transformers' static cache", "peer-8b", "1.3", "2"),
-    Mark(name="8b decode B=32, host time exposed, %", section="8b", find=_host_share(32), first="5", aim="1"),
-    Mark(name="0.6b decode B=1, host time exposed, %", section="0.6b", find=_host_share(1), first="5", aim="1"),
+    Mark(
+        name="8b decode B=32, host time exposed, %", section="8b", find=_host_share(32), first_goal="5", final_goal="1"
+    ),
+    Mark(
+        name="0.6b decode B=1, host time exposed, %",
+        section="0.6b",
+        find=_host_share(1),
+        first_goal="5",
+        final_goal="1",
+    ),
     Mark(
         name="8b first token, programs cached, s",
         section="startup-8b",
         find=lambda result: result["warm"]["total_s"],
-        first="60",
-        aim="20",
+        first_goal="60",
+        final_goal="20",
     ),
     Mark(
         name="8b first token, cold, s",
         section="startup-8b",
         find=lambda result: result["cold"]["total_s"],
-        first="240",
-        aim="120",
+        first_goal="240",
+        final_goal="120",
     ),
     Mark(
         name="golden right, % of cases",
         section="golden",
         find=lambda result: 100 * sum(case["is_right"] for case in result["cases"]) / max(1, len(result["cases"])),
-        first="100",
-        aim="100",
+        first_goal="100",
+        final_goal="100",
     ),
 )
 
@@ -137,8 +153,8 @@ def render(records: Mapping[str, Record], marks: Sequence[Mark] = MARKS) -> str:
       records: the sections' records, by section name; those of failed sections may be missing.
       marks: the marks to show.
     """
-    rows = [[mark.name, mark.seen(records), mark.first, mark.aim] for mark in marks]
-    return format_table(["mark", "seen", "first", "aim"], rows)
+    rows = [[mark.name, mark.seen(records), mark.first_goal, mark.final_goal] for mark in marks]
+    return format_table(["mark", "seen", "first goal", "final goal"], rows)
 
 
 def headline(record: Record) -> str:

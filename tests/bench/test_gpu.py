@@ -71,7 +71,7 @@ def done(name, record):
     return Outcome(name=name, status="ok", seconds=1.0, note="", record=record)
 
 
-def test_marks_seen_first_and_aim():
+def test_marks_seen_and_both_goals():
     rows = [{"kind": "decode", "batch_size": 1, "ms": 10.0, "floor_ms": 4.0, "host_share": 0.25}]
     rows += [{"kind": "decode", "batch_size": 32, "ms": 10.0, "floor_ms": 5.0, "host_share": None}]
     sides = [{"peer": {"seconds": 3.0}, "ours": {"seconds": 2.0}}]
@@ -85,7 +85,7 @@ def test_marks_seen_first_and_aim():
         == "-"
     )
     assert seen["8b trace, times transformers' continuous batching"] == "1.5"
-    assert marks.render(records).splitlines()[0].split() == ["mark", "seen", "first", "aim"]
+    assert marks.render(records).splitlines()[0].split() == ["mark", "seen", "first", "goal", "final", "goal"]
 
 
 def test_marks_peer_that_failed_has_no_ratio():

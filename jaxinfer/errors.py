@@ -22,7 +22,7 @@ class RequestFailedError(RuntimeError):
     """One request failed, because of the exception in __cause__; the other requests go on.
 
     Such an exception is raised by something that serves this request alone: the decoding of its tokens, its constraint,
-    or the callback (on_news) that notifies its reader.
+    or the callback (on_update) that notifies its reader.
     """
 
     @classmethod

@@ -156,7 +156,7 @@ def test_generate_n_prompt_is_computed_once_and_its_pages_are_shared(llm):
         if output is not None and output.finished:
             done.set()
 
-    llm.start(llm.prepare([*range(40)], params), on_news=look)
+    llm.start(llm.prepare([*range(40)], params), on_update=look)
     assert done.wait(60)
     prompt_rows = 3 + 3 * 1  # blocks of 16 for the first, one token for each of the others
     assert llm.stats().num_rows_live - rows == prompt_rows + 4 * 7

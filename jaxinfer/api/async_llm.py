@@ -121,16 +121,16 @@ class AsyncLLM:
         return self._llm.default_params
 
     def _stream(self, submission: Submission) -> AsyncOutputStream:
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        loop, has_update = asyncio.get_running_loop(), asyncio.Event()
 
-        def on_news(ticket: Ticket) -> None:
+        def on_update(ticket: Ticket) -> None:
             try:
-                loop.call_soon_threadsafe(news.set)
+                loop.call_soon_threadsafe(has_update.set)
             except RuntimeError:  # the event loop is closed, so no task can read the outputs any more
                 self._llm.cancel(ticket)
 
-        ticket = self._llm.start(submission, on_news=on_news)
-        return AsyncOutputStream(ticket, news, lambda: self._llm.cancel(ticket))
+        ticket = self._llm.start(submission, on_update=on_update)
+        return AsyncOutputStream(ticket, has_update, lambda: self._llm.cancel(ticket))
 
     async def _last(self, submission: Submission) -> RequestOutput:
         """The finished output of a request; cancelling the task aborts it."""
@@ -164,13 +164,13 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
 
     Args:
       ticket: gives out the outputs.
-      news: set when the ticket may have a new output.
+      has_update: set when the ticket may have a new output.
       cancel: aborts the request.
     """
 
-    def __init__(self, ticket: Ticket, news: asyncio.Event, cancel: Callable[[], None]):
+    def __init__(self, ticket: Ticket, has_update: asyncio.Event, cancel: Callable[[], None]):
         self._ticket = ticket
-        self._news = news
+        self._has_update = has_update
         self._cancel = weakref.finalize(self, cancel)
         self._is_done = False
 
@@ -181,8 +181,8 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
                 if output is not None:
                     self._is_done = output.finished
                     return output
-                await self._news.wait()
-                self._news.clear()
+                await self._has_update.wait()
+                self._has_update.clear()
         except CancelledError:  # the request was cancelled (not this task), by aclose() in this or another task
             self._is_done = True
         except BaseException:

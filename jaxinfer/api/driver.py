@@ -79,12 +79,12 @@ class Ticket(Generic[AnswerT]):
     Args:
       submission: the request.
       stream: also give out unfinished outputs; without it only the finished one.
-      on_news: called with the ticket when take may have something new, on the driver's thread or on the one that
+      on_update: called with the ticket when take may have something new, on the driver's thread or on the one that
         cancels; it must not block. Without it the reader waits with next_output.
     """
 
     def __init__(
-        self, submission: Submission, *, stream: bool, on_news: Callable[[Ticket[AnswerT]], None] | None = None
+        self, submission: Submission, *, stream: bool, on_update: Callable[[Ticket[AnswerT]], None] | None = None
     ):
         self.submission = submission
         self.stream = stream
@@ -93,9 +93,9 @@ class Ticket(Generic[AnswerT]):
         self.is_cancelled = False
         self._num_taken = 0
         # SimpleQueue.put is reentrant: the garbage collector may cancel a dropped stream in the middle of another put.
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.on_news = on_news
-        self._has_news = False
+        self._updates: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.on_update = on_update
+        self._has_update = False
 
     @property
     def num_tokens(self) -> int:
@@ -113,7 +113,7 @@ class Ticket(Generic[AnswerT]):
           EngineClosedError: the engine was closed or died before the request had ended.
           CancelledError: the request was cancelled.
         """
-        self._has_news = False  # reset before looking, so that a token that comes meanwhile makes tell notify again
+        self._has_update = False  # reset before looking, so that a token that comes meanwhile makes tell notify again
         if self.is_cancelled:
             raise CancelledError("the request was cancelled")
         if self.error is not None:
@@ -138,18 +138,18 @@ class Ticket(Generic[AnswerT]):
         deadline = None if timeout is None else time.monotonic() + timeout
         while (output := self.take()) is None:
             try:
-                self._news.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0))
+                self._updates.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0))
             except queue.Empty:
                 raise TimeoutError(f"no output came within {timeout} s") from None
         return output
 
     def tell(self) -> None:
         """Notifies the reader that take may have something new; called by the driver."""
-        if not self._has_news:
-            self._has_news = True
-            self._news.put(None)
-            if self.on_news is not None:
-                self.on_news(self)
+        if not self._has_update:
+            self._has_update = True
+            self._updates.put(None)
+            if self.on_update is not None:
+                self.on_update(self)
 
     def cancel(self) -> None:
         """Makes the reader's wait end with CancelledError; called by the driver, which also ends the request."""
@@ -189,13 +189,13 @@ class Driver(Generic[AnswerT]):
         submissions: Sequence[Submission],
         *,
         stream: bool = False,
-        on_news: Callable[[Ticket[AnswerT]], None] | None = None,
+        on_update: Callable[[Ticket[AnswerT]], None] | None = None,
     ) -> list[Ticket[AnswerT]]:
         """Queues prepared submissions for the driver's thread, which starts all of them before its next step.
 
         Args:
           submissions: from the controller's prepare or prepare_beam_search.
-          stream, on_news: as Ticket's.
+          stream, on_update: as Ticket's.
 
         Returns:
           One ticket per submission, in order.
@@ -203,7 +203,7 @@ class Driver(Generic[AnswerT]):
         Raises:
           EngineClosedError: the engine is closed or dead.
         """
-        tickets = [Ticket(submission, stream=stream, on_news=on_news) for submission in submissions]
+        tickets = [Ticket(submission, stream=stream, on_update=on_update) for submission in submissions]
         with self._changed:
             if self._error is not None:
                 raise EngineClosedError(str(self._error)) from self._error.__cause__
@@ -282,7 +282,7 @@ class Driver(Generic[AnswerT]):
             self._tell(answer, ticket)
 
     def _tell(self, answer: AnswerT, ticket: Ticket[AnswerT]) -> None:
-        """Notifies the reader of a changed answer; if its on_news raises, only this request ends."""
+        """Notifies the reader of a changed answer; if its on_update raises, only this request ends."""
         is_finished = answer.is_finished
         if is_finished:
             self._controller.forget(answer)  # before the reader is told, so that the pages are free once it knows
@@ -294,7 +294,7 @@ class Driver(Generic[AnswerT]):
             raise
         except BaseException as error:
             logger.warning("a request ends, since its reader cannot be told of its output: %r", error)
-            ticket.on_news = None
+            ticket.on_update = None
             self._drop(ticket)
             self._end(ticket, RequestFailedError.caused_by(error))
         if is_finished:

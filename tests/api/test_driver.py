@@ -30,9 +30,9 @@ def driver(controller):
     driver.close()
 
 
-def submit(driver, controller, prompt, max_tokens=8, *, stream=False, on_news=None, **params):
+def submit(driver, controller, prompt, max_tokens=8, *, stream=False, on_update=None, **params):
     submission = controller.prepare(prompt, SamplingParams(max_tokens=max_tokens, **params))
-    return driver.submit([submission], stream=stream, on_news=on_news)[0]
+    return driver.submit([submission], stream=stream, on_update=on_update)[0]
 
 
 def assert_works(driver, controller):
@@ -101,7 +101,7 @@ def test_driver_slow_reader_gets_the_latest_state_and_all_text_once(driver, cont
 
 def test_driver_unread_stream_is_told_once_until_it_looks(driver, controller):
     told = []
-    ticket = submit(driver, controller, [5], 20, stream=True, on_news=told.append)
+    ticket = submit(driver, controller, [5], 20, stream=True, on_update=told.append)
     while ticket.num_tokens < 20:
         time.sleep(0.001)
     assert_works(driver, controller)
@@ -174,10 +174,12 @@ def test_driver_reader_that_cannot_be_told_of_the_end_leaves_the_others_to_hear_
     driver = Driver(controller, on_end=ended.set)
     controller.step = lambda: release.wait(10) and []
 
-    def raise_on_news(ticket):
+    def raise_on_update(ticket):
         raise error
 
-    tickets = [submit(driver, controller, [5], on_news=raise_on_news if number != 1 else None) for number in range(3)]
+    tickets = [
+        submit(driver, controller, [5], on_update=raise_on_update if number != 1 else None) for number in range(3)
+    ]
     release.set()
     driver.close()
     assert ended.is_set()
@@ -200,10 +202,10 @@ def test_driver_submission_that_raises_fails_alone(driver, controller, error):
 
 
 def test_driver_reader_that_cannot_be_told_loses_only_its_own_request(driver, controller, caplog):
-    def raise_on_news(ticket):
+    def raise_on_update(ticket):
         raise ValueError("no such loop")
 
-    ticket = submit(driver, controller, [5], 50, stream=True, on_news=raise_on_news)
+    ticket = submit(driver, controller, [5], 50, stream=True, on_update=raise_on_update)
     beside = submit(driver, controller, [7], 20)
     assert beside.next_output(timeout=30).text == expected_text([7], 20)
     with pytest.raises(RequestFailedError, match="no such loop"):
@@ -216,7 +218,7 @@ def test_driver_closed_on_its_own_thread_ends_after_the_step(controller):
     """Where the garbage collector happens to end an LLM."""
     ended = threading.Event()
     driver = Driver(controller, on_end=ended.set)
-    ticket = submit(driver, controller, [5], 50, stream=True, on_news=lambda ticket: driver.close())
+    ticket = submit(driver, controller, [5], 50, stream=True, on_update=lambda ticket: driver.close())
     assert ended.wait(30)
     with pytest.raises(EngineClosedError, match="closed"):
         ticket.next_output(timeout=30)
@@ -254,8 +256,8 @@ def test_driver_any_history_lets_nobody_wait_for_ever(seed, kinds, drafting, clo
         if kind in ("start", "allowed", "advance"):
             after = 0 if kind == "start" else rng.randint(0, 4)
             submission = constrained(submission, Raising(kind, Panic("broken"), after=after))
-        on_news = deaf if kind == "deaf" else None
-        tickets += driver.submit([submission], stream=rng.random() < 0.5, on_news=on_news)
+        on_update = deaf if kind == "deaf" else None
+        tickets += driver.submit([submission], stream=rng.random() < 0.5, on_update=on_update)
         if kind == "cancelled":
             driver.cancel(tickets[-1:])
     if not closes_early:

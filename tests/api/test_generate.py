@@ -191,7 +191,7 @@ def test_llm_whose_last_reference_goes_on_the_engines_thread_frees_its_memory(pa
     references, closed = [llm], []
     loaded.close = lambda close=loaded.close: closed.append(close())
     llm._driver._on_end = loaded.close
-    ticket = llm.start(submission, on_news=lambda ticket: references.clear())
+    ticket = llm.start(submission, on_update=lambda ticket: references.clear())
     del llm
     thread.join(60)
     assert not thread.is_alive() and died() is None and closed == [None]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxinfer.layers.linear import Rows
+from jaxinfer.layers.linear import FusedPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PartRows:
+class PartSlice:
     """Rows start:stop of the part with number `part`, which one checkpoint tensor contributes."""
 
     part: int
@@ -26,7 +26,7 @@ class PartRows:
     stop: int
 
 
-def fused_rows(sizes: Sequence[int], num_shards: int, start: int, stop: int) -> Iterator[PartRows]:
+def fused_rows(sizes: Sequence[int], num_shards: int, start: int, stop: int) -> Iterator[PartSlice]:
     """The rows of its parts that make up rows start:stop of a fused parameter, in order.
 
     Args:
@@ -47,11 +47,11 @@ def fused_rows(sizes: Sequence[int], num_shards: int, start: int, stop: int) -> 
             low, high = max(start, position), min(stop, position + rows)
             if low < high:
                 first = shard * rows - position
-                yield PartRows(part=part, start=first + low, stop=first + high)
+                yield PartSlice(part=part, start=first + low, stop=first + high)
             position += rows
 
 
-def stored_rows(part: Rows, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def stored_rows(part: FusedPart, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The checkpoint tensor's rows that make up rows start:stop of a part, as (start, stop) ranges in order.
 
     Without copies that is one range. With copies, each copy of a group of rows is a range of its own.
@@ -67,7 +67,7 @@ def stored_rows(part: Rows, start: int, stop: int) -> Iterator[tuple[int, int]]:
         start += count
 
 
-def unfuse(fused: np.ndarray, parts: Sequence[Rows], num_shards: int) -> list[np.ndarray]:
+def unfuse(fused: np.ndarray, parts: Sequence[FusedPart], num_shards: int) -> list[np.ndarray]:
     """The checkpoint tensors of a whole fused parameter, [stored, ...] each.
 
     Copies of the same rows are equal, so it does not matter that each overwrites the one before.

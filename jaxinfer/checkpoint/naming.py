@@ -13,7 +13,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxinfer.layers.linear import Rows
+from jaxinfer.layers.linear import FusedPart
 from jaxinfer.models.registry import ModelFamily
 
 
@@ -43,9 +43,9 @@ class NamedParameter:
         return self.variable.shape[1:] if self.staged else self.variable.shape
 
     @property
-    def parts(self) -> tuple[Rows, ...]:
-        """The rows that each tensor contributes; all rows of a single tensor unless the variable declares its parts."""
-        return self.variable.get_metadata().get("parts", (Rows(*self.shape[:1]),))
+    def parts(self) -> tuple[FusedPart, ...]:
+        """What each tensor contributes; all rows of a single tensor unless the variable declares its parts."""
+        return self.variable.get_metadata().get("parts", (FusedPart(*self.shape[:1]),))
 
     def num_interleaved(self, num_shards: int) -> int:
         """Over how many shards the parts are interleaved; 1 where each part lies in the parameter as a whole.

@@ -20,7 +20,7 @@ from jaxinfer.kernels.paged_attention import paged_attention
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.linear import ColumnParallelLinear, Norm, RowParallelLinear, Rows
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear
 from jaxinfer.layers.norm import RMSNorm
 
 
@@ -115,10 +115,10 @@ class Attention(nnx.Module):
         self.softcap = config.attention_softcap
         self.backend = backend
         q_size = config.num_heads * config.head_dim
-        kv_rows = Rows(config.num_kv_heads * config.head_dim, copies=kv_copies, unit=config.head_dim)
+        kv_part = FusedPart(config.num_kv_heads * config.head_dim, copies=kv_copies, unit=config.head_dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
-            (Rows(q_size), kv_rows, kv_rows),
+            (FusedPart(q_size), kv_part, kv_part),
             num_stages=num_stages,
             dtype=dtype,
             bias=config.attention_bias,
@@ -135,7 +135,7 @@ class Attention(nnx.Module):
 
         self.qk_norm = config.qk_norm
 
-        def norm(projection: Rows) -> RMSNorm | None:
+        def norm(projection: FusedPart) -> RMSNorm | None:
             if config.qk_norm == "none":
                 return None
             whole = config.qk_norm == "projection"
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
                 sharded=projection if whole else None,
             )
 
-        self.query_norm, self.key_norm = norm(Rows(q_size)), norm(kv_rows)
+        self.query_norm, self.key_norm = norm(FusedPart(q_size)), norm(kv_part)
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import sum_over_vocabulary, vocabulary_shard
 from jaxinfer.communication.sharding import REPLICATED, VOCABULARY_PARALLEL, padded_vocabulary
-from jaxinfer.layers.linear import Rows, project
+from jaxinfer.layers.linear import FusedPart, project
 
 
 class VocabularyEmbedding(nnx.Module):
@@ -39,7 +39,7 @@ class VocabularyEmbedding(nnx.Module):
         self.logit_softcap = logit_softcap
         rows = padded_vocabulary(vocab_size, num_shards)
         self.weight = nnx.Param(
-            jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, parts=(Rows(vocab_size),)
+            jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, parts=(FusedPart(vocab_size),)
         )
 
     def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:

@@ -82,8 +82,10 @@ def gated(x: Float[Array, "*T G"], gate: Callable[[Array], Array]) -> Float[Arra
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows (output features) that one checkpoint tensor contributes to a parameter that is split over the shards.
+class FusedPart:
+    """What one checkpoint tensor contributes to a parameter, into which others may be fused.
+
+    The rows (output features) of the parameter are split over the shards.
 
     Args:
       stored: rows of the checkpoint tensor.
@@ -117,7 +119,7 @@ class ColumnParallelLinear(nnx.Module):
     def __init__(
         self,
         in_size: int,
-        parts: tuple[Rows, ...],
+        parts: tuple[FusedPart, ...],
         *,
         num_stages: int,
         dtype: jnp.dtype,

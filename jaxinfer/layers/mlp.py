@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxinfer.layers.linear import ColumnParallelLinear, Norm, RowParallelLinear, Rows, gated
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear, gated
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -61,7 +61,7 @@ class GatedMLP(nnx.Module):
     ):
         self.activation = activation
         options = {"num_stages": num_stages, "dtype": dtype, "bias": bias, "backend": backend}
-        self.gate_up = ColumnParallelLinear(hidden_size, (Rows(ffn_size), Rows(ffn_size)), **options)
+        self.gate_up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size), FusedPart(ffn_size)), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
     def __call__(
@@ -93,7 +93,7 @@ class MLP(nnx.Module):
     ):
         self.activation = activation
         options = {"num_stages": num_stages, "dtype": dtype, "bias": bias, "backend": backend}
-        self.up = ColumnParallelLinear(hidden_size, (Rows(ffn_size),), **options)
+        self.up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size),), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
     def __call__(

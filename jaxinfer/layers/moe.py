@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxinfer.communication.collectives import sum_over_tensor, tensor_shard
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.layers.linear import Rows, project
+from jaxinfer.layers.linear import FusedPart, project
 from jaxinfer.layers.mlp import activate
 
 _FEW = 8
@@ -52,7 +52,7 @@ class MixtureOfExperts(nnx.Module):
         self.num_local = count // num_shards
 
         def experts(out_size: int, in_size: int, num_parts: int) -> nnx.Param:
-            parts = (Rows(out_size),) * num_parts * count
+            parts = (FusedPart(out_size),) * num_parts * count
             shape = (num_stages, out_size * num_parts * count, in_size)
             return nnx.Param(jnp.zeros(shape, dtype), spec=COLUMN_PARALLEL, parts=parts, whole_parts=True)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxinfer.communication.collectives import sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, REPLICATED
 from jaxinfer.kernels.pallas_gemv import RowNorm
-from jaxinfer.layers.linear import Rows
+from jaxinfer.layers.linear import FusedPart
 
 
 class RMSNorm(nnx.Module):
@@ -42,7 +42,7 @@ class RMSNorm(nnx.Module):
         num_stages: int | None,
         dtype: jnp.dtype,
         offset: float = 0.0,
-        sharded: Rows | None = None,
+        sharded: FusedPart | None = None,
     ):
         self.size = size
         self.eps = eps

@@ -16,7 +16,7 @@ from jaxinfer.checkpoint.fusion import unfuse
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.layers.linear import Rows
+from jaxinfer.layers.linear import FusedPart
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family, parse_model_config
 
@@ -75,7 +75,7 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
 def _parts(
     names, values: np.ndarray, variable: nnx.Variable, num_shards: int, transposed: bool
 ) -> dict[str, np.ndarray]:
-    rows = variable.get_metadata().get("parts", (Rows(values.shape[0]),))
+    rows = variable.get_metadata().get("parts", (FusedPart(values.shape[0]),))
     assert not values[sum(part.size for part in rows) :].any(), f"{names}: the padding rows are not zero"
     interleaved = len(rows) > 1 and "whole_parts" not in variable.get_metadata()
     parts = unfuse(values, rows, num_shards if interleaved else 1)

@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.exporter import export_parameters
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import SafetensorsStore
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.layers.linear import Rows
+from jaxinfer.layers.linear import FusedPart
 from jaxinfer.models import llama
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family, parse_model_config
@@ -60,7 +60,7 @@ def test_export_parameters_fused_and_stacked_come_apart(num_stages: int, num_sha
 
     class Part(nnx.Module):
         def __init__(self, values: np.ndarray, sizes: tuple[int, ...]):
-            self.weight = nnx.Param(jax.numpy.asarray(values), parts=tuple(map(Rows, sizes)))
+            self.weight = nnx.Param(jax.numpy.asarray(values), parts=tuple(map(FusedPart, sizes)))
 
     class Block(nnx.Module):
         def __init__(self, index: int):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.checkpoint.fusion import PartRows, fused_rows, stored_rows, unfuse
-from jaxinfer.layers.linear import Rows
+from jaxinfer.checkpoint.fusion import PartSlice, fused_rows, stored_rows, unfuse
+from jaxinfer.layers.linear import FusedPart
 
 
 def fuse(tensors: list[np.ndarray], num_shards: int) -> np.ndarray:
@@ -35,16 +35,16 @@ def test_fused_rows_any_range_equals_concatenation(case) -> None:
     assert all(entry.start < entry.stop for entry in rows)
     pieces = [tensors[entry.part][entry.start : entry.stop] for entry in rows]
     assert np.array_equal(np.concatenate([np.empty((0, 2), int), *pieces]), fused[start:stop])
-    for tensor, part in zip(tensors, unfuse(fused, [Rows(size) for size in sizes], num_shards), strict=True):
+    for tensor, part in zip(tensors, unfuse(fused, [FusedPart(size) for size in sizes], num_shards), strict=True):
         assert np.array_equal(tensor, part)
 
 
 def test_fused_rows_two_shards_interleaves_parts() -> None:
     assert list(fused_rows((4, 2), 2, 1, 6)) == [
-        PartRows(part=0, start=1, stop=2),
-        PartRows(part=1, start=0, stop=1),
-        PartRows(part=0, start=2, stop=4),
-        PartRows(part=1, start=1, stop=2),
+        PartSlice(part=0, start=1, stop=2),
+        PartSlice(part=1, start=0, stop=1),
+        PartSlice(part=0, start=2, stop=4),
+        PartSlice(part=1, start=1, stop=2),
     ]
 
 
@@ -52,13 +52,13 @@ def test_fused_rows_indivisible_size_raises() -> None:
     with pytest.raises(ValueError, match="6 output features cannot be split over 4 tensor shards"):
         list(fused_rows((8, 6), 4, 0, 14))
     with pytest.raises(ValueError, match="6 output features"):
-        unfuse(np.zeros((6, 2)), (Rows(6),), 4)
+        unfuse(np.zeros((6, 2)), (FusedPart(6),), 4)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.data())
 def test_stored_rows_copies_stand_next_to_each_other(num_groups: int, copies: int, unit: int, data) -> None:
-    part = Rows(num_groups * unit, copies=copies, unit=unit)
+    part = FusedPart(num_groups * unit, copies=copies, unit=unit)
     tensor = np.arange(part.stored)
     repeated = tensor.reshape(num_groups, unit).repeat(copies, axis=0).ravel()
     assert repeated.size == part.size

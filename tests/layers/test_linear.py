@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.layers.linear import ColumnParallelLinear, RowParallelLinear, Rows, project
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear, project
 
 
 def normal(*shape: int, dtype="float32") -> jax.Array:
@@ -40,7 +40,7 @@ def test_project_one_row_equals_that_row_of_many() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_column_then_row_parallel_equals_two_products(num_rows: int, bias: bool) -> None:
-    parts = (Rows(6), Rows(4))
+    parts = (FusedPart(6), FusedPart(4))
     options = {"num_stages": 1, "dtype": jnp.dtype("float32"), "bias": bias}
     column, row = ColumnParallelLinear(8, parts, **options), RowParallelLinear(10, 8, **options)
     column.weight[...], row.weight[...] = normal(1, 10, 8), normal(1, 8, 10)

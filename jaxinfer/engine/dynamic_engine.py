@@ -20,7 +20,7 @@ from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.engine.beams import BeamSearch
 from jaxinfer.engine.drafting import Drafter
 from jaxinfer.engine.ending import start_constraint
-from jaxinfer.engine.schedule import SampledRows, Schedule, SequenceState
+from jaxinfer.engine.schedule import SamplingRows, Schedule, SequenceState
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
@@ -181,12 +181,12 @@ class DynamicEngine:
         self._check_room(request, beam_width=beam_width)
         start_constraint(request)
 
-    def add_request(self, request: Request, *, leader: str | None = None) -> None:
+    def add_request(self, request: Request, *, prefix_source: str | None = None) -> None:
         """Queues a request.
 
         Args:
           request: the request.
-          leader: id of an earlier request with the same prompt, whose pages the new one shares.
+          prefix_source: id of an earlier request with the same prompt, whose pages the new one shares.
 
         Raises:
           ValueError: its id is in use, it could never run (prompt too long, more pages than the pool has), or
@@ -195,10 +195,10 @@ class DynamicEngine:
         self._check_room(request)
         self._sequences[request.request_id] = self._scheduler.add(
             request,
-            leader=None if leader is None else self._sequences.get(leader),
+            prefix_source=None if prefix_source is None else self._sequences.get(prefix_source),
             is_host_fed=self._drafter is not None and not request.is_edited,
         )
-        self._prompt_tokens += 0 if leader else len(request.prompt_token_ids)
+        self._prompt_tokens += 0 if prefix_source else len(request.prompt_token_ids)
 
     def add_beam_search(self, request: Request, params: BeamSearchParams) -> None:
         """Queues a beam search; finished_searches returns its result.
@@ -250,7 +250,7 @@ class DynamicEngine:
             return self._collect(self._in_flight.popleft())
         return []
 
-    def _masks(self, rows_to_sample: Sequence[SampledRows]) -> dict[int, np.ndarray]:
+    def _masks(self, rows_to_sample: Sequence[SamplingRows]) -> dict[int, np.ndarray]:
         """The masks of constrained sequences, by slot, for the rows that are sampled with a launch.
 
         If a constraint raises, its sequence gets no mask; the exception becomes its error, and _end_failed ends it.
@@ -266,7 +266,7 @@ class DynamicEngine:
                     rows.sequence.error = error
         return masks
 
-    def _sampled_with(self, schedule: Schedule) -> list[SampledRows]:
+    def _sampled_with(self, schedule: Schedule) -> list[SamplingRows]:
         """The rows that are sampled when a schedule is launched, finished sequences left out.
 
         With one stage they are the schedule's own. In a pipeline of S stages they belong to the step launched S - 1
@@ -276,7 +276,7 @@ class DynamicEngine:
         leaving = recent[-self._num_stages].sampled if len(recent) >= self._num_stages else ()
         return [rows for rows in leaving if rows.sequence.finish_reason is None]
 
-    def _end_failed(self, launched: Sequence[SampledRows]) -> None:
+    def _end_failed(self, launched: Sequence[SamplingRows]) -> None:
         """Ends the sequences whose constraint raised; the tokens of their rows, already launched, will be dropped."""
         for rows in launched:
             sequence = rows.sequence
@@ -382,7 +382,9 @@ class DynamicEngine:
                 )
             )
 
-    def _read(self, rows: SampledRows, sampled: list[int], first: int, found: LogprobArrays | None) -> list[TokenEvent]:
+    def _read(
+        self, rows: SamplingRows, sampled: list[int], first: int, found: LogprobArrays | None
+    ) -> list[TokenEvent]:
         """The events of one sequence, whose logit rows begin with row `first` of the step."""
         sequence, request = rows.sequence, rows.sequence.request
         scores = None

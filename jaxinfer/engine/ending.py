@@ -27,7 +27,7 @@ def end_reason(sequence: SequenceState) -> FinishReason | None:
     reason = None
     if sequence.constraint is not None:
         reason = _end_of_constraint(sequence, sequence.constraint, token_id)
-    return reason or ("length" if len(sequence.token_ids) >= sequence.limit else None)
+    return reason or ("length" if len(sequence.token_ids) >= sequence.max_total_len else None)
 
 
 def start_constraint(request: Request) -> ConstraintState | None:

@@ -26,15 +26,15 @@ class SequenceState:
       request: the request.
       order: (priority, arrival, ..); smaller runs first and is preempted last.
       token_ids: the prompt and the output tokens that the host has read so far.
-      limit: the length at which the sequence ends, in tokens of prompt and output together.
-      leader: the sequence whose pages this one will share (another sample of the same prompt, or the beam it was forked
-        from). None if there is none, and after admission, when the pages are shared already.
+      max_total_len: the length at which the sequence ends, in tokens of prompt and output together.
+      prefix_source: the sequence whose pages this one will share (another sample of the same prompt, or the beam it
+        was forked from). None if there is none, and after admission, when the pages are shared already.
       num_top: how many of the most likely tokens to report at each position, beside the sampled one; None reports no
         log-probabilities at all.
       is_host_fed: the host chooses the next input (speculative decoding, beam search), so nothing is computed behind a
         token before the host has read it.
       is_parked: the sequence pauses until the host extends it with a token.
-      num_computed: leading positions whose keys and values are computed, or will be by a step already launched.
+      num_computed_tokens: leading positions whose keys and values are computed, or will be by a step already launched.
       is_decoding: the device has the last token, and it is the only one whose key is not computed.
       num_unread: tokens sampled on the device that the host has not read yet.
       num_scored: leading prompt positions for which the next token's log-probability has been launched.
@@ -54,12 +54,12 @@ class SequenceState:
     request: Request
     order: tuple[int, ...]
     token_ids: list[int]
-    limit: int
-    leader: SequenceState | None = None
+    max_total_len: int
+    prefix_source: SequenceState | None = None
     num_top: int | None = None
     is_host_fed: bool = False
     is_parked: bool = False
-    num_computed: int = 0
+    num_computed_tokens: int = 0
     is_decoding: bool = False
     num_unread: int = 0
     num_scored: int = 0
@@ -83,7 +83,7 @@ class SequenceState:
     @property
     def is_ready(self) -> bool:
         """Whether only the last token is left to compute, so that the next step can sample."""
-        return self.is_decoding or (self.is_host_fed and self.num_computed == len(self.token_ids) - 1)
+        return self.is_decoding or (self.is_host_fed and self.num_computed_tokens == len(self.token_ids) - 1)
 
     @property
     def num_reusable(self) -> int:
@@ -148,7 +148,7 @@ class PrefillChunk:
         return self.token_ids[1:] if self.num_sampled > 1 else ()
 
 
-SampledRows = DecodeRow | PrefillChunk
+SamplingRows = DecodeRow | PrefillChunk
 """What samples in a step: num_sampled logit rows, one after the other. drafts[i] is the guess for what row i samples;
 the last row has no guess."""
 
@@ -171,6 +171,6 @@ class Schedule:
         return bool(self.decodes or self.prefills)
 
     @cached_property
-    def sampled(self) -> tuple[SampledRows, ...]:
+    def sampled(self) -> tuple[SamplingRows, ...]:
         """The decode rows and the chunks that sample, in the order of the step's logit rows."""
         return (*self.decodes, *(chunk for chunk in self.prefills if chunk.num_sampled))

@@ -93,7 +93,9 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: list[SequenceState] = []
         self._waiting = WaitingQueue()
-        self._followers: dict[SequenceState, dict[SequenceState, None]] = {}  # by leader: who waits, oldest first
+        self._followers: dict[
+            SequenceState, dict[SequenceState, None]
+        ] = {}  # by prefix source: who waits, oldest first
         self._arrivals = itertools.count()
         self._num_stages = shapes.num_stages
         # Every host-fed sequence may take a chunk. One chunk is kept for prompts, or they could be starved.
@@ -116,7 +118,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without a slot, those that wait for their leader's prompt included."""
+        """Sequences without a slot, those that wait for their prefix source's prompt included."""
         return len(self._waiting) + sum(map(len, self._followers.values()))
 
     def check_fits(self, request: Request, *, num_sequences: int = 1) -> None:
@@ -141,15 +143,15 @@ class Scheduler:
                 f"prompt has {num_prompt} tokens, the limit is {self._max_model_len - 1} ({context} "
                 f"{self._max_model_len} less one for the output); {ways_out}"
             )
-        needed = pages_for(self.limit(request), self._config.page_size) * num_sequences
+        needed = pages_for(self.max_total_len(request), self._config.page_size) * num_sequences
         if needed > self.pages.num_pages:
             times = "" if num_sequences == 1 else f"{num_sequences} x "
             raise RequestTooLongError(
-                f"request needs {needed} KV pages for {times}{self.limit(request)} tokens, the pool has "
+                f"request needs {needed} KV pages for {times}{self.max_total_len(request)} tokens, the pool has "
                 f"{self.pages.num_pages}; lower max_tokens, shorten the prompt or raise num_kv_pages"
             )
 
-    def limit(self, request: Request) -> int:
+    def max_total_len(self, request: Request) -> int:
         """The length at which a request ends, in tokens of prompt and output together."""
         return min(len(request.prompt_token_ids) + request.max_tokens, self._max_model_len)
 
@@ -157,7 +159,7 @@ class Scheduler:
         self,
         request: Request,
         *,
-        leader: SequenceState | None = None,
+        prefix_source: SequenceState | None = None,
         num_top: int | None = None,
         is_host_fed: bool = False,
     ) -> SequenceState:
@@ -165,7 +167,7 @@ class Scheduler:
 
         Args:
           request: the request.
-          leader: a sequence with the same prompt. The new sequence waits until the leader's prompt is computed, then
+          prefix_source: a sequence with the same prompt. The new sequence waits until that prompt is computed, then
             shares its pages.
           num_top: as in SequenceState; None takes request.logprobs.
           is_host_fed: as in SequenceState.
@@ -178,14 +180,18 @@ class Scheduler:
             request=request,
             order=(request.priority, next(self._arrivals)),
             token_ids=list(request.prompt_token_ids),
-            limit=self.limit(request),
-            leader=leader,
+            max_total_len=self.max_total_len(request),
+            prefix_source=prefix_source,
             num_top=request.logprobs if num_top is None else num_top,
             is_host_fed=is_host_fed,
             constraint=start_constraint(request),
         )
-        if leader is not None and leader.finish_reason is None and leader.num_computed < len(sequence.token_ids) - 1:
-            self._followers.setdefault(leader, {})[sequence] = None
+        if (
+            prefix_source is not None
+            and prefix_source.finish_reason is None
+            and prefix_source.num_computed_tokens < len(sequence.token_ids) - 1
+        ):
+            self._followers.setdefault(prefix_source, {})[sequence] = None
         else:
             self._waiting.push(sequence)
         return sequence
@@ -199,8 +205,8 @@ class Scheduler:
             request=sequence.request,
             order=(*sequence.order[:2], next(self._arrivals)),
             token_ids=[*sequence.token_ids, token_id],
-            limit=sequence.limit,
-            leader=sequence,
+            max_total_len=sequence.max_total_len,
+            prefix_source=sequence,
             num_top=sequence.num_top,
             is_host_fed=True,
             page_hashes=list(sequence.page_hashes),
@@ -250,7 +256,7 @@ class Scheduler:
             return 1
         num_right = next((i for i, draft in enumerate(drafts) if draft != sampled[i]), len(drafts))
         if num_right < len(drafts) and sequence.slot != NO_SLOT:
-            sequence.num_computed = len(sequence.token_ids) + num_right
+            sequence.num_computed_tokens = len(sequence.token_ids) + num_right
             sequence.is_decoding = False
         num_new = 0
         while num_new <= num_right and sequence.finish_reason is None:
@@ -267,8 +273,8 @@ class Scheduler:
             self._stop_running(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        elif sequence.leader is not None:
-            del self._followers[sequence.leader][sequence]
+        elif sequence.prefix_source is not None:
+            del self._followers[sequence.prefix_source][sequence]
         self._let_follow(sequence)
 
     def _append(self, sequence: SequenceState, token_id: int) -> None:
@@ -279,13 +285,13 @@ class Scheduler:
         elif sequence.slot != NO_SLOT:
             self._pages.publish(sequence)
 
-    def _let_follow(self, leader: SequenceState) -> None:
-        """Queues the sequences that waited for a leader's prompt."""
-        for follower in self._followers.pop(leader, ()):
+    def _let_follow(self, prefix_source: SequenceState) -> None:
+        """Queues the sequences that waited for a prefix source's prompt."""
+        for follower in self._followers.pop(prefix_source, ()):
             self._waiting.push(follower)
 
     def _fill_step(self) -> _Step:
-        due = self._due()
+        due = self._choose_ready()
         num_chunks = sum(not sequence.is_decoding or sequence.is_host_fed for sequence in due)
         step = _Step(
             budget=self._config.max_num_batched_tokens - len(due),
@@ -304,12 +310,12 @@ class Scheduler:
     def _commit(self, step: _Step) -> None:
         """Records in the sequences what the step will have computed and sampled."""
         for row in step.decodes:
-            row.sequence.num_computed += 1
+            row.sequence.num_computed_tokens += 1
             row.sequence.num_unread += 1
             row.sequence.last_sampled = self._step
         for chunk in step.chunks:
             sequence = chunk.sequence
-            sequence.num_computed = chunk.start + len(chunk.token_ids)
+            sequence.num_computed_tokens = chunk.start + len(chunk.token_ids)
             sequence.num_scored = max(sequence.num_scored, chunk.scored.stop)
             sequence.num_unread += chunk.num_sampled
             sequence.last_sampled = self._step
@@ -318,7 +324,7 @@ class Scheduler:
             if chunk.num_sampled:
                 self._let_follow(sequence)
 
-    def _due(self) -> list[SequenceState]:
+    def _choose_ready(self) -> list[SequenceState]:
         """Sequences that decode in this step, oldest first.
 
         With S pipeline stages a sequence can decode in every S-th step only, so a step takes 1/S of the ready ones:
@@ -327,7 +333,7 @@ class Scheduler:
         ready = [
             sequence
             for sequence in self._running
-            if sequence.is_ready and not sequence.is_parked and sequence.num_tokens < sequence.limit
+            if sequence.is_ready and not sequence.is_parked and sequence.num_tokens < sequence.max_total_len
         ]
         through = [
             sequence
@@ -355,7 +361,7 @@ class Scheduler:
     def _add_ready(self, step: _Step, sequence: SequenceState) -> None:
         """Adds a ready sequence: a decode row, or a chunk if it has drafts or the device lacks its last token."""
         drafts = self._drafts(step, sequence) if sequence.is_host_fed else ()
-        start, num_pages = sequence.num_computed, len(sequence.pages)
+        start, num_pages = sequence.num_computed_tokens, len(sequence.pages)
         if sequence.is_decoding and not drafts:
             if self._grow(sequence, start + 1):
                 new_page = (num_pages, sequence.pages[-1]) if len(sequence.pages) > num_pages else None
@@ -371,7 +377,7 @@ class Scheduler:
         """Drafts for the step to verify, as many as sequence limit, budget, one prefill row and free pages allow."""
         if self._plan_drafts is None:
             return ()
-        most = min(sequence.limit - 1, self._pages.most_tokens(sequence)) - len(sequence.token_ids)
+        most = min(sequence.max_total_len - 1, self._pages.most_tokens(sequence)) - len(sequence.token_ids)
         return self._plan_drafts(sequence, max(min(most, step.budget, PREFILL_BLOCK - 1), 0))
 
     def _grow(self, sequence: SequenceState, num_tokens: int) -> bool:
@@ -442,7 +448,7 @@ class Scheduler:
             return self._shapes.max_prefill
         left = [sequence for sequence in self._running if not (sequence.is_ready or sequence.is_parked)]
         left += self._waiting.first(len(self._free_slots))
-        rows = sum(num_blocks(len(sequence.token_ids) - sequence.num_computed) for sequence in left)
+        rows = sum(num_blocks(len(sequence.token_ids) - sequence.num_computed_tokens) for sequence in left)
         self._prefill_share = max(self._prefill_share, -(-rows // self._num_stages)) if rows else 0
         return min(self._prefill_share, self._shapes.max_prefill)
 
@@ -457,10 +463,10 @@ class Scheduler:
         step.page_copies += self._pages.take(sequence, prefix)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = len(prefix.pages) * self._config.page_size
-            if sequence.leader is None:
+            if sequence.prefix_source is None:
                 self.prefix_cache_queries += len(sequence.token_ids)
                 self.prefix_cache_hits += sequence.num_cached_tokens
-        sequence.slot, sequence.leader = self._free_slots.pop(), None
+        sequence.slot, sequence.prefix_source = self._free_slots.pop(), None
         sequence.num_skipped = 0
         self._running.append(sequence)
         self._add_chunk(step, sequence)
@@ -473,7 +479,7 @@ class Scheduler:
 
     def _add_chunk(self, step: _Step, sequence: SequenceState) -> None:
         """Adds a chunk with as many of a sequence's tokens that are not yet computed as fit."""
-        start, num_known = sequence.num_computed, len(sequence.token_ids)
+        start, num_known = sequence.num_computed_tokens, len(sequence.token_ids)
         length = self._chunk_len(step, num_known - start)
         if not length:
             return

@@ -45,15 +45,19 @@ class SequencePages:
         self._caching = caching
 
     def find_prefix(self, sequence: SequenceState) -> Prefix:
-        """The part of a sequence whose keys are in the pool: from a running leader, else from the prefix cache.
+        """The part of a sequence whose keys are in the pool: from a running prefix source, else from the prefix cache.
 
-        A leader gives all tokens but the last one, the prefix cache gives full pages.
+        A prefix source gives all tokens but the last one, the prefix cache gives full pages.
         """
-        leader, num_tokens = sequence.leader, len(sequence.token_ids) - 1
-        is_there = leader is not None and leader.slot != NO_SLOT and leader.num_computed >= num_tokens
-        if leader is not None and is_there and sequence.num_reusable == num_tokens:
+        prefix_source, num_tokens = sequence.prefix_source, len(sequence.token_ids) - 1
+        is_there = (
+            prefix_source is not None
+            and prefix_source.slot != NO_SLOT
+            and prefix_source.num_computed_tokens >= num_tokens
+        )
+        if prefix_source is not None and is_there and sequence.num_reusable == num_tokens:
             num_full, rest = divmod(num_tokens, self._page_size)
-            return Prefix(num_tokens, leader.pages[:num_full], leader.pages[num_full] if rest else 0)
+            return Prefix(num_tokens, prefix_source.pages[:num_full], prefix_source.pages[num_full] if rest else 0)
         if not self._caching:
             return Prefix(0, ())
         self._extend_hashes(sequence, len(sequence.token_ids) // self._page_size)
@@ -75,7 +79,7 @@ class SequencePages:
         num_shared = len(prefix.pages)
         new = self.allocator.allocate(pages_for(len(sequence.token_ids), self._page_size) - num_shared)
         sequence.pages = [*prefix.pages, *new]
-        sequence.num_computed, sequence.num_published = prefix.num_tokens, num_shared
+        sequence.num_computed_tokens, sequence.num_published = prefix.num_tokens, num_shared
         return ((prefix.partial_page, new[0]),) if prefix.partial_page else ()
 
     def num_missing(self, sequence: SequenceState, num_tokens: int) -> int:
@@ -102,7 +106,7 @@ class SequencePages:
         """Publishes a sequence's full pages, then releases all its pages."""
         self.publish(sequence)
         self.allocator.release(sequence.pages)
-        sequence.pages, sequence.num_computed, sequence.num_published = [], 0, 0
+        sequence.pages, sequence.num_computed_tokens, sequence.num_published = [], 0, 0
 
     def publish(self, sequence: SequenceState) -> None:
         """Offers the sequence's new full pages to the prefix cache.
@@ -112,7 +116,7 @@ class SequencePages:
         """
         if not self._caching:
             return
-        num_full = min(sequence.num_computed, len(sequence.token_ids)) // self._page_size
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // self._page_size
         if num_full == sequence.num_published:
             return
         self._extend_hashes(sequence, num_full)

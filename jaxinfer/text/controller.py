@@ -126,7 +126,7 @@ class TextGenerationController:
                 if submission.beam_search is not None:
                     self._engine.add_beam_search(request, submission.beam_search)
                 else:
-                    self._engine.add_request(request, leader=answer.request_id if index else None)
+                    self._engine.add_request(request, prefix_source=answer.request_id if index else None)
         except BaseException:
             self.forget(answer)
             raise

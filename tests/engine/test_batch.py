@@ -18,7 +18,7 @@ SHAPES = StepShapes(EngineConfig(max_num_seqs=4, page_size=8, max_num_batched_to
 
 def sequence(**fields) -> SequenceState:
     request = Request(request_id="x", prompt_token_ids=(1,), max_tokens=4, **fields)
-    return SequenceState(request=request, order=(0, 0), token_ids=[1], limit=5)
+    return SequenceState(request=request, order=(0, 0), token_ids=[1], max_total_len=5)
 
 
 def test_make_batch_lays_out_decodes_then_last_chunks():

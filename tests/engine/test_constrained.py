@@ -176,7 +176,7 @@ def test_constrained_samples_of_one_prompt_have_a_state_each(stages):
     engine, _ = make_engine(pipeline_parallel_size=stages)
     requests = [request(i, range(11), 9, constraint=Residues(7), top_k=2, seed=i) for i in (1, 2, 3)]
     for entry in requests:
-        engine.add_request(entry, leader=None if entry is requests[0] else "1")
+        engine.add_request(entry, prefix_source=None if entry is requests[0] else "1")
     assert_own_texts(finish(engine), requests)
 
 

@@ -44,7 +44,7 @@ def test_draft_model_keeps_up_with_shared_pages_and_preemption(stages, run_ahead
     requests = [sampled(0, 20), *(request(f"0.{n}", [0, *range(1, 20)], 20, top_k=2, seed=n) for n in (1, 2, 3))]
     requests.append(sampled(5, 11, 30))
     for entry in requests:
-        engine.add_request(entry, leader="0" if entry.request_id.startswith("0.") else None)
+        engine.add_request(entry, prefix_source="0" if entry.request_id.startswith("0.") else None)
     assert_own_texts(finish(engine), requests)
     stats = engine.stats()
     assert stats.num_preemptions

@@ -154,7 +154,7 @@ def test_drafts_of_samples_of_one_prompt_follow_each_ones_text():
     engine, _ = make_engine(drafter=Scripted(partly))
     requests = [request(i, range(21), 12, top_k=2, seed=i) for i in (1, 2, 3)]
     for entry in requests:
-        engine.add_request(entry, leader=None if entry is requests[0] else "1")
+        engine.add_request(entry, prefix_source=None if entry is requests[0] else "1")
     assert_own_texts(finish(engine), requests)
 
 
@@ -191,7 +191,7 @@ def looked_up(text, most):
 @pytest.mark.parametrize("vocab_size", [1, 2, 4, 30])
 def test_prompt_lookup_plan_equals_brute_force(vocab_size):
     random, lookup, owner = np.random.default_rng(vocab_size), PromptLookup(5), request("x", [0])
-    sequences = [SequenceState(request=owner, order=(i, i), token_ids=[], limit=64) for i in range(2)]
+    sequences = [SequenceState(request=owner, order=(i, i), token_ids=[], max_total_len=64) for i in range(2)]
     for step, sequence in itertools.product(range(30), sequences):  # two texts grow in turn
         sequence.token_ids += random.integers(0, vocab_size, 1 + step % 4).tolist()
         most = int(random.integers(0, 8))

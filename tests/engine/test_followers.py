@@ -15,7 +15,7 @@ def samples(prompt_len, count=3, max_tokens=9, **fields):
 def add(engine, requests, *, share=True):
     """Queues a prompt's samples, the first one as the others' leader."""
     for entry in requests:
-        engine.add_request(entry, leader=requests[0].request_id if share and entry is not requests[0] else None)
+        engine.add_request(entry, prefix_source=requests[0].request_id if share and entry is not requests[0] else None)
 
 
 def pages_copied(wrapper):
@@ -125,7 +125,7 @@ def test_followers_of_a_leader_that_has_ended_run_alone():
     engine.add_request(requests[0])
     early = finish(engine)
     for entry in requests[1:]:
-        engine.add_request(entry, leader="1")
+        engine.add_request(entry, prefix_source="1")
     assert_own_texts([*early, *finish(engine)], requests)
 
 

@@ -89,7 +89,7 @@ class History:
             if index:
                 sample = dataclasses.replace(entry, request_id=f"{entry.request_id}.{index}", top_k=2, seed=index)
             self.requests[sample.request_id], self.events[sample.request_id] = sample, []
-            self.engine.add_request(sample, leader=entry.request_id if index else None)
+            self.engine.add_request(sample, prefix_source=entry.request_id if index else None)
 
     def take(self, events):
         for event in events:

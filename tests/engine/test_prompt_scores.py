@@ -79,7 +79,7 @@ def test_scores_of_leader_do_not_keep_followers_from_its_pages():
     engine, wrapper = make_engine(max_num_batched_tokens=16)
     requests = [scored(1, 40), *(request(i, scored(1, 40).prompt_token_ids, top_k=2, seed=i) for i in (2, 3))]
     for entry in requests:
-        engine.add_request(entry, leader=None if entry is requests[0] else "1")
+        engine.add_request(entry, prefix_source=None if entry is requests[0] else "1")
     assert_scored(finish(engine), requests)
     assert num_scored(wrapper) == 39
     assert sum(int(batch.prefill_len.sum()) for batch in wrapper.batches) == 42
@@ -100,5 +100,5 @@ def test_scores_of_a_follower_do_not_come_from_its_leaders_pages():
     engine, _ = make_engine()
     leader, follower = request("leader", scored(1, 20).prompt_token_ids), scored(1, 20)
     engine.add_request(leader)
-    engine.add_request(follower, leader="leader")
+    engine.add_request(follower, prefix_source="leader")
     assert_scored(finish(engine), [leader, follower])

@@ -29,7 +29,7 @@ class CountedPriority(int):
 
 def sequence(order):
     entry = request("-".join(map(str, order)), [1])
-    return SequenceState(request=entry, order=order, token_ids=[1], limit=9)
+    return SequenceState(request=entry, order=order, token_ids=[1], max_total_len=9)
 
 
 def comparisons_of_aborting(count):
@@ -110,7 +110,7 @@ def test_waiting_followers_are_taken_out_without_a_search():
     engine, _ = make_engine(max_num_batched_tokens=16)
     requests = [request(number, range(40), 2) for number in range(100)]
     for entry in requests:
-        engine.add_request(entry, leader=None if entry is requests[0] else "0")
+        engine.add_request(entry, prefix_source=None if entry is requests[0] else "0")
     engine.step()
     followers = engine._scheduler._followers[engine._sequences["0"]]
     assert isinstance(followers, dict) and len(followers) == 99

@@ -197,7 +197,7 @@ def test_launch_has_its_programs_before_it_takes_the_lock_that_all_models_share(
         "constraint": OnlyThese(range(320), 320),
     }
     engine.add_request(Request(request_id="a", prompt_logprobs=0, **fields))
-    engine.add_request(Request(request_id="b", **fields), leader="a")
+    engine.add_request(Request(request_id="b", **fields), prefix_source="a")
     while engine.has_unfinished():
         engine.step()
     assert {name for name, _ in asked} == {"copy", "forward", "score", "edit", "allow", "sample_edited"}

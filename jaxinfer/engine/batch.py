@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxinfer.engine.schedule import PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.schedule import PrefillChunk, Schedule
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.request import EditKind, LogitEdits, Request
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,

@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 
 from jaxinfer.engine.beam_search import BeamCandidates, BeamGroup, BeamStep, Hypothesis
-from jaxinfer.engine.schedule import SequenceState
 from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.request import Request, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
 

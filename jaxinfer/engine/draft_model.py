@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.engine.batch import make_batch
-from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK

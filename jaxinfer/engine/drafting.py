@@ -14,7 +14,8 @@ import weakref
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxinfer.engine.schedule import Schedule, SequenceState
+from jaxinfer.engine.schedule import Schedule
+from jaxinfer.engine.sequence import SequenceState
 
 PROMPT_LOOKUP = "prompt-lookup"
 """The value of EngineConfig.draft_model that selects PromptLookup."""

@@ -20,8 +20,9 @@ from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.engine.beams import BeamSearch
 from jaxinfer.engine.drafting import Drafter
 from jaxinfer.engine.ending import start_constraint
-from jaxinfer.engine.schedule import SamplingRows, Schedule, SequenceState
+from jaxinfer.engine.schedule import SamplingRows, Schedule
 from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams

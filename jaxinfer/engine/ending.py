@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from jaxinfer.constraints.constraint import ConstraintError, ConstraintState, allows_beside
-from jaxinfer.engine.schedule import SequenceState
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import FinishReason, Request
 

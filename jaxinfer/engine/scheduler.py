@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.ending import end_reason, start_constraint
 from jaxinfer.engine.page_allocator import PageAllocator
-from jaxinfer.engine.schedule import NO_SLOT, DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule
+from jaxinfer.engine.sequence import NO_SLOT, SequenceState
 from jaxinfer.engine.sequence_pages import SequencePages
 from jaxinfer.engine.waiting import WaitingQueue
 from jaxinfer.request import FinishReason, Request, RequestTooLongError

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
-from jaxinfer.engine.schedule import NO_SLOT, SequenceState
+from jaxinfer.engine.sequence import NO_SLOT, SequenceState
 from jaxinfer.wrappers.step_shapes import pages_for
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from jaxinfer.engine.schedule import SequenceState
+from jaxinfer.engine.sequence import SequenceState
 
 _FEW = 8
 """So many stale entries may always stay in the heap."""

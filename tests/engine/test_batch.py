@@ -8,7 +8,8 @@ import pytest
 
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.batch import make_batch, needed_variant
-from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule, SequenceState
+from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.request import EditKind, LogitEdits, Request
 from jaxinfer.wrappers.step_batch import SamplerVariant, pack_sampling
 from jaxinfer.wrappers.step_shapes import StepShapes

@@ -20,7 +20,7 @@ from fake_wrapper import VOCAB_SIZE, continuation, logprobs
 
 from jaxinfer.constraints.constraint import OnlyThese
 from jaxinfer.engine.drafting import PromptLookup
-from jaxinfer.engine.schedule import SequenceState
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.wrappers.step_shapes import pages_for
 

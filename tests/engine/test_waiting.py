@@ -7,7 +7,7 @@ from engine_tools import assert_own_texts, finish, make_engine, request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.engine.schedule import SequenceState
+from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.engine.waiting import WaitingQueue
 
 

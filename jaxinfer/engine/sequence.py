@@ -1,0 +1,93 @@
+"""The state of a sequence: one request, or one beam, on its way through the engine.
+
+Owns: its tokens, how many of them are computed, its slot and pages.
+Does not know: queues, how steps are chosen, devices. Never imports jax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxinfer.constraints.constraint import ConstraintState
+from jaxinfer.request import FinishReason, Request, TokenLogprobs
+
+NO_SLOT = -1
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class SequenceState:
+    """The tokens of one request, and the slot and pages that it holds.
+
+    Args:
+      request: the request.
+      order: (priority, arrival, ..); smaller runs first and is preempted last.
+      token_ids: the prompt and the output tokens that the host has read so far.
+      max_total_len: the length at which the sequence ends, in tokens of prompt and output together.
+      prefix_source: the sequence whose pages this one will share (another sample of the same prompt, or the beam it
+        was forked from). None if there is none, and after admission, when the pages are shared already.
+      num_top: how many of the most likely tokens to report at each position, beside the sampled one; None reports no
+        log-probabilities at all.
+      is_host_fed: the host chooses the next input (speculative decoding, beam search), so nothing is computed behind a
+        token before the host has read it.
+      is_parked: the sequence pauses until the host extends it with a token.
+      num_computed_tokens: leading positions whose keys and values are computed, or will be by a step already launched.
+      is_decoding: the device has the last token, and it is the only one whose key is not computed.
+      num_unread: tokens sampled on the device that the host has not read yet.
+      num_scored: leading prompt positions for which the next token's log-probability has been launched.
+      last_sampled: number of the scheduler's step that last sampled a token for this sequence.
+      slot: decode slot while running, else NO_SLOT.
+      pages: KV pages in order while running.
+      page_hashes: hash chain over the full pages, as far as it has been needed.
+      num_published: leading pages that were offered to the prefix cache.
+      num_cached_tokens: prompt tokens found in the prefix cache at first admission; None before.
+      num_skipped: how often younger requests have overtaken this one while it waited.
+      prompt_logprobs: log-probabilities of the prompt's tokens from the second on, as far as read.
+      constraint: tells which tokens may come next; None allows all.
+      finish_reason: why the sequence ended; None before.
+      error: the exception of its constraint, if one ended it.
+    """
+
+    request: Request
+    order: tuple[int, ...]
+    token_ids: list[int]
+    max_total_len: int
+    prefix_source: SequenceState | None = None
+    num_top: int | None = None
+    is_host_fed: bool = False
+    is_parked: bool = False
+    num_computed_tokens: int = 0
+    is_decoding: bool = False
+    num_unread: int = 0
+    num_scored: int = 0
+    last_sampled: int = 0
+    slot: int = NO_SLOT
+    pages: list[int] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_cached_tokens: int | None = None
+    num_skipped: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    constraint: ConstraintState | None = None
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, unread ones included."""
+        return len(self.token_ids) + self.num_unread
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether only the last token is left to compute, so that the next step can sample."""
+        return self.is_decoding or (self.is_host_fed and self.num_computed_tokens == len(self.token_ids) - 1)
+
+    @property
+    def num_reusable(self) -> int:
+        """How many leading tokens may come from the prefix cache.
+
+        The last token has to be computed, since the next one is sampled behind it. Prompt positions that have yet to
+        give a log-probability have to be computed as well.
+        """
+        if self.request.prompt_logprobs is None or self.num_scored >= len(self.request.prompt_token_ids) - 1:
+            return len(self.token_ids) - 1
+        return self.num_scored

@@ -10,7 +10,7 @@ import threading
 import pytest
 import sentencepiece
 from conftest import GOLDEN
-from test_sentencepiece import train
+from test_sentencepiece_tokenizer import train
 
 from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox

@@ -37,7 +37,7 @@ class BeamSearch:
         self._num_returned = params.num_return_sequences
         self._group = BeamGroup(
             beam_width=params.beam_width,
-            max_tokens=scheduler.max_total_len(request) - len(request.prompt_token_ids),
+            max_tokens=scheduler.limits.max_total_len(request) - len(request.prompt_token_ids),
             length_penalty=params.length_penalty,
             early_stopping=params.early_stopping,
             stop_token_ids=request.stop_token_ids,

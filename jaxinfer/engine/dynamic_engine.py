@@ -321,7 +321,7 @@ class DynamicEngine:
                 f"beam_width must be <= max_num_seqs, so that all beams can run side by side, got {beam_width} > "
                 f"{self._max_num_seqs}; lower it or raise max_num_seqs"
             )
-        self._scheduler.check_fits(request, num_sequences=beam_width)
+        self._scheduler.limits.check(request, num_sequences=beam_width)
 
     def _plan_drafts(self, sequence: SequenceState, most: int) -> Sequence[int]:
         if self._drafter is None or sequence.request.request_id in self._searches:

@@ -18,6 +18,10 @@ NO_SLOT = -1
 class SequenceState:
     """The tokens of one request, and the slot and pages that it holds.
 
+    Computed tokens catch up with known ones: of num_tokens tokens the first num_computed_tokens are computed, every
+    step computes some of the others, and where it reaches the last one it samples another. The sequence then decodes:
+    only its last token is not computed, and the device has that token, whether or not the host has read it.
+
     Args:
       request: the request.
       order: (priority, arrival, ..); smaller runs first and is preempted last.
@@ -31,7 +35,8 @@ class SequenceState:
         token before the host has read it.
       is_parked: the sequence pauses until the host extends it with a token.
       num_computed_tokens: leading positions whose keys and values are computed, or will be by a step already launched.
-      is_decoding: the device has the last token, and it is the only one whose key is not computed.
+      num_on_device: how many tokens the sequence has by the device's count, which includes wrong drafts. The device has
+        the last of these; 0 if the device has sampled none since admission or has to be given another one.
       num_unread: tokens sampled on the device that the host has not read yet.
       num_scored: leading prompt positions for which the next token's log-probability has been launched.
       last_sampled: number of the scheduler's step that last sampled a token for this sequence.
@@ -56,7 +61,7 @@ class SequenceState:
     is_host_fed: bool = False
     is_parked: bool = False
     num_computed_tokens: int = 0
-    is_decoding: bool = False
+    num_on_device: int = 0
     num_unread: int = 0
     num_scored: int = 0
     last_sampled: int = 0
@@ -77,9 +82,22 @@ class SequenceState:
         return len(self.token_ids) + self.num_unread
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether the device has the last token, so that a decode row can compute it.
+
+        It has not after a wrong draft, behind which it had sampled more than the sequence got.
+        """
+        return self.num_on_device == self.num_tokens
+
+    @property
     def is_ready(self) -> bool:
         """Whether only the last token is left to compute, so that the next step can sample."""
         return self.is_decoding or (self.is_host_fed and self.num_computed_tokens == len(self.token_ids) - 1)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether a running sequence has other tokens to compute than its last one."""
+        return not (self.is_ready or self.is_parked)
 
     @property
     def num_reusable(self) -> int:
@@ -91,3 +109,11 @@ class SequenceState:
         if self.request.prompt_logprobs is None or self.num_scored >= len(self.request.prompt_token_ids) - 1:
             return len(self.token_ids) - 1
         return self.num_scored
+
+    def compute_to(self, end: int, *, num_sampled: int, step: int) -> None:
+        """Records that a step computes the tokens before position `end` and samples num_sampled, the last at `end`."""
+        self.num_computed_tokens = end
+        self.num_unread += num_sampled
+        self.last_sampled = step
+        if num_sampled:
+            self.num_on_device = end + 1

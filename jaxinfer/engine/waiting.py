@@ -1,7 +1,7 @@
 """The queue of sequences that wait for a slot, in the order in which they are to run.
 
-Owns: the order, and the cheap removal of a sequence from the middle.
-Does not know: why a sequence waits, which may overtake others. Never imports jax.
+Owns: the order, the cheap removal of a sequence from the middle, and who waits for whose prompt.
+Does not know: pages, which sequence may overtake others. Never imports jax.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ _FEW = 8
 
 
 class WaitingQueue:
-    """A priority queue of sequences by their order, which is unique.
+    """A priority queue of sequences by their order, which is unique, and the followers that have yet to join it.
+
+    A follower is a sequence whose prefix source is still computing the prompt that both have. It joins the queue when
+    that is done, so that it can share the pages.
 
     The heap holds only the orders. A sequence removed from the middle is freed at once; its order stays in the heap as
     a stale entry, which pop skips. Once stale entries outnumber the others the heap is rebuilt, so that a removal costs
@@ -26,6 +29,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._orders: list[tuple[int, ...]] = []  # heap
         self._sequences: dict[tuple[int, ...], SequenceState] = {}
+        self._followers: dict[SequenceState, dict[SequenceState, None]] = {}  # by prefix source, oldest first
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -51,8 +55,26 @@ class WaitingQueue:
             pass
         return sequence
 
+    @property
+    def num_followers(self) -> int:
+        """Sequences that wait for their prefix source's prompt; they are not counted by len."""
+        return sum(map(len, self._followers.values()))
+
+    def follow(self, sequence: SequenceState, prefix_source: SequenceState) -> None:
+        """Adds a sequence as a follower."""
+        self._followers.setdefault(prefix_source, {})[sequence] = None
+
+    def let_follow(self, prefix_source: SequenceState) -> None:
+        """Queues the followers of a sequence, whose prompt is computed now or never will be."""
+        for follower in self._followers.pop(prefix_source, ()):
+            self.push(follower)
+
     def remove(self, sequence: SequenceState) -> None:
-        """Removes a waiting sequence, wherever it stands."""
+        """Removes a waiting sequence, wherever it stands, or a follower."""
+        if sequence not in self:
+            if sequence.prefix_source is not None:
+                del self._followers[sequence.prefix_source][sequence]
+            return
         del self._sequences[sequence.order]
         if len(self._orders) > 2 * len(self._sequences) + _FEW:
             self._orders = list(self._sequences)

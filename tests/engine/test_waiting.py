@@ -112,7 +112,7 @@ def test_waiting_followers_are_taken_out_without_a_search():
     for entry in requests:
         engine.add_request(entry, prefix_source=None if entry is requests[0] else "0")
     engine.step()
-    followers = engine._scheduler._followers[engine._sequences["0"]]
+    followers = engine._scheduler._waiting._followers[engine._sequences["0"]]
     assert isinstance(followers, dict) and len(followers) == 99
     for entry in reversed(requests[2:]):
         engine.abort(entry.request_id)

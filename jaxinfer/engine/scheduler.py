@@ -228,9 +228,9 @@ class Scheduler:
         for sequence in decoding:
             if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
                 self._add_ready(plan, sequence)
-        for sequence in sorted(self._running, key=lambda sequence: sequence.order):
-            if sequence.is_prefilling:
-                plan.add_known_tokens(sequence)
+        prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
+        for sequence in sorted(prefilling, key=lambda sequence: sequence.order):
+            plan.add_known_tokens(sequence)
         self._admit(plan)
         return plan.schedule()
 

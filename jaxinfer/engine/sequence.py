@@ -87,7 +87,7 @@ class SequenceState:
 
         It has not after a wrong draft, behind which it had sampled more than the sequence got.
         """
-        return self.num_on_device == self.num_tokens
+        return self.num_on_device == len(self.token_ids) + self.num_unread
 
     @property
     def is_ready(self) -> bool:

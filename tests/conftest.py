@@ -21,9 +21,11 @@ if importlib.util.find_spec("beartype"):
 # Golden files are compared in float32 on the CPU, also where there is a GPU (`jaxinfer bench gpu` is for that).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# The mesh's tests take eight devices, all others the first. Nearly all time goes into compiling programs that run once;
-# without its fusion emitters, which later versions always use, XLA compiles in half of the time.
+# The mesh's tests take eight devices, all others the first. Nearly all time goes into compiling programs that run once:
+# each in one piece, since the tests keep all cores busy as it is, and without fusion emitters, which later versions
+# always use, in half of the time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 if version("jax").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()

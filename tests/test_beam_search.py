@@ -82,7 +82,7 @@ TIGHT = {"num_kv_pages": 12, "enable_prefix_caching": False}
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), TIGHT),
+        pytest.param((1, 1), TIGHT, marks=MATRIX),
         pytest.param((2, 2), {"enable_prefix_caching": False}, marks=MATRIX),
         ((4, 2), {"run_ahead": False}),
         pytest.param((1, 1), {}, marks=MATRIX),

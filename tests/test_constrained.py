@@ -77,7 +77,7 @@ def alone() -> list[list[tuple[int, ...]]]:
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), {}),
+        pytest.param((1, 1), {}, marks=MATRIX),
         pytest.param((2, 2), {}, marks=MATRIX),
         ((4, 2), {"enable_prefix_caching": False}),
         pytest.param((1, 1), {"num_kv_pages": 9, "enable_prefix_caching": False}, marks=MATRIX),

@@ -73,7 +73,7 @@ def expected() -> list[list[int]]:
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), {"max_num_seqs": 1}),
+        pytest.param((1, 1), {"max_num_seqs": 1}, marks=pytest.mark.matrix),
         ((1, 1), {"num_kv_pages": 9, "enable_prefix_caching": False}),
         ((4, 2), {"run_ahead": False}),
         pytest.param((2, 2), {}, marks=pytest.mark.matrix),

@@ -80,7 +80,7 @@ TIGHT = {"num_kv_pages": 10, "enable_prefix_caching": False}
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), {}),
+        pytest.param((1, 1), {}, marks=MATRIX),
         ((1, 1), TIGHT),
         ((2, 2), {"enable_prefix_caching": False}),
         pytest.param((4, 2), {"run_ahead": False}, marks=MATRIX),

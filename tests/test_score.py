@@ -61,7 +61,7 @@ def sampled_logprobs(output: RequestOutput) -> list[float]:
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), TIGHT),
+        pytest.param((1, 1), TIGHT, marks=MATRIX),
         ((2, 2), {}),
         pytest.param((4, 2), {}, marks=MATRIX),
         pytest.param((2, 2), TIGHT, marks=MATRIX),

@@ -108,7 +108,7 @@ def check_equals_plain_decoding(layout, fields):
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((1, 1), TIGHT),
+        pytest.param((1, 1), TIGHT, marks=MATRIX),
         ((2, 2), {"max_num_batched_tokens": 64}),
         pytest.param((4, 2), {"max_num_batched_tokens": 64, "enable_prefix_caching": False}, marks=MATRIX),
         pytest.param((1, 1), {"run_ahead": False}, marks=MATRIX),

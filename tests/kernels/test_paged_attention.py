@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from beartype import beartype
 from gpu_lowering import count_kernels, lowered_for_gpu
 from jaxtyping import jaxtyped
 
@@ -48,6 +47,8 @@ CASES = [
 @functools.cache
 def attention(backend, names, window, softcap):
     """The typechecked contract under jit, compiled once per static setting."""
+    from beartype import beartype  # here, since the programs for GPUs are lowered without it too
+
     checked = jaxtyped(typechecker=beartype)(paged_attention)
 
     def call(sinks, sequence_id, *arrays):

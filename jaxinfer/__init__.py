@@ -5,8 +5,7 @@ from importlib.metadata import version
 from jaxinfer.api.async_llm import AsyncLLM
 from jaxinfer.api.generate import generate
 from jaxinfer.api.llm import LLM
-from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.models.registry import ModelFamily, register_model

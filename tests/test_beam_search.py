@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jaxinfer import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 MATRIX = pytest.mark.matrix
 CASES = json.loads((GOLDEN / "beam" / "cases.json").read_text())

@@ -16,7 +16,7 @@ from jaxinfer import LLM, AsyncLLM, EngineClosedError, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
 from jaxinfer.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 CHAT = GOLDEN / "chat"
 RENDERS = json.loads((CHAT / "renders.json").read_text(encoding="utf-8"))

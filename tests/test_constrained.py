@@ -18,7 +18,7 @@ from mesh_tools import on_mesh
 from jaxinfer import LLM, RequestOutput, SamplingParams
 
 pytest.importorskip("llguidance")
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 MATRIX = pytest.mark.matrix
 MODEL = "llama"

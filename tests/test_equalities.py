@@ -90,7 +90,7 @@ MATRIX_ONLY = {
 }
 
 
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
     "variation",
     [pytest.param(name, marks=pytest.mark.matrix if name in MATRIX_ONLY else ()) for name in VARIATIONS],
@@ -120,7 +120,7 @@ def family(request) -> tuple[str, list[list[int]], list[tuple[int, ...]]]:
         return request.param, prompts, [llm.generate(prompt, params).token_ids for prompt, params in pairs]
 
 
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.matrix  # test_mesh.py compares families with one device in CI
 @pytest.mark.parametrize(("family", "variation"), PAIRS, ids=map("-".join, PAIRS), indirect=["family"], scope="module")
 def test_generate_other_families_do_not_depend_on_the_engine(variation, family):
@@ -138,7 +138,7 @@ def test_generate_other_families_do_not_depend_on_the_engine(variation, family):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):
     """Four requests that grow to 9 pages each share 10 pages."""
     prompts = PROMPTS[1:5]
@@ -152,14 +152,14 @@ def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.matrix)])
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_tokens_do_not_depend_on_the_order_of_arrival(seed, alone):
     order = np.random.default_rng(seed).permutation(NUM_PROMPTS).tolist()
     with LLM(load_golden("gqa").path, **BASE) as llm:
         assert outputs_of(llm, order) == alone
 
 
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_second_run_hits_the_prefix_cache_and_repeats_itself(alone):
     with LLM(load_golden("gqa").path, **BASE | {"num_kv_pages": 200}) as llm:
         assert outputs_of(llm) == alone
@@ -212,7 +212,7 @@ def test_generate_greedy_with_gpu_kernels_equals_transformers(golden):
         np.testing.assert_allclose(logprobs, golden.expected[f"logprobs_{number}"][:8], atol=2e-4)
 
 
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_logprobs_chunks_and_preemption_agree_to_rounding():
     """Tokens are equal, log-probabilities differ by the order of sums only."""
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=3)

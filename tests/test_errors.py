@@ -17,7 +17,7 @@ from mesh_tools import BASE, on_mesh
 
 from jaxinfer import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 MODEL = "llama"

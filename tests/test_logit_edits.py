@@ -14,7 +14,7 @@ from wrapper_tools import make_wrapper, prefill_step
 from jaxinfer import SamplingParams
 from jaxinfer.wrappers.step_batch import SamplerVariant
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 MODEL = "llama"
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9] * 7, [4] * 12, [9, 1], [200, 5, 17], [33] * 3]

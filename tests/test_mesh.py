@@ -69,7 +69,7 @@ def cases() -> list:
 @pytest.mark.parametrize(("model", "layout", "feature"), cases())
 def test_generate_layout_gives_the_tokens_of_one_device(model, layout, feature, request):
     if feature != "step shapes":
-        request.getfixturevalue("one_shape")
+        request.getfixturevalue("few_programs")
     with on_mesh(model, layout, **FEATURES[feature]) as llm:
         if feature == "aborts":
             found = run_among_aborts(llm, model)

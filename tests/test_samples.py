@@ -23,7 +23,7 @@ from scipy.stats import chisquare
 from jaxinfer import LLM, CompletionOutput, RequestOutput, SamplingParams
 from jaxinfer.api.driver import Ticket
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 MODEL = "llama"
 COMMON = {"ignore_eos": True, "logprobs": 1}

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from jaxinfer import LLM, RequestOutput, SamplingParams
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 MATRIX = pytest.mark.matrix
 MODEL = "gemma3"  # windows on some of its layers

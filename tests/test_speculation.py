@@ -118,7 +118,7 @@ def check_equals_plain_decoding(layout, fields):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_with_drafts_equals_plain_decoding(drafts, layout, fields):
     check_equals_plain_decoding(layout, drafts | fields)
 
@@ -133,13 +133,13 @@ def test_generate_with_drafts_equals_plain_decoding(drafts, layout, fields):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_with_draft_model_equals_plain_decoding(draft_model, layout, fields):
     check_equals_plain_decoding(layout, draft_model | fields)
 
 
 @MATRIX  # CI compares the tokens of plain decoding, which is more
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_with_draft_model_samples_the_models_distribution(draft_model):
     """Three tokens of two choices each, 300 times, against the model's own logits; all but the first are drafted."""
     prompt, count, temperature = [5, 17, 200, 31], 300, 1.5
@@ -184,7 +184,7 @@ def test_llm_wrong_draft_model_is_refused(fields, error, message):
         on_mesh(MODEL, (1, 1), **fields)
 
 
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_accepted_drafts_are_steps_that_are_not_taken(drafts):
     (expected, plain_steps), repetitive = plainly(), [2, 4]
     with on_mesh(MODEL, (1, 1), tokenizer="byte", **TIGHT, **drafts) as llm:
@@ -199,7 +199,7 @@ def test_generate_accepted_drafts_are_steps_that_are_not_taken(drafts):
         assert llm.stats().draft_acceptance_rate == llm.stats().accepted_draft_tokens / llm.stats().draft_tokens
 
 
-@pytest.mark.usefixtures("one_shape")
+@pytest.mark.usefixtures("few_programs")
 def test_generate_with_drafts_ends_where_plain_decoding_does(drafts):
     """At a stop token or a stop string among accepted drafts nothing behind it is reported; max_tokens and
     max_model_len hold."""

@@ -6,7 +6,9 @@ Does not know: files, config.json, checkpoint names, who makes the batches, samp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,9 @@ class TransformerDecoder(nnx.Module):
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
         """Runs this stage's layers.
 
+        Equal layers are traced and lowered once, as a function that is called for each of them. For 30 layers that takes
+        a fifth of the time; XLA inlines the calls and compiles the same program.
+
         Args:
           x: residual stream.
           caches: one per local layer.
@@ -149,9 +154,14 @@ class TransformerDecoder(nnx.Module):
         Returns:
           The new residual stream and the written caches.
         """
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run_layer(structure: nnx.GraphDef, parameters: nnx.State, *arguments: Any) -> tuple[Array, LayerCache]:
+            return nnx.merge(structure, parameters)(*arguments)
+
         rotary, written = self._rotary(batch.positions), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, cache, batch, rotary(layer.attention.windows))
+            x, cache = run_layer(*nnx.split(layer), x, cache, batch, rotary(layer.attention.windows))
             written.append(cache)
         return x, written
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from jaxinfer import LLM, AsyncLLM, BeamSearchParams, EngineClosedError, SamplingParams
 from jaxinfer.checkpoint.directory import read_json
 
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)

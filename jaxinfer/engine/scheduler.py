@@ -34,7 +34,7 @@ from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes
 MAX_SKIPS = 16
 """How often younger requests may overtake the first waiting one that does not fit yet."""
 SKIP_WINDOW = 8
-"""How many more waiting requests may fail to fit, behind the first one, before a step stops admitting."""
+"""How many more waiting requests may fail to fit, after the first one, before a step stops admitting."""
 
 
 class Scheduler:
@@ -45,7 +45,7 @@ class Scheduler:
       shapes: the shapes of steps, which bound how many rows and chunks a step can have.
       num_pages: pages of the KV pool, without the dump page.
       max_model_len: limit on the tokens of prompt and output together.
-      plan_drafts: given a sequence and a maximum, returns the drafts to verify behind its last token, as
+      plan_drafts: given a sequence and a maximum, returns the drafts to verify after its last token, as
         Drafter.plan does; None never drafts.
     """
 
@@ -175,7 +175,7 @@ class Scheduler:
 
         Args:
           sequence: the sequence.
-          sampled: the tokens sampled behind its last token and behind each draft, one more than there are drafts.
+          sampled: the tokens sampled after its last token and after each draft, one more than there are drafts.
           drafts: the drafts that were verified. A sampled token counts only if all drafts before it were right: of
             sampled tokens 5, 8, 2 with drafts 5, 7 the sequence gets 5 and 8.
 

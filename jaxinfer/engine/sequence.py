@@ -31,7 +31,7 @@ class SequenceState:
         was forked from). None if there is none, and after admission, when the pages are shared already.
       num_top: how many of the most likely tokens to report at each position, beside the sampled one; None reports no
         log-probabilities at all.
-      is_host_fed: the host chooses the next input (speculative decoding, beam search), so nothing is computed behind a
+      is_host_fed: the host chooses the next input (speculative decoding, beam search), so nothing is computed after a
         token before the host has read it.
       is_parked: the sequence pauses until the host extends it with a token.
       num_computed_tokens: leading positions whose keys and values are computed, or will be by a step already launched.
@@ -85,7 +85,7 @@ class SequenceState:
     def is_decoding(self) -> bool:
         """Whether the device has the last token, so that a decode row can compute it.
 
-        It has not after a wrong draft, behind which it had sampled more than the sequence got.
+        It has not after a wrong draft, after which it had sampled more than the sequence got.
         """
         return self.num_on_device == len(self.token_ids) + self.num_unread
 
@@ -103,7 +103,7 @@ class SequenceState:
     def num_reusable(self) -> int:
         """How many leading tokens may come from the prefix cache.
 
-        The last token has to be computed, since the next one is sampled behind it. Prompt positions that have yet to
+        The last token has to be computed, since the next one is sampled after it. Prompt positions that have yet to
         give a log-probability have to be computed as well.
         """
         if self.request.prompt_logprobs is None or self.num_scored >= len(self.request.prompt_token_ids) - 1:

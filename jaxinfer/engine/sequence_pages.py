@@ -97,7 +97,7 @@ class SequencePages:
         return (len(sequence.pages) + self.allocator.num_available) * self._page_size
 
     def give_back_unused(self, sequence: SequenceState) -> None:
-        """Releases the pages behind a sequence's last token, which were taken for drafts that were wrong."""
+        """Releases the pages after a sequence's last token, which were taken for drafts that were wrong."""
         needed = pages_for(len(sequence.token_ids), self._page_size)
         self.allocator.release(sequence.pages[needed:])
         del sequence.pages[needed:]

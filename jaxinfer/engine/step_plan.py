@@ -48,7 +48,7 @@ class StepPlan:
         self._decodes.append(DecodeRow(sequence, sequence.slot, new_page))
 
     def add_last_token(self, sequence: SequenceState, drafts: Sequence[int]) -> None:
-        """Adds a chunk of a sequence's last token with drafts behind it; like a decode row, the token is paid for."""
+        """Adds a chunk of a sequence's last token with drafts after it; like a decode row, the token is paid for."""
         token_ids = [sequence.token_ids[-1], *drafts]
         self._add(sequence, token_ids, num_sampled=len(token_ids), cost=len(drafts))
 

@@ -143,8 +143,8 @@ class TransformerDecoder(nnx.Module):
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
         """Runs this stage's layers.
 
-        Equal layers are traced and lowered once, as a function that is called for each of them. For 30 layers that takes
-        a fifth of the time; XLA inlines the calls and compiles the same program.
+        Equal layers are traced and lowered once, as a function that is called for each of them; of 30 layers that takes
+        a fifth of the time. XLA inlines the calls and compiles the same program.
 
         Args:
           x: residual stream.

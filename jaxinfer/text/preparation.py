@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.constraints.bad_words import BadWords
-from jaxinfer.constraints.constraint import AllOf, OnlyThese, TokenConstraint
+from jaxinfer.constraints.constraint import AllOf, TokenConstraint, TokenSet
 from jaxinfer.constraints.structured import GrammarCompiler
 from jaxinfer.constraints.structured_output import StructuredOutput
 from jaxinfer.request import Request
@@ -182,7 +182,7 @@ class Preparation:
         # allowed_token_ids is added here too, so that the engine notices when all of them together leave no token.
         if params.allowed_token_ids is not None:
             inside = [token_id for token_id in params.allowed_token_ids if token_id < self._vocab_size]
-            constraints.append(OnlyThese(inside, self._vocab_size))
+            constraints.append(TokenSet(inside, self._vocab_size))
         return constraints[0] if len(constraints) == 1 else AllOf(constraints)
 
     def _require_tokenizer(self, name: str) -> None:

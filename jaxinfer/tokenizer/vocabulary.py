@@ -28,7 +28,7 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
 
     Args:
       tokenizer: one of jaxinfer's tokenizers, or any object that follows the Tokenizer protocol. If it has a method
-        token_bytes(), that returns the table. Otherwise each token is decoded behind an ordinary one, and a token that
+        token_bytes(), that returns the table. Otherwise each token is decoded after an ordinary one, and a token that
         holds part of a character counts as U+FFFD, because decode shows it so.
 
     Returns:

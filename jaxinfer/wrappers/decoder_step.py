@@ -32,7 +32,7 @@ class LeavingBatch:
     """What the head has to know of the batch that leaves the last stage.
 
     Args:
-      hidden: [M, D], normalised hidden states of the tokens behind which one is sampled.
+      hidden: [M, D], normalised hidden states of the tokens after which one is sampled.
       rows: tells how to sample from them.
       prompts: [T, D], normalised hidden states of all prefill tokens; None unless the step is scored.
     """

@@ -109,7 +109,7 @@ class StepBatch:
       prefill_start, prefill_len: int32[P], position of the row's first token, and how many of its Q tokens are no
         padding.
       prefill_tokens: int32[P, Q], Q = PREFILL_BLOCK whatever the shape.
-      logit_index: int32[M], the token behind which each logit row samples: r is decode row r, max_decode + p * Q + q is
+      logit_index: int32[M], the token after which each logit row samples: r is decode row r, max_decode + p * Q + q is
         token q of prefill row p.
       logit_slots: int32[M], the slot whose sampling numbers apply; the dump slot for padding.
       logit_feeds: bool[M], whether the sampled token becomes its slot's last token.
@@ -117,7 +117,7 @@ class StepBatch:
       variant: the sampler to run.
       num_top: how many of the most likely tokens to report at each logit row, beside the sampled one; None reports no
         log-probabilities at all.
-      targets: int32[P, Q], the token whose log-probability is wanted behind each prefill token, NO_TARGET for none;
+      targets: int32[P, Q], the token whose log-probability is wanted after each prefill token, NO_TARGET for none;
         None if the step scores no prompt.
       edited: whether any sampled row has logit edits or a constraint.
       edits: the edits of the sequences whose first token since admission is sampled in this step.

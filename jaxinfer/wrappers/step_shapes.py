@@ -29,7 +29,7 @@ class StepShape:
       num_prefill: P, rows of the prefill segment.
       row_len: tokens of a prefill row on the device: PREFILL_BLOCK, or fewer in steps whose chunks are all short. A
         StepBatch always has PREFILL_BLOCK tokens a row, of which the first row_len are used.
-      num_logits: M, logit rows, one for each position behind which a token is sampled.
+      num_logits: M, logit rows, one for each position after which a token is sampled.
       scored: the step also returns the hidden states of all prefill tokens, to score prompts.
     """
 
@@ -99,7 +99,7 @@ class StepShapes:
 
         Args:
           num_decode, num_prefill: rows without padding.
-          num_logits: positions behind which a token is sampled.
+          num_logits: positions after which a token is sampled.
           row_len: tokens of the longest prefill row.
           scored: as in StepShape.
 

@@ -18,7 +18,7 @@ from engine_tools import (
 from fake_policies import Scripted, partly, right, wrong
 from fake_wrapper import VOCAB_SIZE, continuation, logprobs
 
-from jaxinfer.constraints.constraint import OnlyThese
+from jaxinfer.constraints.constraint import TokenSet
 from jaxinfer.engine.drafting import PromptLookup
 from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.sampling_params import BeamSearchParams
@@ -160,7 +160,7 @@ def test_drafts_of_samples_of_one_prompt_follow_each_ones_text():
 
 def test_drafts_are_not_made_for_constrained_requests_and_beams():
     engine, _ = make_engine(drafter=Scripted(right))
-    constrained = request("a", [1, 2], 12, constraint=OnlyThese(range(0, VOCAB_SIZE, 3), VOCAB_SIZE))
+    constrained = request("a", [1, 2], 12, constraint=TokenSet(range(0, VOCAB_SIZE, 3), VOCAB_SIZE))
     search, params = request("search", [5, 6], 10), BeamSearchParams(beam_width=2)
     engine.add_request(constrained)
     engine.add_beam_search(search, params)

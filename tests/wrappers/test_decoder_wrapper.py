@@ -11,7 +11,7 @@ from conftest import load_golden
 from wrapper_tools import FakeProgram, decode_step, make_random_wrapper, make_wrapper, prefill_step
 
 from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.constraints.constraint import OnlyThese
+from jaxinfer.constraints.constraint import TokenSet
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request
 from jaxinfer.wrappers import decoder_wrapper
@@ -194,7 +194,7 @@ def test_launch_has_its_programs_before_it_takes_the_lock_that_all_models_share(
         "prompt_token_ids": tuple(gqa.prompts[0]),
         "max_tokens": 2,
         "edits": LogitEdits(logit_bias=((1, 0.0),), presence_penalty=0.5),
-        "constraint": OnlyThese(range(320), 320),
+        "constraint": TokenSet(range(320), 320),
     }
     engine.add_request(Request(request_id="a", prompt_logprobs=0, **fields))
     engine.add_request(Request(request_id="b", **fields), prefix_source="a")

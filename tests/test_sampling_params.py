@@ -200,7 +200,7 @@ def test_sampling_params_collections_become_plain_copies() -> None:
 def test_sampling_params_is_frozen_replaceable_and_picklable() -> None:
     params = SamplingParams(stop=["a"], logit_bias={1: 2})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        params.temperature = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+        params.temperature = 0.0
     assert dataclasses.replace(params) == params == pickle.loads(pickle.dumps(params))
     with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
         dataclasses.replace(params, temperature=-1)

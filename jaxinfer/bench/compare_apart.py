@@ -91,7 +91,7 @@ class ApartRow:
 
         If the peer was stopped, this is a lower bound.
         """
-        return self.peer and self.peer.seconds / self.ours.seconds
+        return None if self.peer is None else self.peer.seconds / self.ours.seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -306,7 +306,7 @@ def _row(
         return KernelRow(max_error=float("nan"), failure=failure, **about), None
     max_error = float("nan") if expected is None else _max_error(found, expected)
     num_bytes, num_ops = cost(case, compiled.inputs)
-    rates = {} if ms is None else {"bytes_per_s": 1e3 * num_bytes / ms, "ops_per_s": 1e3 * num_ops / ms}
+    rates: dict[str, Any] = {} if ms is None else {"bytes_per_s": 1e3 * num_bytes / ms, "ops_per_s": 1e3 * num_ops / ms}
     return KernelRow(max_error=max_error, ms=ms, **rates, **about), found
 
 

@@ -53,8 +53,8 @@ class TransformersPeer:
 
     def __init__(self, checkpoint: Path | Mapping[str, Any], *, dtype: str, device: str):
         try:
-            import torch  # pyright: ignore[reportMissingImports]
-            import transformers  # pyright: ignore[reportMissingImports]
+            import torch
+            import transformers
         except ImportError as error:
             raise ValueError("peer 'transformers' needs both packages: pip install torch transformers") from error
         self._torch, self._transformers = torch, transformers

@@ -97,8 +97,11 @@ def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: in
     # One page more than the tokens fill: the scheduler admits a request only while every running one has a page to
     # grow into. With fewer, the last requests of a batch would wait until others end.
     needed = (pages_for(num_tokens, page_size) + 1) * page_size
-    fitting = {"max_num_seqs": num_seqs, "max_model_len": max(2, min(needed, model.max_position_embeddings))}
-    fitting["max_num_batched_tokens"] = max(num_seqs, EngineConfig().max_num_batched_tokens)
+    fitting: dict[str, Any] = {
+        "max_num_seqs": num_seqs,
+        "max_model_len": max(2, min(needed, model.max_position_embeddings)),
+        "max_num_batched_tokens": max(num_seqs, EngineConfig().max_num_batched_tokens),
+    }
     return EngineConfig(**{**fitting, **fields})
 
 

@@ -86,7 +86,7 @@ def takes_settings(
 
         file = _parameter("config", Path | None, "YAML file with any of these settings by name; flags win over it.")
         parameters = sorted([*own, file, *options.values()], key=lambda parameter: parameter.kind)
-        wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore[missing-attribute]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return wrapper
 
@@ -149,7 +149,7 @@ def _flag_type(hint: Any) -> Any:
         return str | None  # its fields as JSON
     for part in parts:
         if typing.get_origin(part) is Sequence:
-            return list[typing.get_args(part)[0]] | None
+            return list[typing.get_args(part)[0]] | None  # pyrefly: ignore[invalid-annotation]
         if typing.get_origin(part) is Mapping:
             return list[str] | None
     return parts[0] | None

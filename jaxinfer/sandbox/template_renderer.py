@@ -80,7 +80,7 @@ def make_environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["raise_exception"] = _raise_exception  # pyrefly: ignore[unsupported-operation]
     return environment
 
 

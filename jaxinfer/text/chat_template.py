@@ -184,18 +184,19 @@ class ChatRenderer:
         if not checked:
             raise ValueError("the conversation has no messages; at least one is needed")
         final_text = _mark_end(checked[-1], marker) if continue_final_message else ""
+        checked_tools = None if tools is None else [_checked_tool(tool, i) for i, tool in enumerate(_as_list(tools))]
         variables = {
             "documents": None,
             **self._templates.special_tokens,
             **_checked_variables(chat_template_kwargs),
             "messages": checked,
-            "tools": None if tools is None else [_checked_tool(tool, i) for i, tool in enumerate(_as_list(tools))],
+            "tools": checked_tools,
             "add_generation_prompt": add_generation_prompt,
         }
         now = self._clock()
 
         def render() -> str:
-            self._say_if_ignored(template, variables["tools"])
+            self._say_if_ignored(template, checked_tools)
             given = variables | {"messages": self._as_the_template_takes_them(checked, template)}
             text = self._sandbox.render(template.source, given, origin=template.origin, now=now)
             return _cut_at(text, marker, final_text, template.origin) if continue_final_message else text

@@ -83,8 +83,8 @@ TIGHT = {"num_kv_pages": 12, "enable_prefix_caching": False}
     ("layout", "fields"),
     [
         pytest.param((1, 1), TIGHT, marks=MATRIX),
-        pytest.param((2, 2), {"enable_prefix_caching": False}, marks=MATRIX),
-        ((4, 2), {"run_ahead": False}),
+        pytest.param((4, 2), {"enable_prefix_caching": False}, marks=MATRIX),
+        ((2, 2), {"run_ahead": False}),
         pytest.param((1, 1), {}, marks=MATRIX),
         pytest.param((4, 2), TIGHT, marks=MATRIX),
         pytest.param((2, 4), {"max_num_batched_tokens": 64}, marks=MATRIX),

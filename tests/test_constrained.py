@@ -78,8 +78,8 @@ def alone() -> list[list[tuple[int, ...]]]:
     ("layout", "fields"),
     [
         pytest.param((1, 1), {}, marks=MATRIX),
-        pytest.param((2, 2), {}, marks=MATRIX),
-        ((4, 2), {"enable_prefix_caching": False}),
+        pytest.param((4, 2), {}, marks=MATRIX),
+        ((2, 2), {"enable_prefix_caching": False}),
         pytest.param((1, 1), {"num_kv_pages": 9, "enable_prefix_caching": False}, marks=MATRIX),
         pytest.param((2, 4), {"run_ahead": False}, marks=MATRIX),
         pytest.param((4, 2), {"num_kv_pages": 9, "enable_prefix_caching": False}, marks=MATRIX),

@@ -75,8 +75,8 @@ def expected() -> list[list[int]]:
     [
         pytest.param((1, 1), {"max_num_seqs": 1}, marks=pytest.mark.matrix),
         ((1, 1), {"num_kv_pages": 9, "enable_prefix_caching": False}),
-        ((4, 2), {"run_ahead": False}),
-        pytest.param((2, 2), {}, marks=pytest.mark.matrix),
+        ((2, 2), {"run_ahead": False}),
+        pytest.param((4, 2), {}, marks=pytest.mark.matrix),
     ],
     ids=str,
 )

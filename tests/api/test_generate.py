@@ -317,7 +317,7 @@ def test_warmup_then_200_random_requests_of_every_kind_compile_nothing(path):
             compiled.append(event)
 
     random = np.random.default_rng(0)
-    with LLM(path, **SMALL | {"max_num_seqs": 2, "num_kv_pages": 16, "max_num_batched_tokens": 32}) as llm:
+    with LLM(path, **SMALL | {"max_num_seqs": 2, "num_kv_pages": 16, "max_num_batched_tokens": 16}) as llm:
         llm.warmup()
         before = llm.stats().num_compilations
         prompts = [random.integers(0, 320, random.integers(1, 70)).tolist() for _ in range(200)]

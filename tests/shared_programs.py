@@ -1,6 +1,7 @@
 """Lets the tests' LLMs of equal settings share programs: each is traced once, and JAX lowers and compiles it once.
 
-That is for the tests alone. A user who has changed the code of a layer expects the next LLM to run it.
+That is for the tests alone: a user who has changed the code of a layer expects the next LLM to run it. A test that
+patches code which is traced must therefore give its LLM settings that no other test has.
 """
 
 import functools

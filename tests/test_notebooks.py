@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom without a network, and shows then what is stored in it.
+"""Every notebook runs from top to bottom without a network, and a run shows what is stored in the notebook.
 
 Each is run by one test; the others look at the stored outputs, which `python tests/execute_notebooks.py` stores anew.
 """

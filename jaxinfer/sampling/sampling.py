@@ -195,7 +195,7 @@ def _scores(
     return jnp.where(z >= threshold[:, None], z + noise, -jnp.inf)
 
 
-@jax.jit  # traced once for both filters, and for the rows of sample_candidates that are redone
+@jax.jit  # traced once, though both filters of a program search for their threshold
 def _largest_threshold(
     z: Float[Array, "R V"], weights: Float[Array, "R V"], target: Float[Array, " R"]
 ) -> Float[Array, " R"]:

@@ -10,6 +10,7 @@ import pytest
 from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig, RopeConfig
+from jaxinfer.models.decoder import DecoderLayer
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
 from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_shapes import StepShapes
@@ -79,6 +80,15 @@ def test_changes_name_every_number_that_has_a_default() -> None:
 def test_decoder_every_number_changes_the_program(name) -> None:
     plain = dataclasses.replace(BASE, **WITHOUT.get(name, {}))
     assert programs_of(dataclasses.replace(BASE, **CHANGES[name])) != programs_of(plain)
+
+
+@pytest.mark.parametrize(("windows", "kinds"), [((), 1), ((4, None, 4, None), 2), ((4, 8, 2, None), 4)])
+def test_decoder_equal_layers_are_traced_once(windows, kinds, monkeypatch) -> None:
+    traced, run = [], DecoderLayer.__call__
+    monkeypatch.setattr(DecoderLayer, "__call__", lambda layer, *rest: traced.append(layer) or run(layer, *rest))
+    text = programs_of(dataclasses.replace(BASE, num_layers=4, windows=windows))
+    assert len(traced) == kinds
+    assert text.count("name=run_layer") == 4
 
 
 @pytest.mark.parametrize(

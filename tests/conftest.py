@@ -15,9 +15,12 @@ import pytest
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    # The rooms whose functions are signed with shapes. Checks cost time in each call, so the others go without.
-    rooms = ("communication", "kernels", "layers", "models", "sampling", "wrappers")
-    install_import_hook([f"jaxinfer.{room}" for room in rooms], "shape_checker.check")
+    # Functions of JAX's arrays are checked whenever they are traced. Those of numpy's run in every step, where checks
+    # would take a fifth of all time: the tests that are about them ask for it (shape_checker.py).
+    package = Path(importlib.util.find_spec("jaxinfer").origin).parent
+    traced = [path for path in package.rglob("*.py") if "from jaxtyping import Array" in path.read_text()]
+    modules = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in traced]
+    install_import_hook(modules, "shape_checker.check")
 
 # Golden files are compared in float32 on the CPU, also where there is a GPU (`jaxinfer bench gpu` is for that).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

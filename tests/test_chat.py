@@ -126,16 +126,17 @@ def test_chat_without_params_or_generation_config_is_greedy(llm) -> None:
 
 
 def test_chat_without_params_goes_on_to_the_end_token_or_the_context(llm, directory) -> None:
-    answer = llm.chat([USER])
+    long = [{"role": "user", "content": "hi " * 70}]  # little of the context is left
+    answer = llm.chat(long)
     assert len(answer.token_ids) > 16
     assert answer.finish_reason == "stop" or len(answer.prompt_token_ids) + len(answer.token_ids) == 256
-    assert list(llm.stream_chat([USER]))[-1].token_ids == answer.token_ids
-    assert llm.chat([[USER]], use_tqdm=False)[0].token_ids == answer.token_ids
-    assert len(llm.chat([USER], SamplingParams(temperature=0, ignore_eos=True)).token_ids) == 16  # taken as it is
+    assert list(llm.stream_chat(long))[-1].token_ids == answer.token_ids
+    assert llm.chat([long], use_tqdm=False)[0].token_ids == answer.token_ids
+    assert len(llm.chat(long, SamplingParams(temperature=0, ignore_eos=True)).token_ids) == 16  # taken as it is
 
     async def main() -> tuple[int, ...]:
         async with AsyncLLM(directory, **SMALL) as async_llm:
-            return [output async for output in async_llm.chat([USER])][-1].token_ids
+            return [output async for output in async_llm.chat(long)][-1].token_ids
 
     assert asyncio.run(main()) == answer.token_ids
 

@@ -5,6 +5,7 @@ apart wherever greedy outputs are compared with transformers.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def outputs_of(llm: LLM, order=range(NUM_PROMPTS), prompts=PROMPTS) -> list[tupl
     return [by_number[number].token_ids for number in range(NUM_PROMPTS)]
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def alone() -> list[tuple[int, ...]]:
     """Every prompt by itself, one after the other, nothing shared."""
     with LLM(load_golden("gqa").path, **BASE | {"max_num_seqs": 1, "enable_prefix_caching": False}) as llm:
@@ -95,9 +96,9 @@ MATRIX_ONLY = {
     "variation",
     [pytest.param(name, marks=pytest.mark.matrix if name in MATRIX_ONLY else ()) for name in VARIATIONS],
 )
-def test_generate_tokens_do_not_depend_on_the_engine(variation, alone):
+def test_generate_tokens_do_not_depend_on_the_engine(variation):
     with LLM(load_golden("gqa").path, **BASE | VARIATIONS[variation]) as llm:
-        assert outputs_of(llm) == alone
+        assert outputs_of(llm) == alone()
         stats = llm.stats()
     if "tight" in variation:
         assert stats.num_preemptions
@@ -153,18 +154,18 @@ def test_generate_all_but_the_oldest_preempted_tokens_stay_the_same(fields):
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.matrix)])
 @pytest.mark.usefixtures("few_programs")
-def test_generate_tokens_do_not_depend_on_the_order_of_arrival(seed, alone):
+def test_generate_tokens_do_not_depend_on_the_order_of_arrival(seed):
     order = np.random.default_rng(seed).permutation(NUM_PROMPTS).tolist()
     with LLM(load_golden("gqa").path, **BASE) as llm:
-        assert outputs_of(llm, order) == alone
+        assert outputs_of(llm, order) == alone()
 
 
 @pytest.mark.usefixtures("few_programs")
-def test_generate_second_run_hits_the_prefix_cache_and_repeats_itself(alone):
+def test_generate_second_run_hits_the_prefix_cache_and_repeats_itself():
     with LLM(load_golden("gqa").path, **BASE | {"num_kv_pages": 200}) as llm:
-        assert outputs_of(llm) == alone
+        assert outputs_of(llm) == alone()
         hits = llm.stats().prefix_cache_hits
-        assert outputs_of(llm) == alone
+        assert outputs_of(llm) == alone()
         assert llm.stats().prefix_cache_hits > hits + 100
 
 

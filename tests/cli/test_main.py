@@ -192,11 +192,11 @@ def test_info_counts_the_memory_of_a_draft_model(run, monkeypatch, mesh):
 
 
 def test_generate_on_a_mesh_prints_the_text_of_one_device(run):
-    command = ("generate", "In the beginning", "--max-tokens", 40, "--max-model-len", 64, "--max-num-seqs", 1)
+    command = ("generate", "In the beginning", "--max-tokens", 40, "--seed", 3, *FLAGS)
     _, alone, _ = run(*command)
     code, out, _ = run(*command, "--pipeline-parallel-size", 2, "--tensor-parallel-size", 2)
     assert code == 0 and out == alone
-    assert len(out.split()) > 20
+    assert len(out) > 40
 
 
 def test_info_mesh_names_what_a_device_holds_and_sends(run):

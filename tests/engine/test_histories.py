@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from engine_tools import finish, make_engine, plain_scores, plain_search, request
 from fake_policies import Residues, Scripted, partly
 from fake_wrapper import text_of
@@ -124,3 +125,18 @@ def test_engine_any_history_gives_own_results_and_leaks_no_page(engine_settings,
     history.take(finish(engine))
     history.check()
     assert wrapper.max_pending <= engine_settings["pipeline_parallel_size"] + engine_settings["run_ahead"]
+
+
+@settings(max_examples=10, deadline=None)
+@given(engines(), histories())
+def test_step_batches_any_history_have_the_shapes_they_are_signed_with(engine_settings, actions):
+    pytest.importorskip("beartype")
+    from shape_checker import assert_shapes
+
+    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
+    history = History(engine)
+    for action in actions:
+        history.do(action)
+    finish(engine)
+    for batch in wrapper.batches:
+        assert_shapes(batch)

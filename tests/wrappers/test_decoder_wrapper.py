@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_golden
+from shape_checker import assert_shapes
 from wrapper_tools import FakeProgram, decode_step, make_random_wrapper, make_wrapper, prefill_step
 
 from jaxinfer.config.engine_config import EngineConfig
@@ -123,6 +124,7 @@ def test_collect_logprobs_equal_transformers(wrapper, gqa):
     start = len(gqa.prompts[2]) - 1
     batch = prefill_step(wrapper, text[:-1], logit_index=range(start, len(text) - 1), num_top=20)
     result = wrapper.collect(wrapper.launch(batch))
+    assert_shapes(result)
     count = len(gqa.greedy[2])
     np.testing.assert_allclose(result.logprobs.logprob[:count], gqa.expected["logprobs_2"], atol=TOLERANCE)
     assert (result.logprobs.rank[:count] == 1).all()

@@ -34,6 +34,7 @@ class StopMatcher:
         self._stop_strings = tuple(stop_strings)
         self._include = include
         self._held = ""
+        self._num_suspended = 0  # how much of the held text came while suspended
         self.matched: str | None = None
 
     def push(self, text: str, *, suspended: bool = False) -> str:
@@ -44,11 +45,13 @@ class StopMatcher:
 
         Args:
           text: the new text.
-          suspended: do not look for stop strings now, because min_tokens is not reached.
+          suspended: min_tokens is not reached, so no stop string may end in this text. One may begin in it.
         """
         self._held += text
-        stop_strings = () if suspended else self._stop_strings
-        found = [(self._held.find(stop), stop) for stop in stop_strings if stop in self._held]
+        if suspended:
+            self._num_suspended = len(self._held)
+        matches = ((self._find(stop), stop) for stop in self._stop_strings)
+        found = [(start, stop) for start, stop in matches if start >= 0]
         if found:
             start, self.matched = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
             released = self._held[: start + len(self.matched) * self._include]
@@ -57,12 +60,17 @@ class StopMatcher:
         keep = max((self._overlap(stop) for stop in self._stop_strings), default=0)
         released = self._held[: len(self._held) - keep]
         self._held = self._held[len(released) :]
+        self._num_suspended = max(0, self._num_suspended - len(released))
         return released
 
     def finish(self) -> str:
         """Returns the text that was held back; called at the end, when it cannot become a stop string any more."""
         released, self._held = self._held, ""
         return released
+
+    def _find(self, stop: str) -> int:
+        """Where the stop string begins that ends first after the suspended text; -1 if none does."""
+        return self._held.find(stop, max(0, self._num_suspended - len(stop) + 1))
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest suffix of the held text that is a proper prefix of the stop string."""

@@ -1,7 +1,7 @@
 """Stop strings in growing text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
@@ -10,9 +10,9 @@ from jaxinfer.text.completion import GrowingCompletion, StopMatcher
 from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 
 
-def first_match(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the stop string that is complete first, character by character."""
-    for end in range(1, len(text) + 1):
+def first_match(text: str, stops: list[str], num_suspended: int) -> tuple[str, str | None]:
+    """The text before the stop string that is complete first, character by character; none ends in suspended text."""
+    for end in range(num_suspended + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
             longest = max(found, key=len)
@@ -24,14 +24,17 @@ def first_match(text: str, stops: list[str]) -> tuple[str, str | None]:
     st.text(alphabet="ab", max_size=30),
     st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.integers(1, 5), min_size=30, max_size=30),
+    st.integers(0, 4),
 )
-def test_stop_matcher_equals_reading_character_by_character(text, stops, sizes):
+@example("abb", ["a", "ab"], [1] * 30, 1)  # "a" is held back while suspended, and no match afterwards
+def test_stop_matcher_equals_reading_character_by_character(text, stops, sizes, num_suspended):
     matcher, released, rest = StopMatcher(stops, include=False), "", text
-    for size in sizes:
+    for number, size in enumerate(sizes):
         if matcher.matched is None:
-            released += matcher.push(rest[:size])
+            released += matcher.push(rest[:size], suspended=number < num_suspended)
             rest = rest[size:]
-    assert (released + matcher.finish(), matcher.matched) == first_match(text, stops)
+    expected = first_match(text, stops, sum(sizes[:num_suspended]))
+    assert (released + matcher.finish(), matcher.matched) == expected
 
 
 def test_stop_matcher_suspended_ignores_what_ends_there_but_not_what_begins():

@@ -15,8 +15,8 @@ import pytest
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    # Functions of JAX's arrays are checked whenever they are traced. Those of numpy's run in every step, where checks
-    # would take a fifth of all time: the tests that are about them ask for it (shape_checker.py).
+    # Functions of JAX arrays are checked when they are traced. Code on numpy arrays runs in every step, where checks
+    # would take a fifth of all time: tests check the arrays that it makes (shape_checker.assert_shapes).
     package = Path(importlib.util.find_spec("jaxinfer").origin).parent
     traced = [path for path in package.rglob("*.py") if "from jaxtyping import Array" in path.read_text()]
     modules = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in traced]

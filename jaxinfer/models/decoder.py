@@ -143,8 +143,8 @@ class TransformerDecoder(nnx.Module):
     ) -> tuple[Float[Array, "T D"], list[LayerCache]]:
         """Runs this stage's layers.
 
-        Equal layers are traced and lowered once, as a function that is called for each of them. A model of 30 layers
-        takes a quarter of the time so. XLA inlines the calls before it optimises the program.
+        Equal layers are traced and lowered once, as a function that is called for each of them. For 30 layers, that
+        takes a quarter of the time. XLA inlines the calls before it optimises the program.
 
         Args:
           x: residual stream.

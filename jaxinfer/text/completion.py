@@ -50,8 +50,7 @@ class StopMatcher:
         self._held += text
         if suspended:
             self._num_suspended = len(self._held)
-        matches = ((self._find(stop), stop) for stop in self._stop_strings)
-        found = [(start, stop) for start, stop in matches if start >= 0]
+        found = [(start, stop) for stop in self._stop_strings if (start := self._find(stop)) >= 0]
         if found:
             start, self.matched = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
             released = self._held[: start + len(self.matched) * self._include]
@@ -69,7 +68,7 @@ class StopMatcher:
         return released
 
     def _find(self, stop: str) -> int:
-        """Where the stop string begins that ends first after the suspended text; -1 if none does."""
+        """Where the stop string's first occurrence begins that ends after the suspended text; -1 if there is none."""
         return self._held.find(stop, max(0, self._num_suspended - len(stop) + 1))
 
     def _overlap(self, stop: str) -> int:

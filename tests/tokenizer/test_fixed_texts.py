@@ -89,7 +89,7 @@ def deltas(tokenizer: Tokenizer | Decoding, prompt: list[int], output: list[int]
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_detokenizer_fixed_texts_looked_up_give_the_text_of_decoding(name: str, data, skip: bool) -> None:
     """Token by token: what is certain is given out at the same moment, malformed and cut-off characters included."""

@@ -24,6 +24,7 @@ class VocabularyEmbedding(nnx.Module):
       num_shards: devices of the whole mesh, pipeline stages times tensor shards.
       dtype: of the weight.
       logit_softcap: logits become cap * tanh(logits / cap); None leaves them as they are.
+      backend: name of the kernel backend with which tokens are to be sampled from the logits.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class VocabularyEmbedding(nnx.Module):
         num_shards: int,
         dtype: jnp.dtype,
         logit_softcap: float | None = None,
+        backend: str = "xla",
     ):
         self.vocab_size = vocab_size
+        self.backend = backend
         self.logit_softcap = logit_softcap
         rows = padded_vocabulary(vocab_size, num_shards)
         self.weight = nnx.Param(

@@ -116,6 +116,7 @@ class TransformerDecoder(nnx.Module):
                 num_shards=num_devices,
                 dtype=layout.dtype,
                 logit_softcap=config.logit_softcap,
+                backend=layout.attention_backend,
             )
 
         self.embedding = table()

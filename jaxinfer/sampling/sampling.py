@@ -1,7 +1,7 @@
 """The jitted sampler: a threshold and a Gumbel argmax over a vocabulary that is sharded over the mesh.
 
-Owns: the noise, the filters, the four samplers (greedy, unfiltered, candidates, full) and log-probabilities. Nothing
-here sorts the whole vocabulary, and no device sends its slice of the logits to another.
+Owns: the filters, the four samplers (greedy, unfiltered, candidates, full) and log-probabilities. Nothing here sorts
+the whole vocabulary, and no device sends its slice of the logits to another.
 Does not know: requests, slots, models.
 
 All functions run inside a shard_map over ("pipe", "tensor"); each device holds one slice of the vocabulary.
@@ -16,9 +16,6 @@ temperature below MIN_TEMPERATURE are greedy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial, reduce
-from itertools import pairwise
-from operator import add
 from typing import NamedTuple
 
 import jax
@@ -27,25 +24,22 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxinfer.communication.collectives import (
-    gather_candidates,
     max_over_vocabulary,
     min_over_vocabulary,
     num_vocabulary_shards,
     sum_over_vocabulary,
     vocabulary_shard,
 )
+from jaxinfer.sampling.noise import gumbel_noise
+from jaxinfer.sampling.threshold import largest_threshold
+from jaxinfer.sampling.top_values import gathered, top_values
 
 MIN_TEMPERATURE = 1e-5
 NUM_CANDIDATES = 65
 """How many of the largest logits sample_candidates takes from every slice. The last one only bounds the logits outside,
 so that top_k up to 64 is decided among the candidates (ties apart)."""
-_GROUP = 128
-_GROUPS = (_GROUP, 16, 1)
-"""Sizes of the groups by which _top_by_counting narrows a slice down. With 128 thousand logits and 65 candidates, each
-of its steps ranks about a thousand values, few enough to compare each of them with each."""
 _NO_ID = jnp.iinfo(jnp.int32).max
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-_BITS_OF_INFINITY = 0x7F800000
 
 
 @jax.tree_util.register_dataclass
@@ -82,42 +76,6 @@ class TokenLogprobArrays(NamedTuple):
     rank: Int[Array, " R"]
     top_ids: Int[Array, "R K"]
     top_logprobs: Float[Array, "R K"]
-
-
-def random_bits(
-    seed: UInt32[Array, "R 2"], position: Int[Array, " R"], token_id: Int[Array, "*R J"]
-) -> UInt32[Array, "R J"]:
-    """32 random bits that depend on seed, position and token id only, not on batch, slice or mesh.
-
-    Source: Threefry-2x32 with 20 rounds, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the seed
-    is the key, (position, token id) the counter, the first output word the result.
-    """
-    key0, key1 = seed[:, 0, None], seed[:, 1, None]
-    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
-    x0 = position.astype(jnp.uint32)[:, None] + keys[0]
-    x1 = token_id.astype(jnp.uint32) + keys[1]
-    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
-    for group in range(5):
-        for rotation in rotations[group % 2]:
-            x0 = x0 + x1
-            x1 = (x1 << rotation) | (x1 >> (32 - rotation))
-            x1 = x0 ^ x1
-        x0 = x0 + keys[(group + 1) % 3]
-        x1 = x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x0
-
-
-def gumbel_noise(
-    seed: UInt32[Array, "R 2"], position: Int[Array, " R"], token_id: Int[Array, "*R J"]
-) -> Float[Array, "R J"]:
-    """Standard Gumbel noise that depends on seed, position and token id only.
-
-    With v uniform in (0, 1), -log(-log1p(-v)) is largest for small v. There floats are finest, so the noise is precise
-    where it decides which token wins.
-    """
-    v = (random_bits(seed, position, token_id).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
-    v = jnp.minimum(v, jnp.float32(1 - 2.0**-24))  # the largest bits round to 1, which would give -inf
-    return -jnp.log(-jnp.log1p(-v))
 
 
 def local_token_ids(local_size: int) -> Int[Array, " V"]:
@@ -195,54 +153,7 @@ def _scores(
     return jnp.where(z >= threshold[:, None], z + noise, -jnp.inf)
 
 
-@jax.jit  # traced once, though both filters of a program search for their threshold
-def _largest_threshold(
-    z: Float[Array, "R V"], weights: Float[Array, "R V"], target: Float[Array, " R"]
-) -> Float[Array, " R"]:
-    """The largest t <= 0 for which the weights of {z >= t}, summed over all slices, reach target; -inf if none does.
-
-    z is at most 0, so the bits of -z, read as an integer, order the values from the best down. On CPUs the search
-    decides one bit at a time, in a loop: every comparison costs time, and unrolled rounds would have to be compiled. On
-    GPUs it decides four bits at a time, unrolled: every pass costs time, and a loop would break the command graph.
-    """
-    depth = lax.platform_dependent(
-        lax.bitcast_convert_type(jnp.abs(z), jnp.uint32),
-        weights,
-        target,
-        cpu=partial(_smallest_bound, digit_bits=1, unroll=False),
-        default=partial(_smallest_bound, digit_bits=4, unroll=True),
-    )
-    return -lax.bitcast_convert_type(jnp.minimum(depth, jnp.uint32(_BITS_OF_INFINITY)), jnp.float32)
-
-
-def _smallest_bound(
-    keys: UInt32[Array, "R V"],
-    weights: Float[Array, "R V"],
-    target: Float[Array, " R"],
-    *,
-    digit_bits: int,
-    unroll: bool,
-) -> UInt32[Array, " R"]:
-    """The smallest b for which the weights of {keys <= b}, summed over all slices, reach target.
-
-    This is a radix search from the highest digit down, with one psum of 2**digit_bits - 1 sums per row for each digit.
-    """
-    num_digits = 32 // digit_bits
-
-    def fix_digit(i: Array, bound: Array) -> Array:
-        shift = (digit_bits * (num_digits - 1 - i)).astype(jnp.uint32)
-        trials = [bound | (jnp.uint32(digit) << shift) for digit in range(1, 1 << digit_bits)]
-        below = [jnp.where(keys < trial[:, None], weights, 0.0) for trial in trials]
-        # A single reduction of all trials is one kernel, which reads keys and weights once.
-        sums = lax.reduce(below, [jnp.float32(0)] * len(below), lambda one, other: [*map(add, one, other)], (1,))
-        # Additions written out are fused with the shift; a sum over an axis would be a kernel of its own.
-        too_small = [total < target for total in sum_over_vocabulary(jnp.stack(sums))]
-        return bound | (reduce(add, (entry.astype(jnp.uint32) for entry in too_small)) << shift)
-
-    return lax.fori_loop(0, num_digits, fix_digit, jnp.zeros(keys.shape[0], jnp.uint32), unroll=unroll)
-
-
-def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float[Array, " R"]:
+def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers, *, backend: str) -> Float[Array, " R"]:
     """The highest of the thresholds of top-k, top-p and min-p; the search for one that no row uses is skipped.
 
     The barriers keep that search conditional: if the branches of a conditional hold nothing but elementwise operations
@@ -252,12 +163,13 @@ def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float
     has_top_k, has_top_p = numbers.top_k > 0, numbers.top_p < 1
 
     def by_count() -> Array:
-        return jnp.where(has_top_k, _largest_threshold(z, jnp.ones_like(z), numbers.top_k.astype(jnp.float32)), off)
+        count = numbers.top_k.astype(jnp.float32)
+        return jnp.where(has_top_k, largest_threshold(z, floor=off, target=count, by_mass=False, backend=backend), off)
 
     def by_mass() -> Array:
-        mass = jnp.where(z >= top_k[:, None], jnp.exp(z), 0.0)
-        target = numbers.top_p * sum_over_vocabulary(jnp.sum(mass, axis=-1))
-        return jnp.where(has_top_p, _largest_threshold(z, mass, target), off)
+        share = numbers.top_p
+        found = largest_threshold(z, floor=top_k, target=share, by_mass=True, backend=backend)
+        return jnp.where(has_top_p, found, off)
 
     top_k = lax.cond(jnp.any(has_top_k), lambda: lax.optimization_barrier(by_count()), lambda: off)
     top_p = lax.cond(jnp.any(has_top_p), lambda: lax.optimization_barrier(by_mass()), lambda: off)
@@ -265,7 +177,7 @@ def _filter_threshold(z: Float[Array, "R V"], numbers: SamplingNumbers) -> Float
 
 
 def sample_unfiltered(
-    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
+    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"], *, backend: str
 ) -> Int[Array, " R"]:
     """Samples where no row has a filter, so that no threshold is needed; arguments and result as sample_full."""
     z = _scaled(logits, _best_logit(logits), numbers.temperature)
@@ -274,48 +186,52 @@ def sample_unfiltered(
     return argmax_over_vocabulary(_scores(z, nothing, ids, numbers, position), ids)
 
 
-def sample_full(logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]) -> Int[Array, " R"]:
+def sample_full(
+    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"], *, backend: str
+) -> Int[Array, " R"]:
     """Samples with any filters, searching the whole vocabulary for their thresholds.
 
     Args:
       logits: float32[R, V / devices], this device's slice.
       numbers: the sampling settings of each row.
       position: int32[R], index in its text of the token being sampled.
+      backend: name of the kernel backend.
 
     Returns:
       int32[R] token ids, equal on all devices.
     """
     z = _scaled(logits, _best_logit(logits), numbers.temperature)
+    threshold = _filter_threshold(z, numbers, backend=backend)
     ids = local_token_ids(logits.shape[1])
-    return argmax_over_vocabulary(_scores(z, _filter_threshold(z, numbers), ids, numbers, position), ids)
+    return argmax_over_vocabulary(_scores(z, threshold, ids, numbers, position), ids)
 
 
 def sample_candidates(
-    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
+    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"], *, backend: str
 ) -> Int[Array, " R"]:
     """Samples among the NUM_CANDIDATES most likely tokens of every slice, with the same result as sample_full.
 
     The candidates suffice unless a row may sample tokens beyond them, as with a large top_k or without filters. The
     device finds such rows and samples them with sample_full. Arguments and result as sample_full.
     """
-    tokens, sufficient = _among_candidates(logits, numbers, position)
+    tokens, sufficient = _among_candidates(logits, numbers, position, backend=backend)
 
     def redone() -> Array:
-        return jnp.where(sufficient, tokens, sample_full(logits, numbers, position))
+        return jnp.where(sufficient, tokens, sample_full(logits, numbers, position, backend=backend))
 
     return lax.cond(jnp.all(sufficient), lambda: tokens, lambda: lax.optimization_barrier(redone()))
 
 
 def _among_candidates(
-    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"]
+    logits: Float[Array, "R V"], numbers: SamplingNumbers, position: Int[Array, " R"], *, backend: str
 ) -> tuple[Int[Array, " R"], Bool[Array, " R"]]:
     """Tokens sampled among the candidates, and which rows are exact since no token outside them was allowed."""
     # lax.top_k orders 0.0 before -0.0, but they must tie.
-    values, ids = _top_values(jnp.where(logits == 0, 0.0, logits), min(NUM_CANDIDATES, logits.shape[1]))
+    values, ids = top_values(jnp.where(logits == 0, 0.0, logits), min(NUM_CANDIDATES, logits.shape[1]), backend=backend)
     is_whole = values.shape[1] == logits.shape[1]
     best, last = lax.platform_dependent(values, cpu=_first_and_last_reduced, default=_first_and_last)
     beyond = max_over_vocabulary(last)  # nothing outside the candidates is larger
-    values, ids = _gathered(values, ids)
+    values, ids = gathered(values, ids, backend=backend)
     best = jnp.clip(max_over_vocabulary(best), -_LARGEST, _LARGEST)
     beyond = _scaled(beyond[:, None], best, numbers.temperature)[:, 0]
     values = _scaled(values, best, numbers.temperature)
@@ -356,88 +272,16 @@ def _first_and_last_reduced(values: Float[Array, "R K"]) -> tuple[Float[Array, "
     return jnp.max(values, axis=-1), jnp.min(values, axis=-1)
 
 
-def _top_values(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """The `count` largest values of this slice with their global ids, best first, the lowest id first on ties.
-
-    These values all lie in the `count` groups of 128 that have the largest maxima, so only those groups are searched.
-    CPUs search by lax.top_k. GPUs rank values by comparing each with each: many comparisons, but few kernels.
-    """
-    by_counting = partial(_top_by_counting if count <= _GROUP else _top_by_sorting, count=count)
-    values, ids = lax.platform_dependent(x, cpu=partial(_top_by_sorting, count=count), default=by_counting)
-    return values, ids + vocabulary_shard() * x.shape[1]
-
-
-def _in_groups(x: Float[Array, "R V"], size: int) -> Float[Array, "R G C"]:
-    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=-jnp.inf)
-    return padded.reshape(x.shape[0], -1, size)
-
-
-def _top_by_sorting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """Finds the groups with the largest maxima by one lax.top_k, and the largest of their members by another."""
-    if x.shape[1] <= count * _GROUP:
-        values, ids = lax.top_k(x, count)
-        return values, ids
-    grouped = _in_groups(x, _GROUP)
-    _, groups = lax.top_k(jnp.max(grouped, axis=-1), count)
-    groups = jnp.sort(groups, axis=-1)  # ascending ids, so that ties keep the lowest
-    members = jnp.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(x.shape[0], -1)
-    values, where = lax.top_k(members, count)
-    return values, jnp.take_along_axis(groups, where // _GROUP, axis=1) * _GROUP + where % _GROUP
-
-
-def _top_by_counting(x: Float[Array, "R V"], *, count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """Finds the groups of 128 with the largest maxima, then the best groups of 16 in those, then the best values."""
-    sizes = [size for size in _GROUPS if size == 1 or size * count < x.shape[1]]
-    values = jnp.max(_in_groups(x, sizes[0]), axis=-1)
-    ids = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
-    for size, smaller in pairwise(sizes):
-        _, best = _best_first(values, ids, count)
-        members = jnp.take_along_axis(_in_groups(x, size), best[:, :, None], axis=1)
-        values = jnp.max(members.reshape(len(x), -1, smaller), axis=-1)
-        parts = jnp.arange(size // smaller, dtype=jnp.int32)
-        ids = (best[:, :, None] * len(parts) + parts).reshape(values.shape)
-    return _best_first(values, ids, count)
-
-
-def _best_first(
-    values: Float[Array, "R J"], ids: Int[Array, "R J"], count: int
-) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
-    """The `count` largest values with their ids, best first, the lowest id first on ties, in two kernels.
-
-    A value's place is the number of better values, which takes J * J comparisons per row; J should not exceed a few
-    thousand.
-    """
-    ahead = (values[:, None, :] > values[:, :, None]) | (
-        (values[:, None, :] == values[:, :, None]) & (ids[:, None, :] < ids[:, :, None])
-    )
-    place = jnp.sum(ahead, axis=-1, dtype=jnp.int32)
-    there = place[:, None, :] == jnp.arange(count, dtype=jnp.int32)[:, None]
-    best = jnp.max(jnp.where(there, values[:, None, :], -jnp.inf), axis=-1)
-    return best, jnp.max(jnp.where(there, ids[:, None, :], 0), axis=-1)
-
-
-def _gathered(
-    values: Float[Array, "R K"], token_ids: Int[Array, "R K"]
-) -> tuple[Float[Array, "R J"], Int[Array, "R J"]]:
-    """Gathers the candidates of all slices: values and ids, best first, the lowest id first on ties."""
-    if num_vocabulary_shards() == 1:  # the candidates of one slice are in this order already
-        return values, token_ids
-    rows, count = values.shape
-    # Values and ids travel in one gather, since the cost of a small gather is its latency.
-    packed = jnp.concatenate([lax.bitcast_convert_type(values, jnp.int32), token_ids], axis=1)
-    packed = gather_candidates(packed).reshape(rows, -1, 2, count)
-    values = lax.bitcast_convert_type(packed[:, :, 0], jnp.float32).reshape(rows, -1)
-    negated, token_ids = lax.sort((-values, packed[:, :, 1].reshape(rows, -1)), dimension=1, num_keys=2)
-    return -negated, token_ids
-
-
-def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, num_top: int) -> TokenLogprobArrays:
+def token_logprobs(
+    logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, num_top: int, backend: str
+) -> TokenLogprobArrays:
     """The log_softmax of the raw logits for the sampled tokens, with their ranks, and for the most likely tokens.
 
     Args:
       logits: float32[R, V / devices], this device's slice, before temperature and filters.
       token_ids: int32[R], the sampled tokens.
       num_top: how many of the most likely tokens to report.
+      backend: name of the kernel backend.
 
     Returns:
       Natural logarithms in float32. Rank 1 is the most likely token; tokens that tie share the better rank.
@@ -449,7 +293,7 @@ def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, 
     found = jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), axis=1)
     own = max_over_vocabulary(jnp.where((place >= 0) & (place < logits.shape[1]), found, -jnp.inf)[:, 0])
     rank = 1 + sum_over_vocabulary(jnp.sum(logits > own[:, None], axis=-1, dtype=jnp.int32))
-    values, top_ids = _top_values(logits, min(num_top, logits.shape[1]))
-    values, top_ids = _gathered(values, top_ids)
+    values, top_ids = top_values(logits, min(num_top, logits.shape[1]), backend=backend)
+    values, top_ids = gathered(values, top_ids, backend=backend)
     top_logprobs = values[:, :num_top] - log_total[:, None]
     return TokenLogprobArrays(own - log_total, rank, top_ids[:, :num_top], top_logprobs)

@@ -60,7 +60,7 @@ def sample_step(
         tokens = sampling.greedy(logits)
     else:
         numbers = SamplingNumbers.unpack(rows.sampling)
-        tokens = _SAMPLERS[variant](logits, numbers, rows.position)
+        tokens = _SAMPLERS[variant](logits, numbers, rows.position, backend=head.backend)
     beyond = state.last_token.shape[0]  # out of bounds, hence dropped
     fed = jnp.where(rows.feeds == 1, rows.slot, beyond)
     last_token = state.last_token.at[fed].set(tokens, mode="drop")
@@ -69,7 +69,7 @@ def sample_step(
     )
     if edits is not None:
         edits = logit_edits.count_outputs(edits, rows.slot, tokens, rows.feeds == 1)
-    columns = [tokens[:, None]] if num_top is None else [tokens[:, None], _scores(raw, tokens, num_top)]
+    columns = [tokens[:, None]] if num_top is None else [tokens[:, None], _scores(raw, tokens, num_top, head.backend)]
     return state, edits, jnp.concatenate(columns, axis=1)
 
 
@@ -91,7 +91,7 @@ def score_step(
     block = math.gcd(num_tokens, SCORE_BLOCK)
 
     def scored(rows: tuple[Array, Array]) -> Array:
-        return _scores(_raw_logits(head, rows[0]), rows[1], num_top)
+        return _scores(_raw_logits(head, rows[0]), rows[1], num_top, head.backend)
 
     blocks = lax.map(scored, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block)))
     return blocks.reshape(num_tokens, -1)
@@ -106,8 +106,8 @@ def _raw_logits(head: VocabularyEmbedding, hidden: Float[Array, "M D"]) -> Float
     return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
 
 
-def _scores(logits: Float[Array, "M V"], tokens: Int[Array, " M"], num_top: int) -> Int[Array, "M J"]:
-    found = sampling.token_logprobs(logits, tokens, num_top=num_top)
+def _scores(logits: Float[Array, "M V"], tokens: Int[Array, " M"], num_top: int, backend: str) -> Int[Array, "M J"]:
+    found = sampling.token_logprobs(logits, tokens, num_top=num_top, backend=backend)
     columns = (_bits(found.logprob[:, None]), found.rank[:, None], found.top_ids, _bits(found.top_logprobs))
     return jnp.concatenate(columns, axis=1)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_lowering import MESH, lowered_for_gpu
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 from scipy import stats
@@ -15,8 +16,10 @@ from scipy import stats
 from jaxinfer.communication.collectives import VOCABULARY
 from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.layers.embedding import VocabularyEmbedding
-from jaxinfer.sampling import sampling
+from jaxinfer.sampling import noise, sampling
 from jaxinfer.sampling.sampling import NUM_CANDIDATES, SamplingNumbers
+from jaxinfer.sampling.threshold import largest_threshold, smallest_bound
+from jaxinfer.sampling.top_values import gathered, top_values
 from jaxinfer.wrappers.decode_state import DecodeState
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.sample_step import sample_step
@@ -29,6 +32,8 @@ MEDIUM = 400
 GROUPED = 20_000
 """More than NUM_CANDIDATES groups: candidates are found in two stages."""
 BIG = 131_072
+BACKENDS = ("xla", "pallas")
+"""On the CPU the kernels of "pallas" are interpreted."""
 P_VALUE = 1e-4
 """Seeds are fixed, so a test that passes once always passes; the level says how much it may have been luck."""
 
@@ -65,38 +70,41 @@ def numbers_of(num_rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed
 
 
 @functools.cache
-def on_mesh(function):
-    """The function of (logits, ...) jitted over a mesh of one device."""
+def on_mesh(function, *, mesh=None, **options):
+    """The function of (logits, ...) with these options, jitted over a mesh, by default one of a single device."""
+    function, mesh = functools.partial(function, **options), make_mesh() if mesh is None else mesh
 
     def call(logits, *rest):
         specs = (P(None, VOCABULARY), *(P() for _ in rest))
-        return jax.shard_map(function, mesh=make_mesh(), in_specs=specs, out_specs=P(), check_vma=False)(logits, *rest)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(logits, *rest)
 
     return jax.jit(call)
 
 
-def sample(variant, logits, numbers, position=0):
+def sample(variant, logits, numbers, position=0, *, backend="xla"):
     """int[R] tokens of the variant "full" or "candidates"."""
     logits = np.asarray(logits, np.float32)
     positions = jnp.asarray(np.broadcast_to(np.int32(position), logits.shape[:1]))
-    return np.asarray(on_mesh(getattr(sampling, f"sample_{variant}"))(jnp.asarray(logits), numbers, positions))
+    sampler = on_mesh(getattr(sampling, f"sample_{variant}"), backend=backend)
+    return np.asarray(sampler(jnp.asarray(logits), numbers, positions))
 
 
-def among_candidates(logits, numbers):
+def among_candidates(logits, numbers, *, backend="xla"):
     """Tokens sampled among the candidates and whether the candidates sufficed."""
     positions = jnp.zeros(len(logits), jnp.int32)
-    tokens, sufficient = on_mesh(sampling._among_candidates)(jnp.asarray(logits, jnp.float32), numbers, positions)
+    sampler = on_mesh(sampling._among_candidates, backend=backend)
+    tokens, sufficient = sampler(jnp.asarray(logits, jnp.float32), numbers, positions)
     return np.asarray(tokens), np.asarray(sufficient)
 
 
-def _allowed(logits, numbers):
+def _allowed(logits, numbers, *, backend):
     z = sampling._scaled(logits, sampling._best_logit(logits), numbers.temperature)
-    return z >= sampling._filter_threshold(z, numbers)[:, None]
+    return z >= sampling._filter_threshold(z, numbers, backend=backend)[:, None]
 
 
-def allowed_set(logits, numbers):
+def allowed_set(logits, numbers, *, backend="xla"):
     """bool[R, V]: what sample_full chooses from."""
-    return np.asarray(on_mesh(_allowed)(jnp.asarray(logits, jnp.float32), numbers))
+    return np.asarray(on_mesh(_allowed, backend=backend)(jnp.asarray(logits, jnp.float32), numbers))
 
 
 def reference_allowed(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -172,8 +180,8 @@ def threefry_reference(key, counter):
     return x0
 
 
-bits_of = jax.jit(sampling.random_bits)
-noise_of = jax.jit(sampling.gumbel_noise)
+bits_of = jax.jit(noise.random_bits)
+noise_of = jax.jit(noise.gumbel_noise)
 
 
 def bits_table(num_seeds, num_positions, num_ids):
@@ -237,19 +245,19 @@ def test_random_bits_high_seed_word_and_swapped_words_differ():
 
 def test_gumbel_noise_many_draws_is_standard_gumbel():
     seeds = jnp.asarray(np.stack([np.arange(256), np.ones(256)], axis=1), jnp.uint32)
-    noise = np.asarray(noise_of(seeds, jnp.zeros(256, jnp.int32), jnp.arange(400, dtype=jnp.int32)), np.float64).ravel()
-    error = 4 / math.sqrt(noise.size)  # four standard errors of the mean of a unit variance
-    assert noise.mean() == pytest.approx(np.euler_gamma, abs=error * math.pi / math.sqrt(6))
-    assert noise.var() == pytest.approx(math.pi**2 / 6, rel=error * math.sqrt(4.4))  # 4.4: Gumbel's kurtosis less 1
-    assert stats.kstest(noise, stats.gumbel_r.cdf).pvalue > P_VALUE
+    draws = np.asarray(noise_of(seeds, jnp.zeros(256, jnp.int32), jnp.arange(400, dtype=jnp.int32)), np.float64).ravel()
+    error = 4 / math.sqrt(draws.size)  # four standard errors of the mean of a unit variance
+    assert draws.mean() == pytest.approx(np.euler_gamma, abs=error * math.pi / math.sqrt(6))
+    assert draws.var() == pytest.approx(math.pi**2 / 6, rel=error * math.sqrt(4.4))  # 4.4: Gumbel's kurtosis less 1
+    assert stats.kstest(draws, stats.gumbel_r.cdf).pvalue > P_VALUE
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2**24 - 1, 2**24 + 1, 2**32 - 2**8, 2**32 - 1])
 def test_gumbel_noise_extreme_bits_is_finite_and_accurate(monkeypatch, bits):
-    monkeypatch.setattr(sampling, "random_bits", lambda *_: jnp.full((1, 1), bits, jnp.uint32))
-    noise = sampling.gumbel_noise(jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+    monkeypatch.setattr(noise, "random_bits", lambda *_: jnp.full((1, 1), bits, jnp.uint32))
+    found = noise.gumbel_noise(jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
     uniform = min((bits + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    assert float(noise[0, 0]) == pytest.approx(-math.log(-math.log1p(-uniform)), rel=1e-5, abs=1e-5)
+    assert float(found[0, 0]) == pytest.approx(-math.log(-math.log1p(-uniform)), rel=1e-5, abs=1e-5)
 
 
 # Distributions and allowed sets.
@@ -277,13 +285,13 @@ def test_sample_candidates_beyond_their_number_follow_reference_distribution():
     assert_distributed_as(tokens, reference_probabilities(logits, top_k=40, top_p=0.95))
 
 
-@pytest.mark.parametrize("batch", range(4))
-def test_allowed_set_random_settings_and_ties_equal_reference(batch):
+@pytest.mark.parametrize(("batch", "backend"), [*((batch, "xla") for batch in range(4)), (4, "pallas")])
+def test_allowed_set_random_settings_and_ties_equal_reference(batch, backend):
     rng = np.random.default_rng(10 + batch)
     logits = random_logits(rng, 64, MEDIUM)
     numbers, rows = random_settings(rng, 64)
     expected = [reference_allowed(row, **settings) for row, settings in zip(logits, rows, strict=True)]
-    np.testing.assert_array_equal(allowed_set(logits, numbers), np.stack(expected))
+    np.testing.assert_array_equal(allowed_set(logits, numbers, backend=backend), np.stack(expected))
 
 
 def test_allowed_set_top_p_crosses_a_tie_keeps_all_of_it():
@@ -341,7 +349,7 @@ def test_allowed_set_big_vocabulary_holds_top_p_of_the_mass(spread):
             assert top_p - 1e-4 <= share[kept].sum() <= top_p + crossing + 1e-4
 
 
-def test_smallest_bound_digits_of_gpu_and_cpu_equal_reference():
+def test_smallest_bound_random_keys_equal_reference():
     rng = np.random.default_rng(16)
     keys = rng.integers(0, 2**32, (8, MEDIUM), dtype=np.uint32) >> rng.integers(0, 30, (8, 1), dtype=np.uint32)
     weights = rng.integers(0, 5, (8, MEDIUM)).astype(np.float32)  # whole numbers, so that sums are exact
@@ -352,23 +360,54 @@ def test_smallest_bound_digits_of_gpu_and_cpu_equal_reference():
         reached = np.cumsum(weight[order]) >= enough
         expected.append(row[order][reached][0] if reached.any() else 2**32 - 1)
     expected[0] = 0  # nothing is needed
-    for digit_bits, unroll in ((4, True), (1, False)):
-        search = functools.partial(sampling._smallest_bound, digit_bits=digit_bits, unroll=unroll)
-        call = jax.shard_map(search, mesh=make_mesh(), in_specs=P(), out_specs=P(), check_vma=False)
-        np.testing.assert_array_equal(jax.jit(call)(keys, weights, target), expected)
+    call = jax.shard_map(smallest_bound, mesh=make_mesh(), in_specs=P(), out_specs=P(), check_vma=False)
+    np.testing.assert_array_equal(jax.jit(call)(keys, weights, target), expected)
 
 
+@pytest.mark.parametrize(("backend", "num_shards"), [("xla", 1), ("pallas", 1), ("pallas", 2)])
+def test_largest_threshold_counts_up_to_the_vocabulary_and_no_further(backend, num_shards):
+    """The first digit of a depth has three bits, the others four: depths of every size are looked for."""
+    rng = np.random.default_rng(20)
+    z = -np.abs(rng.normal(size=(40, MEDIUM)) * 10.0 ** rng.integers(-38, 38, (40, MEDIUM))).astype(np.float32)
+    z[:, 17], z[::3, 100:] = 0, -np.inf
+    count = rng.integers(1, MEDIUM + 1, 40)
+    count[:4] = [1, MEDIUM, MEDIUM + 1, 10**6]
+    search = on_mesh(largest_threshold_of_count, mesh=make_mesh(tensor_parallel_size=num_shards), backend=backend)
+    found = search(jnp.asarray(z), jnp.full(40, -jnp.inf), jnp.asarray(count, jnp.float32))
+    order = -np.sort(-z, axis=1)
+    expected = [row[number - 1] if number <= MEDIUM else -np.inf for row, number in zip(order, count, strict=True)]
+    np.testing.assert_array_equal(found, expected)
+
+
+def largest_threshold_of_count(z, floor, target, *, backend):
+    return largest_threshold(z, floor=floor, target=target, by_mass=False, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocab_size", [100, MEDIUM, 3000, GROUPED])
 @pytest.mark.parametrize("count", [20, NUM_CANDIDATES])
-def test_top_by_counting_on_gpu_and_sorting_on_cpu_equal_stable_order(vocab_size, count):
+def test_top_values_of_every_backend_equal_stable_order(vocab_size, count, backend):
     x = random_logits(np.random.default_rng(17), 6, vocab_size)
     x[2, 40:], x[3] = -np.inf, 1.0
     x += 0.0  # numpy's order does not tell -0.0 from 0.0
     order = np.argsort(-x, axis=1, kind="stable")[:, :count]
-    for top in (sampling._top_by_counting, sampling._top_by_sorting):
-        values, ids = jax.jit(functools.partial(top, count=count))(jnp.asarray(x))
-        np.testing.assert_array_equal(ids, order)
-        np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=1))
+    values, ids = on_mesh(top_values, count=count, backend=backend)(jnp.asarray(x))
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gathered_top_values_of_two_slices_equal_stable_order(backend):
+    x = random_logits(np.random.default_rng(21), 6, MEDIUM)
+    x += 0.0
+
+    def best(x):
+        return gathered(*top_values(x, 20, backend=backend), backend=backend)
+
+    values, ids = on_mesh(best, mesh=make_mesh(tensor_parallel_size=2))(jnp.asarray(x))
+    order = np.argsort(-x, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(ids[:, :20], order)
+    np.testing.assert_array_equal(values[:, :20], np.take_along_axis(x, order, axis=1))
 
 
 def test_argmax_in_one_pass_and_in_two_yield_lowest_id():
@@ -461,16 +500,24 @@ def test_sample_step_nan_logits_never_win(variant):
 # Candidates and full are one sampler.
 
 
-@pytest.mark.parametrize(("vocab_size", "num_rows", "batches"), [(MEDIUM, 64, 8), (GROUPED, 8, 3)])
-def test_sample_candidates_random_settings_equal_full(vocab_size, num_rows, batches):
+@pytest.mark.parametrize(
+    ("vocab_size", "num_rows", "batches", "backend"),
+    [
+        (MEDIUM, 64, 8, "xla"),
+        (GROUPED, 8, 3, "xla"),
+        (MEDIUM, 16, 4, "pallas"),
+        pytest.param(GROUPED, 4, 1, "pallas", marks=pytest.mark.matrix),
+    ],
+)
+def test_sample_candidates_random_settings_equal_full(vocab_size, num_rows, batches, backend):
     enough = []
     for batch in range(batches):
         rng = np.random.default_rng(100 + batch)
         logits = random_logits(rng, num_rows, vocab_size)
         numbers, _ = random_settings(rng, num_rows)
         full = sample("full", logits, numbers)
-        np.testing.assert_array_equal(sample("candidates", logits, numbers), full)
-        tokens, sufficient = among_candidates(logits, numbers)
+        np.testing.assert_array_equal(sample("candidates", logits, numbers, backend=backend), full)
+        tokens, sufficient = among_candidates(logits, numbers, backend=backend)
         np.testing.assert_array_equal(tokens[sufficient], full[sufficient])
         enough.append(sufficient)
     assert 0.2 < np.mean(enough) < 0.9  # both ways are taken
@@ -526,17 +573,18 @@ def test_sample_other_position_or_seed_yields_other_tokens():
         assert np.mean(first == other) < 0.1
 
 
-def test_sample_vocabulary_over_eight_devices_yields_same_tokens():
+@pytest.mark.parametrize(("backend", "num_rows"), [("xla", 32), pytest.param("pallas", 6, marks=pytest.mark.matrix)])
+def test_sample_vocabulary_over_eight_devices_yields_same_tokens(backend, num_rows):
     rng = np.random.default_rng(14)
-    logits = random_logits(rng, 32, 1000)
+    logits = random_logits(rng, num_rows, 1000)
     logits[:, 990:] = -np.inf
-    numbers, _ = random_settings(rng, 32)
-    position = jnp.arange(32, dtype=jnp.int32)
+    numbers, _ = random_settings(rng, num_rows)
+    position = jnp.arange(num_rows, dtype=jnp.int32)
 
     def everything(logits, numbers, position):
-        full = sampling.sample_full(logits, numbers, position)
-        fast = sampling.sample_candidates(logits, numbers, position)
-        return sampling.greedy(logits), full, fast, sampling.token_logprobs(logits, full, num_top=20)
+        full = sampling.sample_full(logits, numbers, position, backend=backend)
+        fast = sampling.sample_candidates(logits, numbers, position, backend=backend)
+        return sampling.greedy(logits), full, fast, sampling.token_logprobs(logits, full, num_top=20, backend=backend)
 
     results = []
     for pipe, tensor in ((1, 1), (2, 4)):
@@ -560,8 +608,7 @@ def test_sample_vocabulary_over_eight_devices_yields_same_tokens():
 # Log-probabilities.
 
 
-def _twenty_logprobs(logits, token_ids):
-    return sampling.token_logprobs(logits, token_ids, num_top=20)
+_twenty_logprobs = functools.partial(sampling.token_logprobs, num_top=20, backend="xla")
 
 
 def log_softmax(logits):
@@ -613,13 +660,13 @@ def test_token_logprobs_masked_vocabulary_counts_for_nothing():
 # How it compiles.
 
 
-def _sampler_of_words(name):
+def _sampler_of_words(name, backend="xla", mesh=None):
     """The sampler on packed numbers, as shapes (which SamplingNumbers' checked constructor refuses) can be lowered."""
 
     def call(logits, words, position):
-        return getattr(sampling, name)(logits, SamplingNumbers.unpack(words), position)
+        return getattr(sampling, name)(logits, SamplingNumbers.unpack(words), position, backend=backend)
 
-    return on_mesh(call)
+    return on_mesh(call, mesh=mesh)
 
 
 def shapes(num_rows, vocab_size):
@@ -631,10 +678,6 @@ def shapes(num_rows, vocab_size):
     )
 
 
-def lowered_for_gpu(function, *arguments):
-    return jax.export.export(on_mesh(function), platforms=["cuda"])(*arguments).mlir_module()
-
-
 SORTS = r"stablehlo.while|stablehlo.sort|chlo.top_k|custom_call @\w*TopK"
 """A loop breaks a command graph; a GPU sorts in dozens of kernels."""
 
@@ -643,15 +686,20 @@ SORTS = r"stablehlo.while|stablehlo.sort|chlo.top_k|custom_call @\w*TopK"
     ("name", "num_conditionals"), [("sample_unfiltered", 0), ("sample_full", 2), ("sample_candidates", 3)]
 )
 def test_samplers_lowered_for_gpu_neither_loop_nor_sort(name, num_conditionals):
-    text = jax.export.export(_sampler_of_words(name), platforms=["cuda"])(*shapes(2, BIG)).mlir_module()
+    text = lowered_for_gpu(_sampler_of_words(name, "pallas", MESH), *shapes(2, BIG))
     assert not re.findall(SORTS, text)
     assert text.count("stablehlo.optimization_barrier") == num_conditionals  # without it XLA runs both branches
 
 
 def test_token_logprobs_lowered_for_gpu_neither_loops_nor_sorts():
     logits, _, tokens = shapes(2, BIG)
-    assert not re.findall(SORTS, lowered_for_gpu(_twenty_logprobs, logits, tokens))
-    assert re.findall(SORTS, lowered_for_gpu(functools.partial(sampling.token_logprobs, num_top=500), logits, tokens))
+
+    def text(num_top):
+        logprobs = on_mesh(sampling.token_logprobs, mesh=MESH, num_top=num_top, backend="pallas")
+        return lowered_for_gpu(logprobs, logits, tokens)
+
+    assert not re.findall(SORTS, text(20))
+    assert re.findall(SORTS, text(500))
 
 
 @pytest.mark.parametrize("name", ["sample_candidates", "sample_full"])

@@ -13,25 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear, gated
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "gelu_new": jax.nn.gelu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
 }
-
-
-def activate(gate_up: Float[Array, "*T G"], activation: str) -> Float[Array, "*T F"]:
-    """Splits the last axis into the halves gate and up and returns act(gate) * up.
-
-    Args:
-      gate_up: the fused product, G = 2 F.
-      activation: a name in config.ACTIVATIONS.
-    """
-    return gated(gate_up, _ACTIVATIONS[activation])
 
 
 class GatedMLP(nnx.Module):
@@ -68,7 +58,7 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
     ) -> Float[Array, "T D"]:
         """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
-        hidden = self.gate_up(x, norm=norm, gate=_ACTIVATIONS[self.activation])
+        hidden = self.gate_up(x, norm=norm, gate=ACTIVATIONS[self.activation])
         return self.down(hidden, residual=x, norm=post_norm)
 
 
@@ -100,4 +90,4 @@ class MLP(nnx.Module):
         self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
     ) -> Float[Array, "T D"]:
         """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
-        return self.down(_ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x, norm=post_norm)
+        return self.down(ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x, norm=post_norm)

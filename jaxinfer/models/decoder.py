@@ -59,7 +59,13 @@ class DecoderLayer(nnx.Module):
             dtype=dtype,
         )
         if layout.has_experts(config, index):
-            self.mlp = MixtureOfExperts(config, num_stages=stages, num_shards=layout.num_shards, dtype=dtype)
+            self.mlp = MixtureOfExperts(
+                config,
+                num_stages=stages,
+                num_shards=layout.num_shards,
+                dtype=dtype,
+                backend=layout.attention_backend,
+            )
         else:
             self.mlp = (GatedMLP if config.mlp_gate else MLP)(
                 config.hidden_size,

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.layers.moe import EXPERT_BLOCK
+from jaxinfer.kernels.pallas_experts import MAX_TOKENS
 from jaxinfer.sampling.logit_edits import EditState
 from jaxinfer.wrappers.jax_start import card_bytes
 from jaxinfer.wrappers.step_shapes import StepShapes
@@ -105,8 +105,8 @@ def activation_bytes(config: ModelConfig, shapes: StepShapes, itemsize: int) -> 
     largest = shapes.all_shapes()[-1]
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     per_token = 4 * config.hidden_size + 2 * (q_size + 2 * kv_size) + 3 * config.ffn_size
-    experts = config.num_experts * (3 * config.expert_ffn_size + 2 * config.hidden_size)
-    numbers = largest.num_tokens * per_token + min(largest.num_tokens, EXPERT_BLOCK) * experts
+    experts = config.experts_per_token * (config.expert_ffn_size + config.hidden_size)
+    numbers = largest.num_tokens * per_token + min(largest.num_tokens, MAX_TOKENS) * experts
     rows = shapes.num_stages * (largest.num_decode + largest.num_prefill) * shapes.table_width
     return (numbers + 4 * largest.num_logits * config.vocab_size) * max(itemsize, 4) + 4 * rows
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 _THUNK = re.compile(r"^\s*\d+: k(\w+)\s+(?:\[[^\]]*\])?\s*(\S*)")
 _PART = re.compile(r"(\w*(?:branch|body|condition)\w*):")
 _COLLECTIVE_THUNK = re.compile("AllReduce|AllGather|AllToAll|ReduceScatter|Collective|Permute")
-_NO_LAUNCH = {"CommandBuffer", "While", "Conditional", "Sequential", "WaitForStreams"}
+_NO_LAUNCH = {"CommandBuffer", "While", "Conditional", "Sequential", "WaitForStreams", "AsyncStart", "AsyncDone"}
 _COLLECTIVE = re.compile(
-    r" = (\(.*?\)|\S+) (all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter)(?:-start)?\("
+    r" = (\(.*?\)|\S+) (all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter)(-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -106,9 +106,12 @@ class Collectives:
 
 def find_collectives(hlo: str) -> list[Collectives]:
     """The collectives in the text of a compiled program."""
-    found = Counter(
-        (kind, " ".join(f"{t}[{d}]" for t, d in _ARRAY.findall(arrays))) for arrays, kind in _COLLECTIVE.findall(hlo)
-    )
+    found: Counter[tuple[str, str]] = Counter()
+    for result, kind, start in _COLLECTIVE.findall(hlo):
+        arrays = _ARRAY.findall(result)
+        if start and len(arrays) > 1:  # the operands come first
+            arrays = arrays[len(arrays) // 2 :]
+        found[kind, " ".join(f"{dtype}[{dims}]" for dtype, dims in arrays)] += 1
     return [
         Collectives(kind=kind, arrays=arrays, count=count, num_bytes=num_bytes(arrays))
         for (kind, arrays), count in sorted(found.items())

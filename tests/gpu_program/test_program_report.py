@@ -28,7 +28,7 @@ THUNKS = """\
 HLO = """
 ENTRY %main (x: bf16[32,4096]) -> bf16[32,4096] {
   %all-reduce-start.1 = bf16[32,4096]{1,0} all-reduce-start(%x), replica_groups={{0,1}}
-  %all-reduce-start.2 = bf16[32,4096]{1,0} all-reduce-start(%y), replica_groups={{0,1}}
+  %all-reduce-start.2 = (bf16[32,4096]{1,0}, bf16[32,4096]{1,0}) all-reduce-start(%y), replica_groups={{0,1}}
   %all-reduce-done.2 = bf16[32,4096]{1,0} all-reduce-done(%all-reduce-start.2)
   %all-gather.1 = (f32[2,8]{1,0}, s32[2,8]{1,0}) all-gather(%v, %i), dimensions={0}
 }
@@ -64,7 +64,7 @@ def test_num_launches_counts_one_way_through_conditionals():
     assert num_launches(buffer, max) == 4 + 1 + 2
 
 
-def test_find_collectives_counts_starts_once():
+def test_find_collectives_counts_starts_once_with_their_results():
     assert find_collectives(HLO) == [
         Collectives(kind="all-gather", arrays="f32[2,8] s32[2,8]", count=1, num_bytes=128),
         Collectives(kind="all-reduce", arrays="bf16[32,4096]", count=2, num_bytes=2 * 32 * 4096),

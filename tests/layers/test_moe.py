@@ -1,4 +1,4 @@
-"""Experts: the loop and the batched products against every expert on every token."""
+"""Experts: the loop and the kernels for GPUs (interpreted) against every expert on every token."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_lowering import count_kernels, lowered_for_gpu
 
-from jaxinfer.layers.moe import expert_batched, expert_dense, expert_loop
+from jaxinfer.kernels.pallas_experts import MAX_TOKENS, expert_groups
+from jaxinfer.layers.moe import expert_dense, expert_loop
 
 
-@pytest.mark.parametrize("method", [expert_loop, expert_batched])
+@pytest.mark.parametrize("method", [expert_loop, expert_groups])
 @pytest.mark.parametrize("num_chosen", [1, 3])
 @pytest.mark.parametrize("num_tokens", [1, 5, 75, 300])
 @pytest.mark.parametrize("crowded", [False, True])
@@ -26,24 +28,51 @@ def test_experts_any_tokens_equal_dense(method, num_chosen: int, num_tokens: int
     )
     shares = jnp.asarray(rng.random((num_tokens, num_chosen)), jnp.float32)
     arguments = (x, jnp.asarray(chosen, jnp.int32), shares, gate_up, down)
-    expected, found = (jax.jit(partial(call, activation="silu"))(*arguments) for call in (expert_dense, method))
+    expected, found = (jax.jit(partial(call, gate=jax.nn.silu))(*arguments) for call in (expert_dense, method))
     # Sums of 8 float32 products in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [expert_loop, expert_batched])
+@pytest.mark.parametrize("method", [expert_loop, expert_groups])
 def test_experts_nobody_chosen_gives_zeros(method) -> None:
     x, none = jnp.ones((3, 4)), jnp.full((3, 2), 2, jnp.int32)
-    y = method(x, none, jnp.ones((3, 2)), jnp.ones((2, 6, 4)), jnp.ones((2, 4, 3)), activation="silu")
+    y = method(x, none, jnp.ones((3, 2)), jnp.ones((2, 6, 4)), jnp.ones((2, 4, 3)), gate=jax.nn.silu)
     assert not np.asarray(y).any()
 
 
-@pytest.mark.parametrize("method", [expert_loop, expert_batched])
+@pytest.mark.parametrize("method", [expert_loop, expert_groups])
 @pytest.mark.parametrize("num_tokens", [2, 20])
 def test_experts_overflow_stays_with_its_token(method, num_tokens) -> None:
     """Token 0 and expert 0 give infinities; the other tokens go to expert 1."""
     x = jnp.ones((num_tokens, 4)).at[0].set(3e38)
     expert_ids = jnp.ones((num_tokens, 1), jnp.int32).at[0].set(0)
     gate_up, down = jnp.ones((2, 6, 4)).at[0].set(3e38), jnp.ones((2, 4, 3))
-    y = method(x, expert_ids, jnp.ones((num_tokens, 1)), gate_up, down, activation="silu")
+    y = method(x, expert_ids, jnp.ones((num_tokens, 1)), gate_up, down, gate=jax.nn.silu)
     assert np.isfinite(np.asarray(y[1:])).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(MAX_TOKENS + 9, 3), (40, 70)])
+def test_expert_groups_large_blocks_and_many_experts_equal_dense(num_tokens, num_experts, dtype) -> None:
+    """Experts of 70 inputs and 100 outputs: more than one tile of each, the last one partly empty."""
+    rng = np.random.default_rng(num_experts)
+    chosen = np.stack([rng.permutation(num_experts)[:2] for _ in range(num_tokens)])
+    x, gate_up, down = (
+        jnp.asarray(rng.standard_normal(shape) / shape[-1] ** 0.5, dtype)
+        for shape in ((num_tokens, 70), (num_experts, 200, 70), (num_experts, 70, 100))
+    )
+    arguments = (x, jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((num_tokens, 2)), jnp.float32))
+    arguments += (gate_up, down)
+    expected, found = (jax.jit(partial(call, gate=jax.nn.silu))(*arguments) for call in (expert_dense, expert_groups))
+    # Sums in another order. In bfloat16 both round each of the two experts' outputs (by 2**-9), at different points.
+    tolerance = 1e-6 if dtype == "float32" else 2**-7 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=tolerance)
+
+
+def test_expert_groups_lowers_for_gpu_as_three_kernels_without_loops() -> None:
+    shape = jax.ShapeDtypeStruct
+    weights = (shape((32, 1536, 2048), jnp.bfloat16), shape((32, 2048, 768), jnp.bfloat16))
+    routes = (shape((32, 8), jnp.int32), shape((32, 8), jnp.float32))
+    text = lowered_for_gpu(partial(expert_groups, gate=jax.nn.silu), shape((32, 2048), jnp.bfloat16), *routes, *weights)
+    assert count_kernels(text) == 3
+    assert "stablehlo.while" not in text and "stablehlo.sort" not in text

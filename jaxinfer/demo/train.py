@@ -29,7 +29,8 @@ from safetensors.flax import save_file
 from jaxinfer.checkpoint.exporter import export_parameters
 from jaxinfer.communication.mesh import make_mesh
 from jaxinfer.demo import corpus
-from jaxinfer.layers.attention import Segment, TokenBatch
+from jaxinfer.kernels.segment import Segment
+from jaxinfer.layers.attention import TokenBatch
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models import llama
 from jaxinfer.models.decoder import TransformerDecoder

@@ -4,12 +4,14 @@ Owns: what the operation means and which implementation runs.
 Does not know: schedulers, layers, meshes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.kernels.pallas import paged_attention_pallas
+from jaxinfer.kernels.pallas import paged_attention_pallas, segmented_attention_pallas
 from jaxinfer.kernels.reference import paged_attention_reference
+from jaxinfer.kernels.segment import Segment
 from jaxinfer.kernels.xla import paged_attention_xla
 
 BACKENDS: dict[str, Callable[..., Array]] = {
@@ -123,3 +125,43 @@ def paged_attention(
         sinks=sinks,
         sequence_id=sequence_id,
     )
+
+
+def segmented_attention(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P K C H"],
+    v_pages: Float[Array, "P K C H"],
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    backend: str = "xla",
+) -> Float[Array, "T N H"]:
+    """The attention of all tokens of a step, which lie segment by segment: paged_attention for each segment.
+
+    Args:
+        q: queries of all tokens.
+        segments: in the order of their tokens; together they have T.
+        k_pages, v_pages, scale, window, softcap, backend: as paged_attention's.
+    """
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    if backend == "pallas":
+        return segmented_attention_pallas(q, k_pages, v_pages, segments, **options)
+    attended, start = [], 0
+    for segment in segments:
+        rows = q[start : start + segment.num_tokens]
+        start += segment.num_tokens
+        found = paged_attention(
+            rows.reshape(-1, segment.num_queries, *q.shape[1:]),
+            k_pages,
+            v_pages,
+            segment.page_table,
+            segment.kv_len,
+            segment.q_len,
+            sequence_id=segment.sequence_id,
+            backend=backend,
+            **options,
+        )
+        attended.append(found.reshape(rows.shape))
+    return jnp.concatenate(attended)

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from jaxinfer.kernels.segment import Segment
 
 _LEAST = -1e30  # the score of a masked position; finite, since -inf - -inf is NaN
 _LEAST_TOP = -1e29  # initial maximum; exp2(_LEAST - _LEAST_TOP) is 0, so masked scores leave the total at 0
@@ -54,7 +58,13 @@ rest of the GPU waits."""
 
 
 class _Inputs(NamedTuple):
-    """The operands of a kernel: arrays where it is called, references inside it."""
+    """The operands of a kernel: arrays where it is called, references inside it.
+
+    Args:
+        q: [T, N, H], the queries of all tokens of the step.
+        k_pages, v_pages, window, sinks: as paged_attention's.
+        page_table, kv_len, q_len, sequence_id: as Segment's.
+    """
 
     q: Any
     k_pages: Any
@@ -65,6 +75,22 @@ class _Inputs(NamedTuple):
     sequence_id: Any
     window: Any
     sinks: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What is fixed when a kernel is compiled.
+
+    Args:
+        start: the segment's first token.
+        num_queries: Q.
+        scale, softcap: as paged_attention's.
+    """
+
+    start: int
+    num_queries: int
+    scale: float
+    softcap: float | None
 
 
 class _Softmax(NamedTuple):
@@ -104,53 +130,100 @@ def paged_attention_pallas(
 
     Source: split keys as in Flash-Decoding (Dao et al. 2023), tiles of queries as in FlashAttention-2 (Dao 2023).
     """
-    inputs = _Inputs(
-        q=q,
-        k_pages=k_pages,
-        v_pages=v_pages,
-        page_table=page_table,
-        kv_len=kv_len,
-        q_len=q_len,
-        sequence_id=jnp.arange(q.shape[0], dtype=jnp.int32) if sequence_id is None else sequence_id,
-        window=None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,)),
-        sinks=sinks,
-    )
-    attend = _prefill if q.shape[1] >= _MIN_PREFILL_QUERIES else _decode
-    attend = functools.partial(attend, scale=scale, softcap=softcap)
-    return lax.platform_dependent(
-        inputs, cpu=functools.partial(attend, interpret=True), default=functools.partial(attend, interpret=False)
-    )
+    num_rows, num_queries, num_heads, head_dim = q.shape
+    own = jnp.arange(num_rows, dtype=jnp.int32)
+    segment = Segment(page_table, kv_len, q_len, own if sequence_id is None else sequence_id, num_queries=num_queries)
+    tokens = q.reshape(num_rows * num_queries, num_heads, head_dim)
+    return segmented_attention_pallas(
+        tokens, k_pages, v_pages, [segment], scale=scale, window=window, softcap=softcap, sinks=sinks
+    ).reshape(q.shape)
+
+
+def segmented_attention_pallas(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P K C H"],
+    v_pages: Float[Array, "P K C H"],
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "T N H"]:
+    """Attends segment by segment; the kernels of all segments read the same queries and write into the same result.
+
+    Args: as in `jaxinfer.kernels.paged_attention.segmented_attention`, and the sinks of paged_attention.
+    """
+    bound = None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,))
+    out, start = None, 0
+    for segment in segments:
+        inputs = _Inputs(
+            q=q,
+            k_pages=k_pages,
+            v_pages=v_pages,
+            page_table=segment.page_table,
+            kv_len=segment.kv_len,
+            q_len=segment.q_len,
+            sequence_id=segment.sequence_id,
+            window=bound,
+            sinks=sinks,
+        )
+        attend = functools.partial(
+            _prefill if segment.num_queries >= _MIN_PREFILL_QUERIES else _decode,
+            settings=_Settings(start=start, num_queries=segment.num_queries, scale=scale, softcap=softcap),
+        )
+        out = lax.platform_dependent(
+            inputs,
+            out,
+            cpu=functools.partial(attend, interpret=True),
+            default=functools.partial(attend, interpret=False),
+        )
+        start += segment.num_tokens
+    return out
+
+
+def _result(inputs: _Inputs, out: Array | None) -> dict[str, Any]:
+    """Arguments of a pallas_call that returns the attention of all tokens, in which it writes its segment's.
+
+    The first segment's kernel makes a new array (out is None), the next ones write into that of the one before.
+    """
+    num_operands = len(jax.tree.leaves(inputs))
+    return {
+        "out_shape": jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
+        "input_output_aliases": {} if out is None else {num_operands: 0},
+    }
 
 
 # _decode and _prefill are jitted on their own, so that they are traced and lowered once for all layers of a model.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
-def _decode(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
-    num_rows, num_queries, num_heads, head_dim = inputs.q.shape
+@functools.partial(jax.jit, static_argnames=("settings", "interpret"))
+def _decode(inputs: _Inputs, out: Array | None, *, settings: _Settings, interpret: bool) -> Float[Array, "T N H"]:
+    num_rows, num_heads, head_dim = inputs.page_table.shape[0], *inputs.q.shape[1:]
     num_kv_heads, page_size = inputs.k_pages.shape[1:3]
     num_splits = _num_splits(num_rows * num_kv_heads, inputs.page_table.shape[1] * page_size)
-    kernel = functools.partial(_decode_kernel, num_splits=num_splits, scale=scale, softcap=softcap)
-    is_split = num_splits > 1
-    partial_dims = (num_splits, num_rows, num_queries, num_heads)
-    outs = [jax.ShapeDtypeStruct((*partial_dims, head_dim), jnp.float32 if is_split else inputs.q.dtype)]
-    outs += [jax.ShapeDtypeStruct(partial_dims, jnp.float32)] * (2 * is_split)
-    found = pl.pallas_call(
-        kernel,
+    call = functools.partial(
+        pl.pallas_call,
+        functools.partial(_decode_kernel, num_splits=num_splits, settings=settings),
         grid=(num_rows, num_kv_heads, num_splits),
-        out_shape=outs,
         compiler_params=_DECODE_PARAMS,
         interpret=interpret,
         name="paged_attention_decode",
-    )(inputs)
-    if not is_split:
-        return found[0][0]
+    )
+    if num_splits == 1:
+        return call(**_result(inputs, out))(inputs, out)
+    num_queries = num_rows * settings.num_queries
+    dims = (num_splits, num_queries, num_heads)
+    shapes = [(*dims, head_dim), dims, dims]
+    found = call(out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])(inputs, None)
+    parts = tuple(found)
     return pl.pallas_call(
-        _combine_kernel,
-        grid=(num_rows * num_queries, num_heads),
-        out_shape=jax.ShapeDtypeStruct((num_rows * num_queries, num_heads, head_dim), inputs.q.dtype),
+        functools.partial(_combine_kernel, start=settings.start),
+        grid=(num_queries, num_heads),
+        out_shape=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
+        input_output_aliases={} if out is None else {len(parts): 0},
         compiler_params=_COMBINE_PARAMS,
         interpret=interpret,
         name="paged_attention_combine",
-    )(*(part.reshape(num_splits, num_rows * num_queries, *part.shape[3:]) for part in found)).reshape(inputs.q.shape)
+    )(parts, out)
 
 
 def _num_splits(num_blocks: int, max_len: int) -> int:
@@ -166,14 +239,14 @@ def _num_splits(num_blocks: int, max_len: int) -> int:
     return min(1 << round(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
 
 
-def _decode_kernel(
-    inputs: _Inputs, out_ref: Any, *stats: Any, num_splits: int, scale: float, softcap: float | None
-) -> None:
+def _decode_kernel(inputs: _Inputs, _: Any, out_ref: Any, *stats: Any, num_splits: int, settings: _Settings) -> None:
     """One block: all queries of one row, for one kv head, over one split of the row's keys.
 
-    The M members of the block are (query, head) pairs, the heads of the kv head's group next to each other.
+    The M members of the block are (query, head) pairs, the heads of the kv head's group next to each other. With one
+    split, out_ref takes the attention of the tokens. With several, out_ref and stats take the softmax of each split.
     """
-    _, num_queries, num_heads, head_dim = inputs.q.shape
+    num_heads, head_dim = inputs.q.shape[1:]
+    num_queries = settings.num_queries
     group = num_heads // inputs.k_pages.shape[1]
     row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     kv_len, q_len = inputs.kv_len[row], inputs.q_len[row]
@@ -184,7 +257,9 @@ def _decode_kernel(
     query_position = jnp.where(is_query & (query < q_len), kv_len - q_len + query, -1)
     dims, inside = _head_dims(head_dim)
     mask = is_query[:, None] & inside
-    q = plgpu.load(inputs.q.at[row, query[:, None], head[:, None], dims], mask=mask, other=0.0)
+    number = row * num_queries + query  # among the segment's queries
+    token = settings.start + number
+    q = plgpu.load(inputs.q.at[token[:, None], head[:, None], dims], mask=mask, other=0.0)
 
     tile_len = _tile_len(_DECODE_TILE, inputs.k_pages)
     first, end = 0, pl.cdiv(kv_len, tile_len)
@@ -208,78 +283,67 @@ def _decode_kernel(
         kv_len=kv_len,
         tile_len=tile_len,
         tiles=(first, jnp.minimum(first + share, end)),
-        scale=scale,
-        softcap=softcap,
+        settings=settings,
     )
-    out = found.out if stats else _normalised(found)
-    where = (split, row, query[:, None], head[:, None], dims)
-    plgpu.store(out_ref.at[where], out.astype(out_ref.dtype), mask=mask)
-    for ref, value in zip(stats, found[:2], strict=False):
-        plgpu.store(ref.at[split, row, query, head], value, mask=is_query)
+    if num_splits == 1:
+        out = _normalised(found).astype(out_ref.dtype)
+        plgpu.store(out_ref.at[token[:, None], head[:, None], dims], out, mask=mask)
+        return
+    plgpu.store(out_ref.at[split, number[:, None], head[:, None], dims], found.out, mask=mask)
+    for ref, value in zip(stats, (found.top, found.total), strict=True):
+        plgpu.store(ref.at[split, number, head], value, mask=is_query)
 
 
-def _combine_kernel(part_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -> None:
+def _combine_kernel(parts: tuple[Any, Any, Any], _: Any, out_ref: Any, *, start: int) -> None:
     """One block: adds up the splits' results for one query of one head."""
+    part_ref, top_ref, total_ref = parts
     num_splits, *_, head_dim = part_ref.shape
-    token, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(num_splits)
+    number, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(num_splits)
     dims, inside = _head_dims(head_dim)
-    top = plgpu.load(top_ref.at[split, token, head])  # [S]
+    top = plgpu.load(top_ref.at[split, number, head])  # [S]
     share = jnp.exp2(top - jnp.max(top))
-    total = jnp.sum(plgpu.load(total_ref.at[split, token, head]) * share)
+    total = jnp.sum(plgpu.load(total_ref.at[split, number, head]) * share)
     mask = inside & (split >= 0)[:, None]
-    part = plgpu.load(part_ref.at[split[:, None], token, head, dims], mask=mask, other=0.0)  # [S, H]
+    part = plgpu.load(part_ref.at[split[:, None], number, head, dims], mask=mask, other=0.0)  # [S, H]
     out = jnp.sum(part * share[:, None], axis=0) * jnp.where(total > 0, 1.0 / total, 0.0)
-    plgpu.store(out_ref.at[token, head, dims[0]], out.astype(out_ref.dtype), mask=inside[0])
+    plgpu.store(out_ref.at[start + number, head, dims[0]], out.astype(out_ref.dtype), mask=inside[0])
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
-def _prefill(inputs: _Inputs, *, scale: float, softcap: float | None, interpret: bool) -> Float[Array, "R Q N H"]:
-    num_rows, num_queries, num_heads, head_dim = inputs.q.shape
-    row_len = pl.next_power_of_2(num_queries)
+@functools.partial(jax.jit, static_argnames=("settings", "interpret"))
+def _prefill(inputs: _Inputs, out: Array | None, *, settings: _Settings, interpret: bool) -> Float[Array, "T N H"]:
+    num_rows, num_heads = inputs.page_table.shape[0], inputs.q.shape[1]
+    row_len = pl.next_power_of_2(settings.num_queries)
     rows_per_tile = max(1, min(_tile_len(_QUERY_TILE, inputs.k_pages) // row_len, pl.next_power_of_2(num_rows)))
-    missing = -num_rows % rows_per_tile
-    if missing or row_len != num_queries:
-
-        def padded(x: Array) -> Array:
-            return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-
-        inputs = inputs._replace(
-            q=jnp.pad(inputs.q, ((0, missing), (0, row_len - num_queries), (0, 0), (0, 0))),
-            page_table=padded(inputs.page_table),
-            kv_len=padded(inputs.kv_len),
-            q_len=padded(inputs.q_len),
-            sequence_id=padded(inputs.sequence_id),
-        )
-    dims = inputs.q.shape
-    found = pl.pallas_call(
-        functools.partial(_prefill_kernel, row_len=row_len, rows_per_tile=rows_per_tile, scale=scale, softcap=softcap),
-        grid=(dims[0] // rows_per_tile, num_heads),
-        out_shape=jax.ShapeDtypeStruct((dims[0] * row_len, num_heads, head_dim), inputs.q.dtype),
+    return pl.pallas_call(
+        functools.partial(_prefill_kernel, row_len=row_len, rows_per_tile=rows_per_tile, settings=settings),
+        grid=(pl.cdiv(num_rows, rows_per_tile), num_heads),
         compiler_params=_PREFILL_PARAMS,
         interpret=interpret,
         name="paged_attention_prefill",
-    )(inputs._replace(q=inputs.q.reshape(dims[0] * row_len, num_heads, head_dim)))
-    return found.reshape(dims)[:num_rows, :num_queries]
+        **_result(inputs, out),
+    )(inputs, out)
 
 
 def _prefill_kernel(
-    inputs: _Inputs, out_ref: Any, *, row_len: int, rows_per_tile: int, scale: float, softcap: float | None
+    inputs: _Inputs, _: Any, out_ref: Any, *, row_len: int, rows_per_tile: int, settings: _Settings
 ) -> None:
-    """One block: one query head of a tile of rows. Rows of one sequence attend to its pages together."""
-    num_heads, head_dim = inputs.q.shape[1:]
+    """One block: one query head of a tile of rows, of row_len queries each. Rows of one sequence attend together."""
+    num_rows, (num_heads, head_dim) = inputs.page_table.shape[0], inputs.q.shape[1:]
     tile_len = _tile_len(_PREFILL_TILE, inputs.k_pages)
     # Later tiles of a prompt attend to more keys and take longer, so they begin first.
     tile, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)
     kv_head = lax.div(head, num_heads // inputs.k_pages.shape[1])
     member = jnp.arange(rows_per_tile * row_len)  # [M]
-    local_row = lax.div(member, row_len)
+    local_row, query = lax.div(member, row_len), lax.rem(member, row_len)
     row = tile * rows_per_tile + local_row
-    kv_len, q_len, sequence_id = (plgpu.load(ref.at[row]) for ref in (inputs.kv_len, inputs.q_len, inputs.sequence_id))
-    query = lax.rem(member, row_len)
+    is_row = row < num_rows
+    kv_len, q_len, sequence_id = (
+        plgpu.load(ref.at[row], mask=is_row, other=0) for ref in (inputs.kv_len, inputs.q_len, inputs.sequence_id)
+    )
     query_position = jnp.where(query < q_len, kv_len - q_len + query, -1)
     dims, inside = _head_dims(head_dim)
-    token = (tile * rows_per_tile * row_len + member)[:, None]
-    mask = inside & (member >= 0)[:, None]
+    token = (settings.start + row * settings.num_queries + query)[:, None]
+    mask = inside & (is_row & (query < settings.num_queries))[:, None]
     q = plgpu.load(inputs.q.at[token, head, dims], mask=mask, other=0.0)
     found = _start(member, q.shape[1])
     if inputs.sinks is not None:
@@ -291,7 +355,8 @@ def _prefill_kernel(
 
         For any other row the ranges of key tiles are empty, as its sequence's first row has done the work.
         """
-        mine = (sequence_id == inputs.sequence_id[tile * rows_per_tile + number]) & (q_len > 0)
+        own_row = jnp.minimum(tile * rows_per_tile + number, num_rows - 1)
+        mine = (sequence_id == inputs.sequence_id[own_row]) & (q_len > 0)
         is_first = jnp.min(jnp.where(mine, local_row, rows_per_tile)) == number
         own_len = jnp.max(jnp.where(mine, kv_len, 0))
         own_position = jnp.where(mine, query_position, -1)
@@ -302,12 +367,11 @@ def _prefill_kernel(
             inputs,
             q=q,
             query_position=own_position,
-            row=tile * rows_per_tile + number,
+            row=own_row,
             kv_head=kv_head,
             kv_len=own_len,
             tile_len=tile_len,
-            scale=scale,
-            softcap=softcap,
+            settings=settings,
         )
         if inputs.window is not None:
             first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), tile_len)
@@ -333,8 +397,7 @@ def _attend(
     kv_len: Int[Array, ""],
     tile_len: int,
     tiles: tuple[Any, Any],
-    scale: float,
-    softcap: float | None,
+    settings: _Settings,
     masked: bool = True,
 ) -> _Softmax:
     """Continues the softmax of M queries over a range of tiles of one row's keys.
@@ -349,10 +412,11 @@ def _attend(
         kv_len: positions of the row that hold keys.
         tile_len: positions in a tile.
         tiles: the first tile and the end (one past the last).
-        scale, softcap: as paged_attention's.
+        settings: scale and softcap.
         masked: False where every query sees all keys of these tiles.
     """
     page_size, head_dim = inputs.k_pages.shape[2:]
+    scale, softcap = settings.scale, settings.softcap
     dims, inside = _head_dims(head_dim)
     dot = functools.partial(
         lax.dot_general,

@@ -1,13 +1,12 @@
 """Grouped-query self-attention over the paged cache.
 
-Owns: the projections, the rotation, the write to the cache, and cutting a step's flat tokens into its segments (one of
-decoding rows, one of prefill rows; either may be missing).
-Does not know: how the attention of a segment is computed (kernels/ does), nor which requests the rows belong to.
+Owns: the projections, the rotation, the write to the cache.
+Does not know: how attention is computed (kernels/ does), nor which requests the tokens belong to.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,41 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.kernels.paged_attention import paged_attention
+from jaxinfer.kernels.paged_attention import segmented_attention
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
+from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear
 from jaxinfer.layers.norm import RMSNorm
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Segment:
-    """Part of a step's tokens, as R rows of Q queries each. The queries of a row are its last q_len positions.
-
-    A decoding sequence is a row with one query. A prompt is cut into rows: 40 tokens in rows of 16 queries give rows
-    of 16, 16 and 8 live queries, whose kv_len is 16, 32 and 40.
-
-    Args:
-      page_table: int32[R, W], the KV pages of each row, in the order of the text.
-      kv_len: int32[R], positions of each row that hold keys after this step's keys are written.
-      q_len: int32[R], live queries of each row; its other Q - q_len queries are padding.
-      sequence_id: int32[R], the number of the sequence that each row belongs to. Neighbouring rows with the same
-        number are pieces of one prompt.
-      num_queries: Q.
-    """
-
-    page_table: Int[Array, "R W"]
-    kv_len: Int[Array, " R"]
-    q_len: Int[Array, " R"]
-    sequence_id: Int[Array, " R"]
-    num_queries: int = field(metadata={"static": True})
-
-    @property
-    def num_tokens(self) -> int:
-        """R * Q, padding included."""
-        return self.kv_len.shape[0] * self.num_queries
 
 
 @jax.tree_util.register_dataclass
@@ -177,26 +148,17 @@ class Attention(nnx.Module):
         queries, cache = self._prepared(
             self.qkv(x, norm=norm).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary
         )
-        attended, start, window = [], 0, self._window()
-        for segment in batch.segments:
-            rows = queries[start : start + segment.num_tokens]
-            start += segment.num_tokens
-            attended.append(
-                paged_attention(
-                    rows.reshape(-1, segment.num_queries, self.num_heads, self.head_dim),
-                    cache.keys,
-                    cache.values,
-                    segment.page_table,
-                    segment.kv_len,
-                    segment.q_len,
-                    scale=self.scale,
-                    window=window,
-                    softcap=self.softcap,
-                    sequence_id=segment.sequence_id,
-                    backend=self.backend,
-                ).reshape(rows.shape[0], -1)
-            )
-        return self.out(jnp.concatenate(attended), residual=x, norm=post_norm), cache
+        attended = segmented_attention(
+            queries,
+            cache.keys,
+            cache.values,
+            batch.segments,
+            scale=self.scale,
+            window=self._window(),
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+        return self.out(attended.reshape(x.shape[0], -1), residual=x, norm=post_norm), cache
 
     def _prepared(
         self, heads: Float[Array, "T M H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None

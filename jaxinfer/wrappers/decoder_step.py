@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import share_from_last_stage
-from jaxinfer.layers.attention import Segment, TokenBatch
+from jaxinfer.kernels.segment import Segment
+from jaxinfer.layers.attention import TokenBatch
 from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
 from jaxinfer.models.registry import Decoder
 from jaxinfer.wrappers import pipeline

@@ -137,9 +137,9 @@ class AsyncLLM:
         outputs = [output async for output in self._stream(submission)]
         return outputs[-1]
 
-    async def warmup(self) -> None:
-        """Compiles every program that a request can need, in a thread, so that the event loop is not blocked."""
-        await asyncio.to_thread(self._llm.warmup)
+    async def warmup(self, *, background: bool = False) -> None:
+        """As LLM.warmup, in a thread, so that the event loop is not blocked."""
+        await asyncio.to_thread(self._llm.warmup, background=background)
 
     def stats(self) -> EngineStats:
         """As LLM.stats."""

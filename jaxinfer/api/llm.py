@@ -461,9 +461,15 @@ class LLM:
         """Whether new requests are accepted: False once the LLM was closed or its engine stopped on an error."""
         return self._driver.is_running
 
-    def warmup(self) -> None:
-        """Compiles every program that a request can need, so that no request waits for the compiler."""
-        self._loaded.warmup()
+    def warmup(self, *, background: bool = False) -> None:
+        """Compiles every program that a request can need, so that no request waits for the compiler.
+
+        Args:
+          background: if True, returns as soon as there are programs enough for every request, on a GPU at most 24 at
+            the default settings, and compiles the others in background threads. Until a step's own program is ready,
+            a larger one runs in its stead, which takes longer and gives the same tokens, as far as rounding allows.
+        """
+        self._loaded.warmup(background=background)
 
     def stats(self) -> EngineStats:
         """Returns how many requests run and wait, how many KV pages are used, and counts of all work so far."""

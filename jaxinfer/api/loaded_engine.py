@@ -57,10 +57,10 @@ class LoadedEngine:
         """Tokens of prompt and output that one request can have: max_model_len, or fewer if the KV pages hold fewer."""
         return min(self.max_model_len, self.wrapper.num_pages * self._page_size)
 
-    def warmup(self) -> None:
-        """Compiles every program that a request can need."""
+    def warmup(self, *, background: bool = False) -> None:
+        """Compiles every program that a request can need; background as LLM.warmup's."""
         for wrapper in self._wrappers:
-            wrapper.warmup()
+            wrapper.warmup(background=background)
 
     def stats(self) -> EngineStats:
         """The engine's statistics; num_compilations counts those of both models."""

@@ -65,7 +65,7 @@ class RecordingWrapper(AbstractModelInferenceWrapper):
         """Token 0 for every row."""
         return StepResult(token_ids=np.zeros(handle.shape.num_logits if handle.has_logits else 0, np.int32))
 
-    def warmup(self) -> None:
+    def warmup(self, *, background: bool = False) -> None:
         """Nothing to compile."""
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -155,8 +156,8 @@ def segmented_attention_pallas(
     Args: as in `jaxinfer.kernels.paged_attention.segmented_attention`, and the sinks of paged_attention.
     """
     bound = None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,))
-    out, start = None, 0
-    for segment in segments:
+
+    def attend(segment: Segment, start: int, out: Array | None) -> Float[Array, "T N H"]:
         inputs = _Inputs(
             q=q,
             k_pages=k_pages,
@@ -168,17 +169,18 @@ def segmented_attention_pallas(
             window=bound,
             sinks=sinks,
         )
-        attend = functools.partial(
+        run = functools.partial(
             _prefill if segment.num_queries >= _MIN_PREFILL_QUERIES else _decode,
             settings=_Settings(start=start, num_queries=segment.num_queries, scale=scale, softcap=softcap),
         )
-        out = lax.platform_dependent(
-            inputs,
-            out,
-            cpu=functools.partial(attend, interpret=True),
-            default=functools.partial(attend, interpret=False),
+        return lax.platform_dependent(
+            inputs, out, cpu=functools.partial(run, interpret=True), default=functools.partial(run, interpret=False)
         )
-        start += segment.num_tokens
+
+    out = attend(segments[0], 0, None)
+    starts = accumulate(segment.num_tokens for segment in segments)
+    for segment, start in zip(segments[1:], starts, strict=False):
+        out = attend(segment, start, out)
     return out
 
 

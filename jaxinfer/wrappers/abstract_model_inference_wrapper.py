@@ -57,8 +57,12 @@ class AbstractModelInferenceWrapper(ABC):
         """
 
     @abstractmethod
-    def warmup(self) -> None:
-        """Compiles the programs that serving needs, so that requests do not wait for compilations."""
+    def warmup(self, *, background: bool = False) -> None:
+        """Compiles the programs that serving needs, so that requests do not wait for compilations.
+
+        Args:
+          background: whether to return as soon as every step can run, and to compile the rest in the background.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -110,8 +110,10 @@ def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
     Raises:
       ValueError: the model cannot be laid out on the mesh.
     """
-    layout = lay_out(model_config, config, *platform_of(jax.devices()[0]))
-    shapes, itemsize = StepShapes(config, max_model_len=layout.max_model_len), layout.dtype.itemsize
+    device = jax.devices()[0]
+    layout = lay_out(model_config, config, *platform_of(device))
+    shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=device.platform == "gpu")
+    itemsize = layout.dtype.itemsize
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
     num_devices = layout.num_stages * layout.num_shards
     return Footprint(

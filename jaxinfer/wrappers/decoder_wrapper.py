@@ -26,15 +26,16 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
-from jaxinfer.wrappers.in_flight import InFlight, StepHandle, copy_sizes
+from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
+from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache
-from jaxinfer.wrappers.step_batch import NO_TARGET, AllowedTokens, SamplerVariant, SlotEdits, StepBatch
+from jaxinfer.wrappers.step_batch import NO_TARGET, AllowedTokens, SlotEdits, StepBatch
 from jaxinfer.wrappers.step_inputs import pack_inputs
 from jaxinfer.wrappers.step_programs import HeadInputs, StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
-from jaxinfer.wrappers.xla_options import compiler_options
+from jaxinfer.wrappers.xla_options import compiler_options, tuned_alike
 
 _LAUNCHING = threading.Lock()
 """Held while programs are enqueued. If two models share a mesh, all its devices must get their programs in the same
@@ -105,7 +106,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         beside: Footprint | None = None,
     ):
         self._mesh = mesh
-        self._shapes = StepShapes(config, max_model_len=layout.max_model_len)
+        platform = mesh.devices.flat[0].platform
+        self._shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=platform == "gpu")
         self._vocab_size = model_config.vocab_size
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
@@ -133,8 +135,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
                 "edit": self._step_programs.edit,
                 "allow": self._step_programs.allow,
             },
-            {"forward": lambda shape: compiler_options(mesh.devices.flat[0].platform, shape.num_tokens)},
+            {"forward": lambda shape: compiler_options(platform, shape.num_tokens)},
+            tuned_alike(platform),
         )
+        self._choice = ProgramChoice(self._programs, self._shapes)
 
     @property
     def shapes(self) -> StepShapes:
@@ -189,12 +193,17 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def _plan_tick(self, handle: StepHandle) -> _Tick:
         """Lets a step into the pipeline, moves the others on, and gets the programs for that; runs nothing yet."""
-        shape, copies = self._in_flight.enter(handle), self._in_flight.page_copies()
+        shape = self._choice.shape(self._in_flight.enter(handle))
+        self._in_flight.count_rows(shape)
         return _Tick(
             shape=shape,
-            copy=None if copies is None else _Call(self._programs.get("copy", copies.shape[1]), copies),
+            copy=self._plan_copies() if self._in_flight.num_page_copies else None,
             forward=_Call(self._programs.get("forward", shape), pack_inputs(handle.batch, shape, self._shapes)),
         )
+
+    def _plan_copies(self) -> _Call:
+        size = self._choice.copy_size(self._in_flight.num_page_copies)
+        return _Call(self._programs.get("copy", size), self._in_flight.page_copies(size))
 
     def _run_tick(self, tick: _Tick) -> HeadInputs:
         """Runs a tick; returns what the head needs to sample and score the step that leaves."""
@@ -235,9 +244,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def _sampler(self, batch: StepBatch, num_logits: int) -> jax.stages.Compiled:
         num_top = _reported(batch.num_top)
-        if batch.edited:
-            return self._programs.get("sample_edited", num_logits, num_top)
-        return self._programs.get("sample", num_logits, batch.variant, num_top)
+        return self._programs.get(*self._choice.sampler(num_logits, batch.variant, num_top, is_edited=batch.edited))
 
     def _run_exit(self, leaving: StepHandle, plan: _Exit, inputs: HeadInputs) -> None:
         """Samples and scores the step that leaves, and starts copying its results to the host."""
@@ -294,20 +301,20 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         with _LAUNCHING:
             return tick.shape, self._run_tick(tick).hidden
 
-    def warmup(self) -> None:
+    def warmup(self, *, background: bool = False) -> None:
         """Compiles the programs that serving needs: forward, samplers, page copies, scoring, logit edits.
 
         Only the samplers of wide beam searches, with more than MAX_LOGPROBS candidates, are left to their first use.
+
+        Args:
+          background: whether to return when there are enough programs for every step, and to compile the others in the
+            background, while steps run larger programs in their stead.
         """
-        shapes, num_tops = self._shapes.all_shapes(), (None, MAX_LOGPROBS)
-        wanted: list[tuple[Any, ...]] = [("edit",), ("allow",), *(("forward", shape) for shape in shapes)]
-        wanted += [("copy", num_copies) for num_copies in copy_sizes(self._shapes.max_chunks)]
-        wanted += [("score", shape.num_prefill * PREFILL_BLOCK, MAX_LOGPROBS) for shape in shapes if shape.scored]
-        for num_logits in sorted({shape.num_logits for shape in shapes}):
-            wanted += [("sample_edited", num_logits, num_top) for num_top in num_tops]
-            for variant in SamplerVariant:
-                wanted += [("sample", num_logits, variant, num_top) for num_top in num_tops]
-        self._programs.compile_all(wanted)
+        if not background:
+            self._programs.compile_all(self._choice.all_programs())
+            return
+        self._programs.compile_all(self._choice.covering_programs())
+        self._programs.compile_in_background(self._choice.all_programs())
 
     def close(self) -> None:
         """Frees weights, KV pages and state; the wrapper cannot be used afterwards."""

@@ -59,27 +59,30 @@ class InFlight:
         """Lets a new step into the first stage and moves the others on by one stage.
 
         Returns:
-          The smallest shape that covers all steps now in flight.
+          The smallest shape that holds all steps now in flight.
         """
         self._handles.appendleft(handle)
         found = [handle.batch.shape for handle in self._handles]
-        shape = self._shapes.shape(
+        return self._shapes.shape(
             num_decode=max(shape.num_decode for shape in found),
             num_prefill=max(shape.num_prefill for shape in found),
             num_logits=max(shape.num_logits for shape in found),
             row_len=max(shape.row_len for shape in found),
             scored=any(shape.scored for shape in found),
         )
+
+    def count_rows(self, shape: StepShape) -> None:
+        """Counts the rows of a tick that runs in this shape."""
         self._live_rows += sum(handle.batch.num_live_rows for handle in self._handles)
         self._launched_rows += self._shapes.num_stages * (shape.num_decode + shape.num_prefill)
-        return shape
 
-    def page_copies(self) -> Int32[np.ndarray, "S J 2"] | None:
-        """The page copies of the step in each stage, None if there are none; padding copies the dump page to itself."""
-        largest = max(len(handle.batch.page_copies) for handle in self._handles)
-        if not largest:
-            return None
-        size = next(size for size in copy_sizes(largest) if size >= largest)
+    @property
+    def num_page_copies(self) -> int:
+        """The most page copies of a step in flight."""
+        return max(len(handle.batch.page_copies) for handle in self._handles)
+
+    def page_copies(self, size: int) -> Int32[np.ndarray, "S J 2"]:
+        """The page copies of the step in each stage, J = size of each; padding copies the dump page to itself."""
         copies = np.zeros((self._shapes.num_stages, size, 2), np.int32)
         for stage, handle in enumerate(self._handles):
             copies[stage, : len(handle.batch.page_copies)] = handle.batch.page_copies

@@ -1,18 +1,28 @@
 """A cache of programs that are compiled ahead of time, by name and arguments.
 
-Owns: lowering, compiling each program once even if several threads ask for it, and the count of compilations.
+Owns: lowering, compiling each program once even if several threads ask for it, compiling in the background, and the
+count of compilations.
 Does not know: what the programs compute.
 """
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+
+logger = logging.getLogger(__name__)
+
+ProgramKey = tuple[Any, ...]
+"""A program's name, followed by its arguments."""
 
 
 class ProgramCache:
@@ -21,19 +31,29 @@ class ProgramCache:
     Args:
       traces: for each name, a function that traces the program for given arguments.
       options: for some names, a function that returns XLA's options for the program with these arguments.
+      tuned_alike: for some names, a function that names the matrix products of the program with these arguments. XLA
+        tunes products on the device while it compiles, and remembers what it found; of programs with the same products,
+        a first one is therefore compiled alone. Empty where XLA does not tune.
     """
 
     def __init__(
         self,
         traces: Mapping[str, Callable[..., jax.stages.Traced]],
         options: Mapping[str, Callable[..., dict[str, str | bool]]],
+        tuned_alike: Mapping[str, Callable[..., Hashable]] | None = None,
     ) -> None:
         self._traces = traces
         self._options = options
-        self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+        self._tuned_alike = tuned_alike or {}
+        self._programs: dict[ProgramKey, jax.stages.Compiled] = {}
         self._num_compilations = 0
-        self._turns: dict[tuple[Any, ...], threading.Lock] = {}  # held while the program is compiled
+        self._turns: dict[ProgramKey, threading.Lock] = {}  # held while the program is compiled
+        self._tuning: dict[Hashable, threading.Lock] = {}  # held while the first of its kind is compiled
+        self._tuned: set[Hashable] = set()
         self._lock = threading.Lock()
+        self._waiting: deque[ProgramKey] = deque()  # to be compiled in the background
+        self._num_at_work = 0  # threads that compile one of them
+        self._workers: list[threading.Thread] = []
 
     @property
     def num_compilations(self) -> int:
@@ -49,30 +69,122 @@ class ProgramCache:
         program = self._programs.get(key)
         return self._compile_once(key) if program is None else program
 
-    def _compile_once(self, key: tuple[Any, ...]) -> jax.stages.Compiled:
+    def _compile_once(self, key: ProgramKey) -> jax.stages.Compiled:
         with self._lock:
             turn = self._turns.setdefault(key, threading.Lock())
         with turn:
             program = self._programs.get(key)
             if program is None:
-                program = self._compile(*key)
+                with self._tuned_once(key):
+                    program = self._compile(*key)
                 with self._lock:
                     self._programs[key] = program
                     self._num_compilations += 1
         return program
 
+    @contextmanager
+    def _tuned_once(self, key: ProgramKey) -> Iterator[None]:
+        """Lets a program be compiled alone if no other one with its matrix products has been compiled yet."""
+        kind = self._kind(key)
+        with self._lock:
+            tuning = self._tuning.setdefault(kind, threading.Lock())
+        if kind is None or kind in self._tuned:
+            yield
+            return
+        with tuning:
+            yield
+            self._tuned.add(kind)
+
+    def _kind(self, key: ProgramKey) -> Hashable:
+        name, *arguments = key
+        return self._tuned_alike[name](*arguments) if name in self._tuned_alike else None
+
     def _compile(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
         options = self._options[name](*arguments) if name in self._options else {}
         return self._traces[name](*arguments).lower().compile(compiler_options=options or None)
 
-    def compile_all(self, wanted: Iterable[tuple[Hashable, ...]]) -> None:
-        """Compiles the programs given as (name, *arguments), in as many threads as there are cores.
+    def compile_all(self, wanted: Sequence[ProgramKey]) -> None:
+        """Compiles programs, in as many threads as there are cores.
 
         XLA compiles in parallel; tracing stays serial.
         """
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(lambda entry: self.get(*entry), wanted))
+            list(pool.map(lambda entry: self.get(*entry), self._one_of_each_kind_first(wanted)))
+
+    def _one_of_each_kind_first(self, wanted: Iterable[ProgramKey]) -> list[ProgramKey]:
+        """The programs in an order in which threads rarely wait for one another's tuning."""
+        kinds: set[Hashable] = {None}
+        first: list[ProgramKey] = []
+        others: list[ProgramKey] = []
+        for key in wanted:
+            kind = self._kind(key)
+            (others if kind in kinds else first).append(key)
+            kinds.add(kind)
+        return first + others
+
+    def compile_in_background(self, wanted: Sequence[ProgramKey]) -> None:
+        """Starts to compile programs in threads of their own, half as many as there are cores.
+
+        Programs that are asked for by `first_ready` meanwhile come first.
+        """
+        with self._lock:
+            self._waiting.extend(self._one_of_each_kind_first(wanted))
+        atexit.register(self._end_background)
+        for _ in range(max(1, (os.cpu_count() or 1) // 2)):
+            worker = threading.Thread(target=self._work, name="jaxinfer-compiler", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing to be compiled in the background, or it is done."""
+        return not self._waiting and not self._num_at_work
+
+    def wait(self) -> None:
+        """Waits until the background has compiled everything."""
+        for worker in self._workers:
+            worker.join()
+
+    def first_ready(self, options: Sequence[ProgramKey]) -> ProgramKey:
+        """The first of these programs that is compiled, or the first of all if none is.
+
+        If it is not the first and that one is waiting for the background, it will be the next to be compiled.
+        """
+        wanted = options[0]
+        if wanted in self._programs:
+            return wanted
+        with self._lock:
+            if wanted in self._waiting:
+                self._waiting.remove(wanted)
+                self._waiting.appendleft(wanted)
+        return next((key for key in options if key in self._programs), wanted)
+
+    def are_ready(self, keys: Iterable[ProgramKey]) -> bool:
+        """Whether all of these programs are compiled."""
+        return all(key in self._programs for key in keys)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                key = self._waiting.popleft()
+                self._num_at_work += 1
+            try:
+                self.get(*key)
+            except Exception:  # whoever needs the program will compile it then, and raise what is wrong
+                logger.warning("program %s could not be compiled in the background", key, exc_info=True)
+            finally:
+                with self._lock:
+                    self._num_at_work -= 1
+
+    def _end_background(self) -> None:
+        """Compiles nothing more in the background; waits for what is being compiled."""
+        self._waiting.clear()
+        self.wait()
 
     def clear(self) -> None:
-        """Drops all programs."""
+        """Drops all programs, and those that wait to be compiled."""
+        self._waiting.clear()
+        atexit.unregister(self._end_background)
         self._programs.clear()

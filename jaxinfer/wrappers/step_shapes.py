@@ -44,6 +44,11 @@ class StepShape:
         """T, the padded tokens of both segments."""
         return self.num_decode + self.num_prefill * self.row_len
 
+    def holds(self, other: StepShape) -> bool:
+        """Whether a step that is padded to another shape can be padded to this one instead."""
+        sizes = ("num_decode", "num_prefill", "row_len", "num_logits")
+        return self.scored == other.scored and all(getattr(self, name) >= getattr(other, name) for name in sizes)
+
 
 def pages_for(num_tokens: int, page_size: int) -> int:
     """How many pages hold num_tokens positions."""
@@ -58,22 +63,28 @@ def num_blocks(num_tokens: int) -> int:
 class StepShapes:
     """The short list of shapes that steps are padded to, so that few programs have to be compiled.
 
-    - Steps without prefill have a power of two decode rows, or the maximum: one for every slot, and 1/S of that in a
-      pipeline of S stages, where a sequence decodes in every S-th step only.
-    - Steps with prefill combine 0, 4, 16, 64, .. or the maximum of decode rows with 1, 2, 4, .. or the maximum of
-      prefill rows, which is max_num_batched_tokens tokens. 3 decode and 5 prefill rows are padded to 4 and 8.
-    - Logit rows: a power of two, so that there are few shapes of samplers. One row per sequence that samples in this
-      step; with speculative decoding, one per token that is verified.
+    There is a fine list, for CPUs, where every padded row costs time; and a coarse one, for GPUs, where the rows of a
+    small step cost little and compiling takes longer. Of these rows R is the most decode rows of a step: one for every
+    slot, and 1/S of that in a pipeline of S stages, where a sequence decodes in every S-th step only. P is the most
+    prefill rows: max_num_batched_tokens tokens.
+
+    - Steps without prefill have 1, 2, 4, 8, .. R decode rows; in the coarse list 1, 8, 16, 32, .. R.
+    - Steps with prefill combine 0, 4, 16, 64, .. R decode rows with 1, 2, 4, .. P prefill rows, so that 3 decode and 5
+      prefill rows are padded to 4 and 8; in the coarse list 0, 16 and R with 4, 8, 16, .. P.
+    - Logit rows: powers of two, or in the coarse list 1, 8, 32, 128, .. and the most, so that there are few shapes of
+      samplers. One row per sequence that samples in this step; with speculative decoding, one per token that is
+      verified.
     - Short prefill rows: with speculative decoding, a step whose chunks are all as short as a last token with its
       drafts has prefill rows of that length; but not in a pipeline, where the batches in flight share one layout.
-    - Steps that score prompts have the most decode rows and a power of four prefill rows, or the maximum.
+    - Steps that score prompts have the most decode rows and a power of four prefill rows (coarse: 16, 128, ..), or P.
 
     Args:
       config: the engine's settings.
       max_model_len: tokens of the longest possible request.
+      coarse: which list.
     """
 
-    def __init__(self, config: EngineConfig, *, max_model_len: int):
+    def __init__(self, config: EngineConfig, *, max_model_len: int, coarse: bool = False):
         self.num_slots = config.max_num_seqs
         self.table_width = pages_for(max_model_len, config.page_size)
         self.num_stages = config.pipeline_parallel_size
@@ -81,10 +92,19 @@ class StepShapes:
         self.max_prefill = num_blocks(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
         self.max_drafts = 0 if config.draft_model is None else config.num_draft_tokens
         self.max_chunks = MAX_CHUNKS + (self.max_decode if self.max_drafts else 0)
-        self._decode_rows = _powers(1, 2, self.max_decode)
-        self._mixed_rows = [0, *_powers(4, 4, self.max_decode)]
-        self._prefill_rows = _powers(1, 2, self.max_prefill)
-        self._scored_rows = _powers(4, 4, self.max_prefill)
+        max_logits = self.max_decode + min(self.max_prefill, MAX_CHUNKS)
+        if coarse:
+            self._decode_rows = sorted({1, *_powers(8, 2, self.max_decode)})
+            self._mixed_rows = sorted({0, min(16, self.max_decode), self.max_decode})
+            self._prefill_rows = _powers(4, 2, self.max_prefill)
+            self._scored_rows = _powers(16, 8, self.max_prefill)
+            self._logit_rows = [1, *_powers(8, 4, -(-max_logits // 8) * 8)]
+        else:
+            self._decode_rows = _powers(1, 2, self.max_decode)
+            self._mixed_rows = [0, *_powers(4, 4, self.max_decode)]
+            self._prefill_rows = _powers(1, 2, self.max_prefill)
+            self._scored_rows = _powers(4, 4, self.max_prefill)
+            self._logit_rows = _powers(1, 2, _power_of_two(max_logits))
 
     def shape(
         self,
@@ -150,12 +170,36 @@ class StepShapes:
         shapes |= {
             self.shape(num_decode=0, num_prefill=prefill, num_logits=0, scored=True) for prefill in self._scored_rows
         }
-        return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_logits, shape.num_prefill, shape.scored))
+        return sorted(shapes, key=_size)
+
+    def covering_shapes(self) -> list[StepShape]:
+        """A few of all shapes, such that every step fits into one of them without much padding."""
+        rows = [(_at_least(self._decode_rows, min(number, self.max_decode)), 0) for number in (1, 8, 32, 2**31)]
+        prefill = [_at_least(self._prefill_rows, min(number, self.max_prefill)) for number in (16, 64, 2**31)]
+        few = _at_least(self._mixed_rows, min(16, self.max_decode))
+        rows += [(few, prefill[0]), (self.max_decode, prefill[1]), (self.max_decode, prefill[2])]
+        shapes = {
+            self.shape(
+                num_decode=decode, num_prefill=prefill, num_logits=self._num_logits(decode, prefill, drafts=False)
+            )
+            for decode, prefill in rows
+        }
+        shapes.add(self.shape(num_decode=0, num_prefill=self.max_prefill, num_logits=0, scored=True))
+        if self.max_drafts:
+            most = self._num_logits(self.max_decode, self.max_prefill, drafts=True)
+            shapes.add(self.shape(num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=most))
+        return sorted(shapes, key=_size)
 
     def _num_logits(self, decode: int, prefill: int, *, drafts: bool) -> int:
         """Logit rows of a shape: one per sequence that may sample, or with drafts one per token to verify."""
-        per_chunk = 1 + self.max_drafts if drafts else 1
-        return _power_of_two(decode + min(prefill, self.max_chunks if drafts else MAX_CHUNKS) * per_chunk)
+        if not drafts:
+            return _at_least(self._logit_rows, decode + min(prefill, MAX_CHUNKS))
+        return _power_of_two(decode + min(prefill, self.max_chunks) * (1 + self.max_drafts))
+
+
+def _size(shape: StepShape) -> tuple[int, int, int, bool]:
+    """Orders shapes by the time that their steps take."""
+    return shape.num_tokens, shape.num_logits, shape.num_prefill, shape.scored
 
 
 def _powers(start: int, factor: int, limit: int) -> list[int]:

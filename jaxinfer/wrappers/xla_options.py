@@ -1,10 +1,12 @@
 """XLA's options for a program, each with the measurement that justifies it.
 
-Owns: the choice of options.
+Owns: the choice of options, and which programs have matrix products that XLA tunes once for all of them.
 Does not know: what the programs compute.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
 
 _MANY_TOKENS = 64
 """From so many tokens on, a step's matrix products are left to cuBLAS."""
@@ -23,3 +25,14 @@ def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool]:
         # products and 12.68 ms without, with 32 rows 7.87 and 7.98 ms.
         return {"xla_gpu_enable_triton_gemm": False}
     return {}
+
+
+def tuned_alike(platform: str) -> Mapping[str, Callable[..., Hashable]]:
+    """What ProgramCache takes as tuned_alike: XLA tunes matrix products on GPUs, and their shapes follow the tokens.
+
+    Programs that are compiled at the same time would each tune the same products (openxla/xla issue 41620).
+    """
+    if platform != "gpu":
+        return {}
+    head = {name: lambda num_rows, *_: ("head", num_rows) for name in ("sample", "sample_edited", "score", "logits")}
+    return {"forward": lambda shape: ("layers", shape.num_tokens), **head}

@@ -121,7 +121,7 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self.batches.append(batch)
         self.masks.append(batch.allowed)
         self.max_pages_used = max(self.max_pages_used, self._allocator.num_used)
-        self._in_flight.enter(StepHandle(batch))
+        self._in_flight.count_rows(self._in_flight.enter(StepHandle(batch)))
         for source, destination in batch.page_copies:
             assert self._owners(source) and self._owners(destination) == 1
             self.pages[destination] = self.pages[source]
@@ -151,7 +151,7 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self.num_pending -= 1
         return handle.result
 
-    def warmup(self) -> None:
+    def warmup(self, *, background: bool = False) -> None:
         pass
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 """Programs are compiled once each, whichever threads ask, and one does not wait for another."""
 
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,10 +27,11 @@ class FakeTrace:
         return self._build(compiler_options)
 
 
-def cache_of(build, options=None):
+def cache_of(build, options=None, tuned_alike=None):
     """A cache of programs "step", which are whatever build(argument, options) returns."""
     traces = {"step": lambda size: FakeTrace(lambda options: build(size, options))}
-    return ProgramCache(traces, {} if options is None else {"step": options})
+    alike = {} if tuned_alike is None else {"step": tuned_alike}
+    return ProgramCache(traces, {} if options is None else {"step": options}, alike)
 
 
 def test_get_several_threads_compile_a_program_once_and_all_have_it():
@@ -102,3 +105,78 @@ def test_compile_all_compiles_what_is_missing_with_its_options():
     programs.clear()
     programs.get("step", 1)
     assert programs.num_compilations == 3
+
+
+def test_compile_all_first_of_equal_matrix_products_is_compiled_alone():
+    """Programs 0 to 7 in two kinds; all but one of each kind may be compiled at once."""
+    at_work, together, lock = [], [], threading.Lock()
+
+    def build(size, options):
+        with lock:
+            at_work.append(size)
+            together.append(list(at_work))
+        time.sleep(0.02)
+        with lock:
+            at_work.remove(size)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build, tuned_alike=lambda size: size % 2)
+    programs.compile_all([("step", size) for size in range(8)])
+    first = [next(sizes[-1] for sizes in together if sizes[-1] % 2 == kind) for kind in (0, 1)]
+    for sizes in together:
+        for kind, number in enumerate(first):
+            alike = [size for size in sizes if size % 2 == kind]
+            assert number not in alike or alike == [number]
+    assert programs.num_compilations == 8
+
+
+def test_compile_in_background_a_program_that_is_wanted_comes_next():
+    order, begun, may_go_on = [], threading.Event(), threading.Event()
+
+    def build(size, options):
+        order.append(size)
+        begun.set()
+        assert may_go_on.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 2)  # one thread
+        programs.compile_in_background([("step", size) for size in (1, 2, 3, 4)])
+    assert begun.wait(SECONDS) and not programs.is_complete
+    keys = [("step", 4), ("step", 5)]
+    assert programs.first_ready(keys) == ("step", 4) and not programs.are_ready(keys[:1])
+    may_go_on.set()
+    programs.wait()
+    assert programs.is_complete and order == [1, 4, 2, 3]
+    assert programs.first_ready([("step", 9), ("step", 3)]) == ("step", 3)
+
+
+def test_compile_in_background_a_failure_leaves_the_others(caplog):
+    def build(size, options):
+        if size == 2:
+            raise RuntimeError("out of memory")
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    programs.compile_in_background([("step", size) for size in (1, 2, 3)])
+    programs.wait()
+    assert programs.are_ready([("step", 1), ("step", 3)]) and not programs.are_ready([("step", 2)])
+    assert "('step', 2)" in caplog.text and "out of memory" in caplog.text
+
+
+def test_clear_ends_the_background():
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def build(size, options):
+        begun.set()
+        assert may_go_on.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    programs.compile_in_background([("step", size) for size in range(100)])
+    assert begun.wait(SECONDS)
+    programs.clear()
+    may_go_on.set()
+    programs.wait()
+    assert programs.num_compilations < 100

@@ -12,6 +12,7 @@ sample:ROWS:VARIANT:NUM_TOP.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import tempfile
@@ -26,6 +27,7 @@ from jax.sharding import AxisType, Mesh
 from program_report import array_shapes, find_collectives, num_launches, parse_thunks
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
+from jaxinfer.communication.volume import collective_volumes
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
@@ -63,7 +65,8 @@ class Programs:
         devices = np.array(topology.devices).reshape(mesh)
         model_config = parse_model_config(fields)
         layout = lay_out(model_config, config, devices.flat[0].platform, CAPABILITY)
-        self._shapes = StepShapes(config, max_model_len=layout.max_model_len)
+        self._shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=True)
+        self._mesh = Mesh(devices, (PIPE, TENSOR), axis_types=(AxisType.Auto,) * 2)
         self._programs = StepPrograms(
             abstract_model(model_config, layout),
             shapes=self._shapes,
@@ -71,14 +74,43 @@ class Programs:
                 model_config, num_pages=(config.num_kv_pages or 0) + 1, page_size=config.page_size
             ),
             dtype=layout.dtype,
-            mesh=Mesh(devices, (PIPE, TENSOR), axis_types=(AxisType.Auto,) * 2),
+            mesh=self._mesh,
         )
 
-    def compiled(self, name: str, folder: str, options: dict[str, Any]) -> jax.stages.Compiled:
-        """One program, by the name that the command line takes; XLA dumps what it does into the folder."""
+    def report(self, name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+        """The figures of a program, by the name that the command line takes.
+
+        Args:
+          name: the program.
+          folder: where XLA dumps what it does.
+          options: XLA options beside the engine's own.
+        """
         traced, own_options = self._traced(name)
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        return traced.lower().compile(compiler_options={**_DEVICELESS, **own_options, **options, **dump})
+        compiled = traced.lower().compile(compiler_options={**_DEVICELESS, **own_options, **options, **dump})
+        # The first file is written only where a pass changed something.
+        files = [
+            *Path(folder).glob("*thunk_sequence_after_thunk_passes.txt"),
+            *Path(folder).glob("*thunk_sequence.txt"),
+        ]
+        thunks = parse_thunks(files[0].read_text())
+        everything = [thunk for top in thunks for thunk in top.everything()]
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        return {
+            "kernels": num_launches(thunks, min),
+            "kernels_with_fallbacks": num_launches(thunks, max),
+            "eager_kernels": sum(thunk.is_launch for thunk in thunks),
+            "command_buffers": sum(thunk.kind == "CommandBuffer" for thunk in everything),
+            "loops": sum(thunk.kind == "While" for thunk in everything),
+            "conditionals": sum(thunk.kind == "Conditional" for thunk in everything),
+            "temp_bytes": memory.temp_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
+            "collectives": [dataclasses.asdict(entry) for entry in find_collectives(text)],
+            "volumes": [
+                dataclasses.asdict(entry) for entry in collective_volumes(traced.jaxpr.jaxpr, self._mesh.shape)
+            ],
+            "shapes": sorted(array_shapes(text)),
+        }
 
     def _traced(self, name: str) -> tuple[jax.stages.Traced, dict[str, Any]]:
         kind, rows, *more = name.split(":")
@@ -92,26 +124,6 @@ class Programs:
     def _shape(self, num_decode: int, num_prefill: int) -> StepShape:
         num_logits = num_decode + (num_prefill > 0)
         return self._shapes.shape(num_decode=num_decode, num_prefill=num_prefill, num_logits=num_logits)
-
-
-def report(compiled: jax.stages.Compiled, folder: str) -> dict[str, Any]:
-    """The figures of a compiled program, from its memory plan, its text and XLA's dump."""
-    dumped = [*Path(folder).glob("*thunk_sequence_after_thunk_passes.txt"), *Path(folder).glob("*thunk_sequence.txt")]
-    thunks = parse_thunks(dumped[0].read_text())  # the former file is written only where a pass changed something
-    everything = [thunk for top in thunks for thunk in top.everything()]
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    return {
-        "kernels": num_launches(thunks, min),
-        "kernels_with_fallbacks": num_launches(thunks, max),
-        "eager_kernels": sum(thunk.is_launch for thunk in thunks),
-        "command_buffers": sum(thunk.kind == "CommandBuffer" for thunk in everything),
-        "loops": sum(thunk.kind == "While" for thunk in everything),
-        "conditionals": sum(thunk.kind == "Conditional" for thunk in everything),
-        "temp_bytes": memory.temp_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "collectives": [vars(entry) for entry in find_collectives(text)],
-        "shapes": sorted(array_shapes(text)),
-    }
 
 
 def _option(entry: str) -> tuple[str, str | bool]:
@@ -153,7 +165,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = temporary if arguments.dump is None else str(Path(arguments.dump) / name.replace(":", "_"))
             start = time.perf_counter()
-            found = report(programs.compiled(name, folder, options), folder)
+            found = programs.report(name, folder, options)
         figures[name] = found
         print(
             f"{name}: {found['kernels']} kernels, {found['kernels_with_fallbacks']} with fallbacks, "

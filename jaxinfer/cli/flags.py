@@ -167,6 +167,13 @@ def _logit_bias(entries: Sequence[str]) -> dict[int, float]:
         raise ValueError(f"logit_bias must be TOKEN_ID=BIAS, got {' '.join(entries)}") from error
 
 
+def _xla_options(entries: Sequence[str]) -> dict[str, Any]:
+    pairs = [entry.partition("=") for entry in entries]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise ValueError(f"xla_options must be NAME=VALUE, got {' '.join(entries)}")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
 def _structured(text: str) -> dict[str, Any]:
     expected = f"""structured must be a JSON object such as {{"regex": "[0-9]+"}}, got {text}"""
     try:
@@ -178,5 +185,9 @@ def _structured(text: str) -> dict[str, Any]:
     return fields
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {"logit_bias": _logit_bias, "structured": _structured}
-"""Converters for the fields whose flag takes text: KEY=VALUE pairs for logit_bias, JSON for structured."""
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "logit_bias": _logit_bias,
+    "structured": _structured,
+    "xla_options": _xla_options,
+}
+"""Converters for the fields whose flag takes text: KEY=VALUE pairs, and JSON for structured."""

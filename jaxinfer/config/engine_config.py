@@ -6,6 +6,7 @@ Does not know: jax, models, requests.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxinfer.config.keywords import names_nearest_field
@@ -44,6 +45,8 @@ class EngineConfig:
         decodes one token at a time.
       num_draft_tokens: how many tokens to propose at a time, at most, 1 .. 15.
       seed: the seeds of requests without a seed are derived from it.
+      xla_options: options of the XLA compiler by name, such as {"xla_gpu_graph_min_graph_size": 2}, beside the engine's
+        own, which they override. None for no others.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
@@ -66,6 +69,7 @@ class EngineConfig:
     draft_model: str | None = None
     num_draft_tokens: int = 4
     seed: int = 0
+    xla_options: Mapping[str, bool | int | float | str] | None = None
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
@@ -99,3 +103,19 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "run_ahead"):
             require_bool(name, getattr(self, name))
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**63 - 1))
+        if self.xla_options is not None:
+            object.__setattr__(self, "xla_options", _require_options("xla_options", self.xla_options))
+
+
+def _require_options(name: str, value: object) -> dict[str, bool | int | float | str]:
+    """A copy of a mapping from names to simple values.
+
+    Raises:
+      TypeError: it is something else; the message names the field.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of option names to values, got {value!r}")
+    for option, setting in value.items():
+        if not isinstance(option, str) or not isinstance(setting, (bool, int, float, str)):
+            raise TypeError(f"{name} must be a mapping of names to bools, numbers or strings, got {value!r}")
+    return dict(value)

@@ -20,8 +20,9 @@ from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear
 from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.residual import Norm, Stream, settled
 
 
 @jax.tree_util.register_dataclass
@@ -123,18 +124,18 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T D"],
+        stream: Stream,
         cache: LayerCache,
         batch: TokenBatch,
         rotary: rope.RotaryTables | None,
         *,
         norm: Norm | None = None,
         post_norm: Norm | None = None,
-    ) -> tuple[Float[Array, "T D"], LayerCache]:
+    ) -> tuple[Stream, LayerCache]:
         """Writes the tokens' keys and values to the cache, then lets every token attend to its row's cached positions.
 
         Args:
-          x: residual stream.
+          stream: residual stream, x below.
           cache: this layer's keys and values.
           batch: the tokens of the step.
           rotary: cos and sin of every token's angles; None for no rotation.
@@ -145,8 +146,9 @@ class Attention(nnx.Module):
           x + post_norm(attention(norm(x))), equal on all shards, and the written cache. The cache is written in place
           where its arrays are donated.
         """
+        x, fed, norm = settled(stream, norm)
         queries, cache = self._prepared(
-            self.qkv(x, norm=norm).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary
+            self.qkv(fed, norm=norm).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary
         )
         attended = segmented_attention(
             queries,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +21,16 @@ from jaxtyping import Array, Float
 
 from jaxinfer.communication.collectives import num_shards, sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARALLEL
-from jaxinfer.kernels.pallas_gemv import RowNorm, one_row_linear
+from jaxinfer.kernels.pallas_gemv import one_row_linear
+from jaxinfer.layers.residual import Norm, PendingSum, Stream, added
+
+_MANY_ROWS = 64
+"""From so many rows on, a product fills a GPU without being split, and xla_options.py leaves it to cuBLAS."""
+_MIN_TILES, _OUT_TILE = 256, 64
+"""A product of few rows is split until it has this many tiles of so many output features: an H100 has 132
+multiprocessors, with two tiles for each."""
+_SHORTEST_SUM, _LONGEST_SUM = 128, 2048
+"""Inputs of one part. XLA splits longer sums itself, with a kernel more to add them up."""
 
 
 def project(
@@ -61,18 +69,32 @@ def _product_of_two_halves(
     return einsum("bti,boi->tbo", both, halves).reshape(x.shape[0], -1)
 
 
-@runtime_checkable
-class Norm(Protocol):
-    """A norm that a block applies to its input or to its output: RMSNorm or LayerNorm of layers/norm.py."""
+def project_in_parts(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "S T O"]:
+    """The product as S parts whose sum it is, for GPUs: each part takes its share of the inputs.
 
-    @property
-    def row_norm(self) -> RowNorm | None:
-        """The norm's weight and numbers for a kernel that norms a row itself; None where no kernel can."""
-        ...
+    A product of few rows takes the time of reading its weights, for which it must keep the whole GPU busy. One with few
+    output features cannot, unless its inputs are split as well. Results of more parts than one are float32.
+    """
+    num_parts = _num_parts(*weight.shape)
+    if num_parts == 1:
+        return project(x, weight)[None]
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(
+        "tsi,osi->sto",
+        x.reshape(x.shape[0], num_parts, -1),
+        weight.reshape(weight.shape[0], num_parts, -1),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Normalises the last axis."""
-        ...
+
+def _num_parts(num_out: int, num_in: int) -> int:
+    """How many parts a product of few rows is split into: a power of two that divides the inputs evenly."""
+    wanted = max(_MIN_TILES * _OUT_TILE / num_out, num_in / _LONGEST_SUM)
+    num_parts = 1
+    while num_parts < wanted and num_in % (2 * num_parts * _SHORTEST_SUM) == 0:
+        num_parts *= 2
+    return num_parts
 
 
 def gated(x: Float[Array, "*T G"], gate: Callable[[Array], Array]) -> Float[Array, "*T F"]:
@@ -163,8 +185,9 @@ class RowParallelLinear(nnx.Module):
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: whether the layer has a bias.
       dtype: of the parameters.
-      backend: name of the kernel backend; with "pallas", a single row is computed in one kernel, which also adds bias
-        and residual where neither a psum nor a norm comes in between.
+      backend: name of the kernel backend. With "pallas", a single row is computed in one kernel, which also adds bias
+        and residual where neither a psum nor a norm comes in between; and the addition of a few rows to the residual
+        waits for the norm of the next block.
     """
 
     def __init__(
@@ -183,7 +206,7 @@ class RowParallelLinear(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "T I"], *, residual: Float[Array, "T O"] | None = None, norm: Norm | None = None
-    ) -> Float[Array, "T O"]:
+    ) -> Stream:
         """Maps this shard's [T, in / tp] to the full [T, out], equal on all shards.
 
         Args:
@@ -192,13 +215,21 @@ class RowParallelLinear(nnx.Module):
           norm: applied to the product before the residual is added; None for none.
         """
         bias = None if self.bias is None else self.bias[0]
+        is_last = (
+            num_shards() == 1 and norm is None
+        )  # nothing comes between the product and the addition of the residual
         if self.backend == "pallas" and x.shape[0] == 1:
-            if num_shards() == 1 and norm is None:
+            if is_last:
                 return one_row_linear(x, self.weight[0], bias=bias, residual=residual)
             y = one_row_linear(x, self.weight[0])
+        elif self.backend == "pallas" and is_last and x.shape[0] < _MANY_ROWS and bias is None and residual is not None:
+            return PendingSum(residual, project_in_parts(x, self.weight[0]))
         else:
             y = project(x, self.weight[0])
         y = sum_over_tensor(y)
         y = y if bias is None else y + bias
         y = y if norm is None else norm(y)
-        return y if residual is None else residual + y
+        if residual is None:
+            return y
+        # A product of many rows on one device adds the residual itself (cuBLAS can).
+        return residual + y if is_last else added(residual, y, backend=self.backend)

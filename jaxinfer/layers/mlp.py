@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, Norm, RowParallelLinear
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear
+from jaxinfer.layers.residual import Norm, Stream, settled
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -54,11 +54,10 @@ class GatedMLP(nnx.Module):
         self.gate_up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size), FusedPart(ffn_size)), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(
-        self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
-    ) -> Float[Array, "T D"]:
+    def __call__(self, stream: Stream, *, norm: Norm | None = None, post_norm: Norm | None = None) -> Stream:
         """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
-        hidden = self.gate_up(x, norm=norm, gate=ACTIVATIONS[self.activation])
+        x, fed, norm = settled(stream, norm)
+        hidden = self.gate_up(fed, norm=norm, gate=ACTIVATIONS[self.activation])
         return self.down(hidden, residual=x, norm=post_norm)
 
 
@@ -86,8 +85,7 @@ class MLP(nnx.Module):
         self.up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size),), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(
-        self, x: Float[Array, "T D"], *, norm: Norm | None = None, post_norm: Norm | None = None
-    ) -> Float[Array, "T D"]:
+    def __call__(self, stream: Stream, *, norm: Norm | None = None, post_norm: Norm | None = None) -> Stream:
         """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x, norm=norm)), residual=x, norm=post_norm)
+        x, fed, norm = settled(stream, norm)
+        return self.down(ACTIVATIONS[self.activation](self.up(fed, norm=norm)), residual=x, norm=post_norm)

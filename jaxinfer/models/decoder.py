@@ -21,10 +21,10 @@ from jaxinfer.layers import rope
 from jaxinfer.layers.attention import Attention, TokenBatch
 from jaxinfer.layers.embedding import PositionEmbedding, VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.linear import Norm
 from jaxinfer.layers.mlp import MLP, GatedMLP
 from jaxinfer.layers.moe import MixtureOfExperts
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
+from jaxinfer.layers.residual import Norm, Stream, added, settled, total
 from jaxinfer.layers.rope import RotaryTables
 from jaxinfer.models.layout import Layout
 
@@ -79,24 +79,27 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T D"],
+        stream: Stream,
         cache: LayerCache,
         batch: TokenBatch,
         rotary: RotaryTables | None,
-    ) -> tuple[Float[Array, "T D"], LayerCache]:
+    ) -> tuple[Stream, LayerCache]:
         """Runs this stage's layer; returns the new residual stream and the written cache.
 
         Args:
-          x: residual stream.
+          stream: residual stream.
           cache: this layer's keys and values.
           batch: the tokens of the step.
           rotary: cos and sin of every token's angles; None for no rotation.
         """
-        x, cache = self.attention(x, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm)
+        stream, cache = self.attention(
+            stream, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm
+        )
         if isinstance(self.mlp, MixtureOfExperts):
-            fed = self.mlp(_normalised(x, self.mlp_norm), batch.live)
-            return x + _normalised(fed, self.mlp_post_norm), cache
-        return self.mlp(x, norm=self.mlp_norm, post_norm=self.mlp_post_norm), cache
+            x, fed, norm = settled(stream, self.mlp_norm)
+            y = _normalised(self.mlp(_normalised(fed, norm), batch.live), self.mlp_post_norm)
+            return added(x, y, backend=self.mlp.backend), cache
+        return self.mlp(stream, norm=self.mlp_norm, post_norm=self.mlp_post_norm), cache
 
 
 class TransformerDecoder(nnx.Module):
@@ -163,14 +166,15 @@ class TransformerDecoder(nnx.Module):
         """
 
         @functools.partial(jax.jit, static_argnums=0)
-        def run_layer(structure: nnx.GraphDef, parameters: nnx.State, *arguments: Any) -> tuple[Array, LayerCache]:
+        def run_layer(structure: nnx.GraphDef, parameters: nnx.State, *arguments: Any) -> tuple[Stream, LayerCache]:
             return nnx.merge(structure, parameters)(*arguments)
 
         rotary, written = self._rotary(batch.positions), []
+        stream: Stream = x
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = run_layer(*nnx.split(layer), x, cache, batch, rotary(layer.attention.windows))
+            stream, cache = run_layer(*nnx.split(layer), stream, cache, batch, rotary(layer.attention.windows))
             written.append(cache)
-        return x, written
+        return total(stream), written
 
     def _rotary(self, positions: Int[Array, " T"]) -> Callable[[Sequence[int | None]], RotaryTables | None]:
         """A function from a layer's windows (one per stage) to its rotary tables, or to None for learned positions.

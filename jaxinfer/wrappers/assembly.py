@@ -25,6 +25,7 @@ from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.memory import Footprint, activation_bytes
 from jaxinfer.wrappers.step_shapes import StepShapes
+from jaxinfer.wrappers.xla_options import chosen_options
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,11 @@ def assemble(
       progress: whether to show a bar while loading.
 
     Raises:
-      ValueError: the tensors do not fit the model, the model cannot be laid out on the mesh, or there is no room for KV
-        pages.
+      ValueError: the tensors do not fit the model, the model cannot be laid out on the mesh, there is no room for KV
+        pages, or XLA refuses the settings' xla_options.
     """
     enable_persistent_cache()
+    chosen_options(config.xla_options)  # a mistake is noticed before anything is loaded
     mesh = make_mesh(
         pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
     )

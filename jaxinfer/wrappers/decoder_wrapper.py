@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from jaxinfer.wrappers.step_inputs import pack_inputs
 from jaxinfer.wrappers.step_programs import HeadInputs, StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
-from jaxinfer.wrappers.xla_options import compiler_options, tuned_alike
+from jaxinfer.wrappers.xla_options import chosen_options, compiler_options, tuned_alike
 
 _LAUNCHING = threading.Lock()
 """Held while programs are enqueued. If two models share a mesh, all its devices must get their programs in the same
@@ -124,20 +124,20 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         )
         self._arrays = self._step_programs.allocate(parameters)
         self._edited_slots: set[int] = set()
-        self._programs = ProgramCache(
-            {
-                "forward": self._step_programs.forward,
-                "sample": self._step_programs.sample,
-                "logits": self._step_programs.logits,
-                "copy": self._step_programs.copy,
-                "score": self._step_programs.score,
-                "sample_edited": self._step_programs.sample_edited,
-                "edit": self._step_programs.edit,
-                "allow": self._step_programs.allow,
-            },
-            {"forward": lambda shape: compiler_options(platform, shape.num_tokens)},
-            tuned_alike(platform),
-        )
+        traces = {
+            "forward": self._step_programs.forward,
+            "sample": self._step_programs.sample,
+            "logits": self._step_programs.logits,
+            "copy": self._step_programs.copy,
+            "score": self._step_programs.score,
+            "sample_edited": self._step_programs.sample_edited,
+            "edit": self._step_programs.edit,
+            "allow": self._step_programs.allow,
+        }
+        chosen = chosen_options(config.xla_options)
+        options: dict[str, Callable[..., dict[str, bool | str]]] = {name: lambda *_: chosen for name in traces}
+        options["forward"] = lambda shape: compiler_options(platform, shape.num_tokens) | chosen
+        self._programs = ProgramCache(traces, options, tuned_alike(platform))
         self._choice = ProgramChoice(self._programs, self._shapes)
 
     @property

@@ -39,7 +39,7 @@ class ProgramCache:
     def __init__(
         self,
         traces: Mapping[str, Callable[..., jax.stages.Traced]],
-        options: Mapping[str, Callable[..., dict[str, str | bool]]],
+        options: Mapping[str, Callable[..., dict[str, bool | str]]],
         tuned_alike: Mapping[str, Callable[..., Hashable]] | None = None,
     ) -> None:
         self._traces = traces

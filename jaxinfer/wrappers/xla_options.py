@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 
+import jax
+
 _MANY_TOKENS = 64
 """From so many tokens on, a step's matrix products are left to cuBLAS."""
 
 
-def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool]:
+def compiler_options(platform: str, num_tokens: int) -> dict[str, bool | str]:
     """The XLA options of a forward program; empty for XLA's defaults.
 
     Args:
@@ -25,6 +27,21 @@ def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool]:
         # products and 12.68 ms without, with 32 rows 7.87 and 7.98 ms.
         return {"xla_gpu_enable_triton_gemm": False}
     return {}
+
+
+def chosen_options(options: Mapping[str, bool | int | float | str] | None) -> dict[str, bool | str]:
+    """The options of EngineConfig.xla_options as JAX takes them: it refuses numbers, which XLA reads from text.
+
+    Raises:
+      ValueError: the installed XLA does not know an option, or not with this value; the message says which.
+    """
+    chosen = {name: value if isinstance(value, bool) else str(value) for name, value in (options or {}).items()}
+    if chosen:
+        try:
+            jax.jit(lambda: 0).lower().compile(compiler_options=chosen)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"xla_options must be known to XLA (jax {jax.__version__}): {error}") from error
+    return chosen
 
 
 def tuned_alike(platform: str) -> Mapping[str, Callable[..., Hashable]]:

@@ -54,6 +54,10 @@ def test_takes_settings_mapping_is_repeated_pairs(run):
     assert received["logit_bias"] == {3: -1.5, 4: 2.0}
     with pytest.raises(ValueError, match="logit_bias must be TOKEN_ID=BIAS, got 3:4"):
         run("--logit-bias", "3:4")
+    run("--xla-options", "xla_a=2", "--xla-options", "xla_b=false", "--xla-options", "xla_c=A,B")
+    assert received["xla_options"] == {"xla_a": 2, "xla_b": False, "xla_c": "A,B"}
+    with pytest.raises(ValueError, match="xla_options must be NAME=VALUE, got xla_a"):
+        run("--xla-options", "xla_a")
 
 
 def test_takes_settings_structured_is_json(run):

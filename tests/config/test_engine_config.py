@@ -36,6 +36,7 @@ WRONG = [
     ),
     *(("gpu_memory_utilization", value, TypeError, "in (0, 1]") for value in (None, True, np.True_, "0.9", [0.9], 1j)),
     *(("dtype", value, ValueError, "auto, float32, bfloat16, float16") for value in ("int8", "", None, 32, np.float32)),
+    *(("xla_options", value, TypeError, "mapping of") for value in ("x=1", ["x"], {1: 2}, {"x": None}, {"x": [1]})),
     *(("attention_backend", value, ValueError, "auto, reference, xla") for value in ("flash", None, True)),
 ]
 
@@ -63,6 +64,13 @@ def test_engine_config_numbers_become_float(value) -> None:
     config = EngineConfig(gpu_memory_utilization=value)
     assert type(config.gpu_memory_utilization) is float and config == EngineConfig(gpu_memory_utilization=0.5)
     assert EngineConfig(gpu_memory_utilization=1).gpu_memory_utilization == 1.0
+
+
+def test_engine_config_xla_options_are_a_copy() -> None:
+    options = {"xla_gpu_graph_min_graph_size": 2, "xla_gpu_enable_triton_gemm": False}
+    config = EngineConfig(xla_options=options)
+    options.clear()
+    assert config.xla_options == {"xla_gpu_graph_min_graph_size": 2, "xla_gpu_enable_triton_gemm": False}
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear, project
+from jaxinfer.layers.linear import (
+    ColumnParallelLinear,
+    FusedPart,
+    RowParallelLinear,
+    _num_parts,
+    project,
+    project_in_parts,
+)
+from jaxinfer.layers.residual import PendingSum, total
 
 
 def normal(*shape: int, dtype="float32") -> jax.Array:
@@ -55,3 +64,46 @@ def test_column_then_row_parallel_equals_two_products(num_rows: int, bias: bool)
     pair = jax.shard_map(lambda x: row(column(x)), mesh=make_mesh(), in_specs=everywhere, out_specs=everywhere)
     np.testing.assert_allclose(jax.jit(pair)(x), expected, rtol=1e-4, atol=1e-5)
     assert column.weight.get_metadata()["parts"] == parts
+
+
+@pytest.mark.parametrize(
+    ("num_out", "num_in", "expected"),
+    [(4096, 4096, 4), (4096, 14336, 8), (28672, 4096, 2), (1024, 3072, 8), (576, 1536, 4), (48, 100, 1)],
+)
+def test_num_parts_fill_a_gpu_and_divide_the_inputs(num_out: int, num_in: int, expected: int) -> None:
+    assert _num_parts(num_out, num_in) == expected and num_in % expected == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_project_in_parts_sum_to_the_product(dtype: str) -> None:
+    x, weight = normal(5, 1024, dtype=dtype), normal(6, 1024, dtype=dtype)
+    parts = jax.jit(project_in_parts)(x, weight)
+    assert parts.shape == (8, 5, 6) and parts.dtype == jnp.float32
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(parts.sum(axis=0), expected, rtol=1e-4, atol=1e-4)  # sums of 1024 terms in float32
+    whole = jax.jit(project_in_parts)(x[:, :96], weight[:, :96])  # too few inputs to be split
+    np.testing.assert_array_equal(whole[0], project(x[:, :96], weight[:, :96]))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("num_rows", [1, 5, 70])
+def test_row_parallel_with_gpu_kernels_leaves_few_rows_to_the_next_norm(num_rows: int, num_shards: int) -> None:
+    """The addition waits where one kernel can do it with the norm: after a psum, and of few rows."""
+    layer = RowParallelLinear(512, 8, num_stages=1, dtype=jnp.dtype("float32"), backend="pallas")
+    layer.weight[...] = weight = normal(1, 8, 512)
+    structure, parameters = nnx.split(layer)
+    x, residual = normal(num_rows, 512), normal(num_rows, 8)
+    waits = []
+
+    def run(x: jax.Array, parameters: nnx.State, residual: jax.Array) -> jax.Array:
+        stream = nnx.merge(structure, parameters)(x, residual=residual)
+        waits.append(isinstance(stream, PendingSum))
+        return total(stream)
+
+    mesh = make_mesh(tensor_parallel_size=num_shards)
+    features = PartitionSpec(None, "tensor")
+    specs = (features, PartitionSpec(None, None, "tensor"), PartitionSpec())
+    call = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    expected = residual + np.asarray(x, np.float64) @ np.asarray(weight[0], np.float64).T
+    np.testing.assert_allclose(jax.jit(call)(x, parameters, residual), expected, rtol=1e-4, atol=1e-4)
+    assert waits[-1] == (num_rows > 1 if num_shards > 1 else num_rows == 5)

@@ -1,4 +1,4 @@
-"""`bench kernels`: compares every backend of paged attention with the oracle on this device, and times each one.
+"""`bench kernels`: compares the kernels with their oracles on this device, and times those of attention.
 
 A backend that cannot run a case fails that case only.
 
@@ -22,6 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxinfer.bench.report import format_table
+from jaxinfer.bench.step_kernels import Comparison
 from jaxinfer.kernels.paged_attention import BACKENDS, paged_attention
 
 ORACLE = "reference"
@@ -222,12 +223,18 @@ def cost(case: KernelCase, inputs: _Inputs) -> tuple[int, int]:
 
 
 def measure(
-    cases: Sequence[KernelCase], timed: Sequence[KernelCase], *, backends: Sequence[str] = (), seed: int = 0
+    cases: Sequence[KernelCase],
+    timed: Sequence[KernelCase],
+    *,
+    others: Sequence[Comparison] = (),
+    backends: Sequence[str] = (),
+    seed: int = 0,
 ) -> KernelResult:
     """Compares every backend with the oracle, then times them.
 
     Args:
       cases: small cases, compared with the oracle.
+      others: comparisons of kernels other than attention; they are part of the backend "pallas".
       timed: large cases, which are timed. Backends are compared with the first one that ran, since the oracle's memory
         grows with rows times positions.
       backends: names in BACKENDS; empty for all but the oracle.
@@ -237,8 +244,20 @@ def measure(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiling takes far longer than running
         small = pool.map(lambda case: _compiled(case, [ORACLE, *names], seed), cases)
         rows = [row for compiled in tqdm(small, **_bar(cases)) for row in _compared(compiled)]
+        if "pallas" in names:
+            rows += pool.map(_other, others)
     large = [_timed(_compiled(case, names, seed)) for case in timed]
     return KernelResult(rows=tuple(rows + [row for each in large for row in each]))
+
+
+def _other(comparison: Comparison) -> KernelRow:
+    """The result of a comparison."""
+    about: dict[str, Any] = {"case": comparison.case, "dtype": comparison.dtype, "tolerance": comparison.tolerance}
+    try:
+        return KernelRow(backend="pallas", max_error=comparison.error(), **about)
+    except Exception as error:  # whatever a kernel raises fails this case only
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        return KernelRow(backend="pallas", max_error=float("nan"), failure=failure, **about)
 
 
 def _bar(cases: Sequence[KernelCase]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import latency as latency_bench
-from jaxinfer.bench import marks, peers, report, workload
+from jaxinfer.bench import marks, peers, report, step_kernels, workload
 from jaxinfer.bench import roofline as roofline_bench
 from jaxinfer.bench import startup as startup_bench
 from jaxinfer.bench import throughput as throughput_bench
@@ -274,7 +274,8 @@ def kernels(
     report.warn_if_busy()
     cases = kernels_bench.small_cases()
     cases = cases[:: -(-len(cases) // num_cases)] if num_cases else cases
-    result = kernels_bench.measure(cases, kernels_bench.large_cases(**large), backends=backends)
+    timed = kernels_bench.large_cases(**large)
+    result = kernels_bench.measure(cases, timed, others=step_kernels.comparisons(), backends=backends)
     _emit(kernels_bench, result, {"backends": backends, **large}, json_file)
     if not result.is_ok:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ import pytest
 from conftest import CASES, GOLDEN
 
 from jaxinfer.bench.kernels import small_cases
+from jaxinfer.bench.step_kernels import comparisons
 from jaxinfer.kernels.paged_attention import BACKENDS
 
 pytestmark = pytest.mark.gpu
@@ -54,10 +55,10 @@ def bench(gpu, tmp_path):
     return bench
 
 
-def test_paged_attention_kernels_on_the_gpu_equal_the_reference(bench):
+def test_kernels_on_the_gpu_equal_their_oracles(bench):
     rows = bench("kernels")["rows"]
     compared = [row for row in rows if row["ms"] is None]
-    assert len(compared) == len(small_cases()) * (len(BACKENDS) - 1)
+    assert len(compared) == len(small_cases()) * (len(BACKENDS) - 1) + len(comparisons())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

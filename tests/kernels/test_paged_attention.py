@@ -11,7 +11,8 @@ from gpu_lowering import count_kernels, lowered_for_gpu
 from jaxtyping import jaxtyped
 
 from jaxinfer.kernels import pallas, xla
-from jaxinfer.kernels.paged_attention import BACKENDS, choose_backend, paged_attention
+from jaxinfer.kernels.paged_attention import BACKENDS, choose_backend, paged_attention, segmented_attention
+from jaxinfer.kernels.segment import Segment
 
 PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, TABLE_WIDTH = 8, 2, 16, 5
 KV_LENS = [0, 1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 3 * PAGE_SIZE + 5, TABLE_WIDTH * PAGE_SIZE]
@@ -70,15 +71,15 @@ def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks
     return np.asarray(out, np.float32)
 
 
-def make_case(num_queries=1, group=4, kv_lens=tuple(KV_LENS), seed=0):
+def make_case(num_queries=1, group=4, kv_lens=tuple(KV_LENS), seed=0, head_dim=HEAD_DIM):
     """Contiguous K/V scattered over shuffled pages; every page and tail that no row reaches is NaN."""
     rng = np.random.default_rng(seed)
     kv_len, num_rows = np.array(kv_lens), len(kv_lens)
     q_len = np.minimum(kv_len, rng.integers(1, num_queries + 1, num_rows))
     q_len[-1] = min(kv_len[-1], num_queries)
-    q = rng.normal(size=(num_rows, num_queries, NUM_KV_HEADS * group, HEAD_DIM)).astype(np.float32)
-    kv = rng.normal(size=(2, num_rows, NUM_KV_HEADS, TABLE_WIDTH * PAGE_SIZE, HEAD_DIM)).astype(np.float32)
-    pages = np.full((2, num_rows * TABLE_WIDTH + 1, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM), np.nan, np.float32)
+    q = rng.normal(size=(num_rows, num_queries, NUM_KV_HEADS * group, head_dim)).astype(np.float32)
+    kv = rng.normal(size=(2, num_rows, NUM_KV_HEADS, TABLE_WIDTH * PAGE_SIZE, head_dim)).astype(np.float32)
+    pages = np.full((2, num_rows * TABLE_WIDTH + 1, NUM_KV_HEADS, PAGE_SIZE, head_dim), np.nan, np.float32)
     table = rng.permutation(num_rows * TABLE_WIDTH).reshape(num_rows, TABLE_WIDTH) + 1
     for row, length in enumerate(kv_len):
         for p in range(length):
@@ -143,12 +144,54 @@ def test_paged_attention_rows_of_one_sequence_equal_rows_of_their_own(features, 
 
 
 @pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
-@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("group", [1, 7, 8, 16])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_group_size_equals_reference(num_queries, group, backend):
     case = make_case(num_queries, group)
     expected = attend(case, "reference", **FEATURES["all"])
     np.testing.assert_allclose(attend(case, backend, **FEATURES["all"]), expected, **F32)
+
+
+@pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("num_queries", [1, 16])
+def test_paged_attention_head_size_equals_reference(num_queries, head_dim, backend):
+    case = make_case(num_queries, 2, head_dim=head_dim)
+    expected = attend(case, "reference", **FEATURES["all"])
+    np.testing.assert_allclose(attend(case, backend, **FEATURES["all"]), expected, **F32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
+def test_paged_attention_other_dtypes_equal_float32_reference(backend, dtype):
+    case = make_case(3)
+    out = attend(case, backend, jnp.dtype(dtype), **FEATURES["all"])
+    np.testing.assert_allclose(
+        out, attend(case, "reference", **FEATURES["all"]), **(F32 if dtype == "float32" else BF16)
+    )
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("features", ["plain", pytest.param("all", marks=MATRIX)])
+def test_segmented_attention_equals_attention_of_each_segment(features, backend):
+    """Decode rows, then rows of 16 of which the last one is short, then rows of 3 tokens to verify."""
+    cases = [make_case(1, 2, seed=2), make_case(16, 2, seed=3), make_case(3, 2, kv_lens=(9, 20), seed=4)]
+    options = {name: value for name, value in FEATURES[features].items() if name != "sinks"}
+    expected = [attend(case, "reference", **options).reshape(-1, 2 * NUM_KV_HEADS, HEAD_DIM) for case in cases]
+    segments, start = [], 0
+    for case in cases:  # the pages of all lie in one pool
+        rows = {name: jnp.asarray(case.arrays[name], jnp.int32) for name in ("kv_len", "q_len")}
+        table = jnp.asarray(case.arrays["page_table"] + start, jnp.int32)
+        own = jnp.arange(len(rows["kv_len"]), dtype=jnp.int32)
+        queries = case.arrays["q"].shape[1]
+        segments.append(Segment(page_table=table, sequence_id=own, num_queries=queries, **rows))
+        start += len(case.arrays["k_pages"])
+    flat = (case.arrays["q"].reshape(-1, 2 * NUM_KV_HEADS, HEAD_DIM) for case in cases)
+    tokens = jnp.asarray(np.concatenate(list(flat)), jnp.float32)
+    pages = (jnp.asarray(np.concatenate([case.arrays[name] for case in cases])) for name in ("k_pages", "v_pages"))
+    call = functools.partial(segmented_attention, scale=SCALE, backend=backend, **options)
+    found = jax.jit(call)(tokens, *pages, segments)
+    np.testing.assert_allclose(found, np.concatenate(expected), **F32)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)

@@ -24,8 +24,8 @@ from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARA
 from jaxinfer.kernels.pallas_gemv import one_row_linear
 from jaxinfer.layers.residual import Norm, PendingSum, Stream, added
 
-_MANY_ROWS = 64
-"""From so many rows on, a product fills a GPU without being split, and xla_options.py leaves it to cuBLAS."""
+MANY_ROWS = 64
+"""From so many rows on, a product fills a GPU without being split, and is left to cuBLAS (wrappers/xla_options.py)."""
 _MIN_TILES, _OUT_TILE = 256, 64
 """A product of few rows is split until it has this many tiles of so many output features: an H100 has 132
 multiprocessors, with two tiles for each."""
@@ -215,14 +215,13 @@ class RowParallelLinear(nnx.Module):
           norm: applied to the product before the residual is added; None for none.
         """
         bias = None if self.bias is None else self.bias[0]
-        is_last = (
-            num_shards() == 1 and norm is None
-        )  # nothing comes between the product and the addition of the residual
+        # Whether the residual is added right after the product, with nothing in between.
+        is_last = num_shards() == 1 and norm is None
         if self.backend == "pallas" and x.shape[0] == 1:
             if is_last:
                 return one_row_linear(x, self.weight[0], bias=bias, residual=residual)
             y = one_row_linear(x, self.weight[0])
-        elif self.backend == "pallas" and is_last and x.shape[0] < _MANY_ROWS and bias is None and residual is not None:
+        elif self.backend == "pallas" and is_last and x.shape[0] < MANY_ROWS and bias is None and residual is not None:
             return PendingSum(residual, project_in_parts(x, self.weight[0]))
         else:
             y = project(x, self.weight[0])

@@ -10,8 +10,7 @@ from collections.abc import Callable, Hashable, Mapping
 
 import jax
 
-_MANY_TOKENS = 64
-"""From so many tokens on, a step's matrix products are left to cuBLAS."""
+from jaxinfer.layers.linear import MANY_ROWS
 
 
 def compiler_options(platform: str, num_tokens: int) -> dict[str, bool | str]:
@@ -21,7 +20,7 @@ def compiler_options(platform: str, num_tokens: int) -> dict[str, bool | str]:
       platform: JAX's name of the platform, such as "gpu".
       num_tokens: T, the padded tokens of the step.
     """
-    if platform == "gpu" and num_tokens >= _MANY_TOKENS:
+    if platform == "gpu" and num_tokens >= MANY_ROWS:
         # XLA's autotuner times each matrix product alone. Triton's win there by splitting sums, but every split costs
         # one more kernel, for the addition. Step of an 8B model on an H100: with 128 rows 13.28 ms with Triton's
         # products and 12.68 ms without, with 32 rows 7.87 and 7.98 ms.

@@ -6,11 +6,11 @@ import pytest
 from jaxinfer.bench import kernels, step_kernels
 from jaxinfer.bench.step_kernels import comparisons
 
-# Pallas' interpreter takes seconds to compile the experts: CI runs one of their cases, `-m matrix` the others.
+# Pallas' interpreter takes seconds to compile the experts, which tests/layers/test_moe.py has in CI as well.
 CASES = [
     pytest.param(
         entry,
-        marks=pytest.mark.matrix if entry.case in ("experts of 40 tokens", "experts of 300 tokens") else (),
+        marks=pytest.mark.matrix if entry.case.startswith("experts") else (),
         id=f"{entry.case}-{entry.dtype}",
     )
     for entry in comparisons()
@@ -26,15 +26,15 @@ def test_measure_names_what_is_wrong_and_what_fails(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(step_kernels, "expert_groups", lambda x, *arguments, **options: jnp.zeros(x.shape))
+    monkeypatch.setattr(step_kernels, "add_norm", lambda x, *arguments: (jnp.zeros(x.shape), jnp.zeros(x.shape)))
     monkeypatch.setattr(step_kernels, "largest_threshold", broken)
-    chosen = [entry for entry in comparisons() if entry.case in ("experts of 1 tokens", "top-p", "best tokens")]
+    chosen = [entry for entry in comparisons() if entry.case in ("addition and norm", "top-p", "best tokens")]
     result = kernels.measure([], [], others=chosen)
     assert not result.is_ok
     assert {(row.case, row.is_ok, row.failure) for row in result.rows} == {
-        ("experts of 1 tokens", False, ""),
+        ("addition and norm", False, ""),
         ("best tokens", True, ""),
         ("top-p", False, "RuntimeError: no such kernel"),
     }
-    assert "WRONG: pallas float32 experts of 1 tokens" in kernels.render(result)
+    assert "WRONG: pallas float32 addition and norm" in kernels.render(result)
     assert not kernels.measure([], [], others=chosen, backends=["xla"]).rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -13,11 +14,17 @@ from gpu_lowering import count_kernels, lowered_for_gpu
 from jaxinfer.kernels.pallas_experts import MAX_TOKENS, expert_groups
 from jaxinfer.layers.moe import expert_dense, expert_loop
 
+MATRIX = pytest.mark.matrix
+"""Pallas' interpreter takes a second to compile: CI runs the cases that differ most."""
+QUICK = {(1, 3, False), (75, 3, False), (300, 1, True)}
+CASES = [
+    pytest.param(method, *case, marks=MATRIX if method is expert_groups and case not in QUICK else ())
+    for method in (expert_loop, expert_groups)
+    for case in itertools.product((1, 5, 75, 300), (1, 3), (False, True))
+]
 
-@pytest.mark.parametrize("method", [expert_loop, expert_groups])
-@pytest.mark.parametrize("num_chosen", [1, 3])
-@pytest.mark.parametrize("num_tokens", [1, 5, 75, 300])
-@pytest.mark.parametrize("crowded", [False, True])
+
+@pytest.mark.parametrize(("method", "num_tokens", "num_chosen", "crowded"), CASES)
 def test_experts_any_tokens_equal_dense(method, num_chosen: int, num_tokens: int, crowded: bool) -> None:
     """Crowded: all tokens go to the first experts. Choice 5 of 5 experts is none (another shard's, or padding)."""
     rng = np.random.default_rng(num_tokens)
@@ -51,8 +58,15 @@ def test_experts_overflow_stays_with_its_token(method, num_tokens) -> None:
     assert np.isfinite(np.asarray(y[1:])).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(MAX_TOKENS + 9, 3), (40, 70)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "dtype"),
+    [
+        (MAX_TOKENS + 9, 3, "bfloat16"),
+        (40, 70, "float32"),
+        pytest.param(MAX_TOKENS + 9, 3, "float32", marks=MATRIX),
+        pytest.param(40, 70, "bfloat16", marks=MATRIX),
+    ],
+)
 def test_expert_groups_large_blocks_and_many_experts_equal_dense(num_tokens, num_experts, dtype) -> None:
     """Experts of 70 inputs and 100 outputs: more than one tile of each, the last one partly empty."""
     rng = np.random.default_rng(num_experts)

@@ -105,7 +105,7 @@ def test_warmup_in_the_background_steps_run_larger_programs_and_give_the_same_to
             max_tokens=6,
         ),
     ]
-    fields = {"max_num_seqs": 3, "max_num_batched_tokens": 32}
+    fields = {"max_num_seqs": 1, "max_num_batched_tokens": 16}
     config = EngineConfig(**fields, page_size=8, num_kv_pages=40)
     results = []
     for background in (False, True):

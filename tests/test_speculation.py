@@ -222,6 +222,7 @@ def test_generate_with_drafts_ends_where_plain_decoding_does(drafts):
             assert output.outputs[0].stop_reason == stop
 
 
+@MATRIX  # tests/wrappers/test_step_shapes.py has the shapes that steps with drafts need
 def test_warmup_with_drafts_knows_every_program_that_is_needed(drafts, monkeypatch):
     wanted: list[tuple] = []
     with on_mesh(MODEL, (1, 1), tokenizer="byte", max_num_seqs=1, **drafts) as llm:

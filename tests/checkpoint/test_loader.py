@@ -112,7 +112,7 @@ print(json.dumps(growth))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["one device", "2x4"])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=pytest.mark.matrix), (2, 4)], ids=["one device", "2x4"])
 def test_load_parameters_peak_memory_is_weights_and_two_tensors(tmp_path: Path, mesh: tuple[int, int]) -> None:
     # VmPeak is the kernel's own peak of the address space, so no sample can miss it. Every anonymous page has an
     # address, so it bounds the memory from above; pages of the mapped file, which the kernel may drop at any time and

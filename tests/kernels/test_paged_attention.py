@@ -144,7 +144,7 @@ def test_paged_attention_rows_of_one_sequence_equal_rows_of_their_own(features, 
 
 
 @pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
-@pytest.mark.parametrize("group", [1, 7, 8, 16])
+@pytest.mark.parametrize("group", [1, 8, *(pytest.param(group, marks=MATRIX) for group in (7, 16))])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_paged_attention_group_size_equals_reference(num_queries, group, backend):
     case = make_case(num_queries, group)
@@ -152,7 +152,8 @@ def test_paged_attention_group_size_equals_reference(num_queries, group, backend
     np.testing.assert_allclose(attend(case, backend, **FEATURES["all"]), expected, **F32)
 
 
-@pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
+@MATRIX
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_queries", [1, 16])
 def test_paged_attention_head_size_equals_reference(num_queries, head_dim, backend):
@@ -161,8 +162,9 @@ def test_paged_attention_head_size_equals_reference(num_queries, head_dim, backe
     np.testing.assert_allclose(attend(case, backend, **FEATURES["all"]), expected, **F32)
 
 
+@MATRIX
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("backend", [in_matrix(name) for name in FAST_BACKENDS])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_paged_attention_other_dtypes_equal_float32_reference(backend, dtype):
     case = make_case(3)
     out = attend(case, backend, jnp.dtype(dtype), **FEATURES["all"])

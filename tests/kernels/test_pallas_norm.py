@@ -27,12 +27,11 @@ def rms_norm(weight, offset):
     return norm
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("num_features", "offset"), [(96, 0.0), (1100, 1.0)])
 @pytest.mark.parametrize(
     ("num_parts", "dtype", "part_dtype"),
     [(1, "float32", "float32"), (1, "bfloat16", "bfloat16"), (4, "bfloat16", "float32")],
 )
-@pytest.mark.parametrize("num_features", [96, 1100])
 def test_add_norm_equals_addition_then_norm(num_features, num_parts, dtype, part_dtype, offset):
     x, parts, weight = arrays(3, num_features, num_parts, dtype, part_dtype)
     norm = rms_norm(weight, offset)

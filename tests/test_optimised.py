@@ -1,10 +1,11 @@
 """Programs that XLA optimises, as users run them; all other tests compile without optimisation (conftest.py)."""
 
+import pytest
 from conftest import GOLDEN
 from processes import run_python
 
-# Attention over everything, attention in windows with norms of queries and keys, experts.
-CASES = ("gqa", "gemma3", "mixtral")
+# Attention over everything, experts; and in the matrix attention in windows with norms of queries and keys.
+CASES = [("gqa", "mixtral"), pytest.param(("gemma3",), marks=pytest.mark.matrix)]
 SCRIPT = """
 import sys
 import numpy as np
@@ -24,7 +25,8 @@ for path in sys.argv[1:]:
 """
 
 
-def test_golden_cases_with_optimisation_equal_transformers():
+@pytest.mark.parametrize("cases", CASES, ids="-".join)
+def test_golden_cases_with_optimisation_equal_transformers(cases):
     """In a process of its own, since XLA reads its flags once."""
-    paths = [str(GOLDEN / case) for case in CASES]
+    paths = [str(GOLDEN / case) for case in cases]
     assert run_python(SCRIPT, *paths, XLA_FLAGS="").split() == paths

@@ -1,6 +1,7 @@
 """The parts of sampling that XLA would turn into many GPU kernels, as Pallas kernels: ranking and threshold search.
 
-Owns: the kernels. sampling/sampling.py has the same steps in plain JAX, for other backends and as their oracle.
+Owns: the kernels. sampling/threshold.py and sampling/top_values.py have the same steps in plain JAX, for other backends
+and as their oracle.
 Does not know: what the values mean, and that the vocabulary is spread over several devices.
 """
 
@@ -37,7 +38,7 @@ class _SearchInputs(NamedTuple):
     """The operands of one pass: arrays where it is called, references inside it.
 
     Args:
-        z, floor, target: as threshold's.
+        z, floor, target: as largest_threshold's.
         bound: int32[R], the depth as far as it was decided before the last pass.
         sums: float32[R, B, S], what the last pass found, in B parts.
         digit: int32[1], the number of this pass.
@@ -124,8 +125,8 @@ def largest_threshold(
 
     The search is a radix search for the depth of t, which is the bits of -t read as an integer: they order the values
     from the best down. It takes _NUM_DIGITS passes and one more for the last digit. Each pass is one kernel: its blocks
-    take the digit before from what the last pass found, and sum, for all values of the next digit, how much the values
-    weigh that lie less deep.
+    take the digit before from what the last pass found, and then sum, for each value that this pass's digit may have,
+    the weight of all that lie less deep.
 
     Args:
         z: float32[R, V], at most 0.

@@ -158,7 +158,7 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
     """
     model_config = parse_model_config(directory.read_json(directory.resolve(model) / "config.json"))
     layout = lay_out(model_config, config, system.platform)
-    mesh = _mesh_facts(model_config, layout, config)
+    mesh = _mesh_facts(model_config, layout, config, platform=system.platform)
     held, page_bytes = _memory(model_config, layout, config, mesh)
     draft = _draft_facts(model_config, layout, config, system)
     num_devices = layout.num_stages * layout.num_shards
@@ -204,7 +204,10 @@ def _draft_facts(
         return None
     layout = lay_out(draft.model_config, draft.config, system.platform)
     held, page_bytes = _memory(
-        draft.model_config, layout, draft.config, _mesh_facts(draft.model_config, layout, draft.config)
+        draft.model_config,
+        layout,
+        draft.config,
+        _mesh_facts(draft.model_config, layout, draft.config, platform=system.platform),
     )
     return DraftFacts(
         architecture=draft.model_config.architecture,
@@ -214,11 +217,11 @@ def _draft_facts(
     )
 
 
-def _mesh_facts(model_config: ModelConfig, layout: Layout, config: EngineConfig) -> MeshFacts | None:
+def _mesh_facts(model_config: ModelConfig, layout: Layout, config: EngineConfig, *, platform: str) -> MeshFacts | None:
     """Facts of the mesh, found by tracing the step program, which needs no devices; None for one device."""
     if layout.num_stages == layout.num_shards == 1:
         return None
-    shapes = StepShapes(config, max_model_len=layout.max_model_len)
+    shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=platform == "gpu")
     cache_shape = layout.cache_shape(model_config, num_pages=2, page_size=config.page_size)
     programs = StepPrograms(
         abstract_model(model_config, layout),

@@ -105,13 +105,7 @@ def paged_attention(
     Source: Kwon et al. 2023 (vLLM), section 4.1; window as in transformers' `masking_utils.py`, sinks as in its
         `gpt_oss/modeling_gpt_oss.py`.
     """
-    num_heads, num_kv_heads = q.shape[2], k_pages.shape[1]
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown; choose one of: {', '.join(BACKENDS)}")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads do not divide into {num_kv_heads} kv heads; check num_kv_heads")
-    if isinstance(window, int) and window < 1:
-        raise ValueError(f"window is {window} tokens, expected at least 1; pass None for full attention")
+    _check(q.shape[2], k_pages.shape[1], window, backend)
     return BACKENDS[backend](
         q,
         k_pages,
@@ -144,7 +138,14 @@ def segmented_attention(
         q: queries of all tokens.
         segments: in the order of their tokens; together they have T.
         k_pages, v_pages, scale, window, softcap, backend: as paged_attention's.
+
+    Returns:
+        Float[T, N, H] in q's dtype; padding queries and empty rows are zeros.
+
+    Raises:
+        ValueError: as paged_attention.
     """
+    _check(q.shape[1], k_pages.shape[1], window, backend)
     options = {"scale": scale, "window": window, "softcap": softcap}
     if backend == "pallas":
         return segmented_attention_pallas(q, k_pages, v_pages, segments, **options)
@@ -165,3 +166,12 @@ def segmented_attention(
         )
         attended.append(found.reshape(rows.shape))
     return jnp.concatenate(attended)
+
+
+def _check(num_heads: int, num_kv_heads: int, window: int | Int[Array, ""] | None, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown; choose one of: {', '.join(BACKENDS)}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads do not divide into {num_kv_heads} kv heads; check num_kv_heads")
+    if isinstance(window, int) and window < 1:
+        raise ValueError(f"window is {window} tokens, expected at least 1; pass None for full attention")

@@ -168,8 +168,8 @@ class ProgramCache:
             with self._lock:
                 if not self._waiting:
                     return
+                self._num_at_work += 1  # first, so that is_complete never takes a program on its way for a ready one
                 key = self._waiting.popleft()
-                self._num_at_work += 1
             try:
                 self.get(*key)
             except Exception:  # whoever needs the program will compile it then, and raise what is wrong

@@ -270,6 +270,9 @@ def test_paged_attention_bad_argument_raises(change, message):
     arrays["q"] = arrays["q"][:, :, : change.pop("heads", None)]
     with pytest.raises(ValueError, match=message):
         paged_attention(*map(jnp.asarray, arrays.values()), scale=SCALE, **change)
+    tokens, *pages = (jnp.asarray(arrays[name]) for name in ("q", "k_pages", "v_pages"))
+    with pytest.raises(ValueError, match=message):
+        segmented_attention(tokens[:, 0], *pages, [], scale=SCALE, **{"backend": "pallas", **change})
 
 
 def long_prompt():

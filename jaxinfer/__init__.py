@@ -2,12 +2,13 @@
 
 from importlib.metadata import version
 
+from jaxinfer import distributed
 from jaxinfer.api.async_llm import AsyncLLM
 from jaxinfer.api.generate import generate
 from jaxinfer.api.llm import LLM
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
-from jaxinfer.errors import EngineClosedError, RequestFailedError
+from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
 from jaxinfer.request import Request, TokenEvent
@@ -28,11 +29,13 @@ __all__ = [
     "Logprob",
     "ModelConfig",
     "ModelFamily",
+    "ProcessLostError",
     "Request",
     "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
     "TokenEvent",
+    "distributed",
     "generate",
     "register_model",
 ]

@@ -1,6 +1,6 @@
 """The errors that end a request after it was accepted; wrong arguments raise ValueError or TypeError before that.
 
-Owns: EngineClosedError and RequestFailedError; the list of exceptions that are never blamed on a request.
+Owns: EngineClosedError, ProcessLostError and RequestFailedError; the exceptions that are never blamed on a request.
 Does not know: any other module.
 """
 
@@ -16,6 +16,10 @@ tokenizers) derives from BaseException directly.
 
 class EngineClosedError(RuntimeError):
     """The engine was closed, or stopped on the exception in __cause__, before the request had ended."""
+
+
+class ProcessLostError(EngineClosedError):
+    """A process of a run with several was lost, failed or got stuck; the message names it, and this one ends, too."""
 
 
 class RequestFailedError(RuntimeError):

@@ -26,6 +26,7 @@ from jaxinfer.outputs import RequestOutput
 from jaxinfer.text.preparation import Submission
 
 logger = logging.getLogger("jaxinfer")
+_DRAIN_SECONDS = 0.05
 
 
 @runtime_checkable
@@ -175,7 +176,7 @@ class Driver(Generic[AnswerT]):
         self._open: set[Ticket[AnswerT]] = set()  # submitted and not ended, started or not
         self._tickets: dict[AnswerT, Ticket[AnswerT]] = {}  # started and not ended
         self._error: EngineClosedError | None = None
-        self._closing = False
+        self._closing = self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="jaxinfer-engine", daemon=True)
         self._thread.start()
 
@@ -229,8 +230,26 @@ class Driver(Generic[AnswerT]):
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self._has_failed:
             self._thread.join()
+
+    def drain(self, seconds: float) -> None:
+        """Accepts no new submissions and waits until all requests have ended, for so many seconds at most."""
+        with self._changed:
+            if self._error is None:
+                self._error = EngineClosedError("the LLM is being closed")
+        deadline = time.monotonic() + seconds
+        while self._open and time.monotonic() < deadline:
+            time.sleep(_DRAIN_SECONDS)
+
+    def fail(self, error: EngineClosedError) -> None:
+        """Ends all requests with an error, and accepts no more; the thread may be in a step that never ends."""
+        with self._changed:
+            self._error, self._closing, self._has_failed = error, True, True
+            tickets = list(self._open)
+            self._changed.notify()
+        for ticket in tickets:
+            self._end(ticket, error)
 
     def _run(self) -> None:
         error = EngineClosedError("the LLM was closed")
@@ -243,6 +262,8 @@ class Driver(Generic[AnswerT]):
             # After a failed step the device state cannot be trusted, so every open request ends with this error.
             error = EngineClosedError(f"the engine stopped: {type(cause).__name__}: {cause}")
             error.__cause__ = cause
+            if isinstance(cause, EngineClosedError):  # another process was lost
+                error = cause
         with self._changed:
             self._error = error
             tickets = list(self._open)

@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any, overload
 
 from jaxinfer.api.arguments import as_prompts, checked, one_each, score_params
-from jaxinfer.api.driver import Driver, Ticket
+from jaxinfer.api.driver import Ticket
 from jaxinfer.api.loaded_engine import LoadedEngine
-from jaxinfer.api.output_stream import OutputStream, wait_for
+from jaxinfer.api.output_stream import OutputStream
 from jaxinfer.api.provenance import find_provenance
+from jaxinfer.api.runner import LocalRunner, Runner
 from jaxinfer.api.scoring import Perplexity, Window, check_windows, sliding_windows
+from jaxinfer.api.shared_engine import SharedEngine, opened
+from jaxinfer.api.shared_runners import FollowingRunner, LeadingRunner
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.distributed import LeaderRun
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
@@ -69,18 +73,21 @@ class LLM:
 
     def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
         config = EngineConfig(**engine)
-        path = checkpoint_directory.resolve(model)
-        fields = checkpoint_directory.read_json(path / "config.json")
-        model_config = parse_model_config(fields)
-        self._start(
-            model_config,
-            SafetensorsStore(checkpoint_directory.weight_files(path)),
-            load_tokenizer(path) if tokenizer is None else _find_tokenizer(tokenizer),
-            checkpoint_directory.generation_defaults(path, fields),
-            config,
-            template_sources=(tokenizer, path),
-            named=functools.partial(find_provenance, config, model=model, tokenizer=tokenizer, directory=path),
-        )
+        with opened(config, model=model, tokenizer=tokenizer) as shared:
+            path = checkpoint_directory.resolve(model)
+            if shared is not None:
+                shared.require_same_checkpoint(checkpoint_directory.fingerprint(path))
+            fields = checkpoint_directory.read_json(path / "config.json")
+            self._start(
+                parse_model_config(fields),
+                SafetensorsStore(checkpoint_directory.weight_files(path)),
+                load_tokenizer(path) if tokenizer is None else _find_tokenizer(tokenizer),
+                checkpoint_directory.generation_defaults(path, fields),
+                config,
+                shared,
+                template_sources=(tokenizer, path),
+                named=functools.partial(find_provenance, config, model=model, tokenizer=tokenizer, directory=path),
+            )
 
     @classmethod
     def from_params(
@@ -104,16 +111,22 @@ class LLM:
         """
         llm = cls.__new__(cls)
         eos = config.get("eos_token_id")
-        engine_config = EngineConfig(**engine)
-        llm._start(
-            parse_model_config(config),
-            MemoryStore(_flat(params)),
-            None if tokenizer is None else _find_tokenizer(tokenizer),
-            GenerationDefaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)),
-            engine_config,
-            template_sources=(tokenizer,),
-            named=functools.partial(find_provenance, engine_config, model=None, tokenizer=tokenizer, directory=None),
-        )
+        eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        settings = EngineConfig(**engine)
+        store = MemoryStore(_flat(params))
+        with opened(settings, model=None, tokenizer=tokenizer) as shared:
+            if shared is not None:
+                shared.require_same_checkpoint(store.fingerprint())
+            llm._start(
+                parse_model_config(config),
+                store,
+                None if tokenizer is None else _find_tokenizer(tokenizer),
+                GenerationDefaults(eos_token_ids=eos_token_ids),
+                settings,
+                shared,
+                template_sources=(tokenizer,),
+                named=functools.partial(find_provenance, settings, model=None, tokenizer=tokenizer, directory=None),
+            )
         return llm
 
     def _start(
@@ -123,6 +136,7 @@ class LLM:
         tokenizer: Tokenizer | None,
         defaults: GenerationDefaults,
         config: EngineConfig,
+        shared: SharedEngine | None,
         *,
         template_sources: Sequence[str | Path | Tokenizer | None],
         named: Callable[[], Provenance],
@@ -131,8 +145,9 @@ class LLM:
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self._loaded = LoadedEngine(model_config, store, config)
+        self._loaded = LoadedEngine(model_config, store, config, shared=shared)
         self.max_model_len = self._loaded.max_model_len
+        provenance = named()  # asks JAX for its devices, so it must come after LoadedEngine, which starts JAX
         self._controller = TextGenerationController(
             self._loaded.engine,
             tokenizer,
@@ -140,13 +155,13 @@ class LLM:
             vocab_size=model_config.vocab_size,
             max_model_len=self.max_model_len,
             seed=config.seed,
-            provenance=named(),  # asks JAX for its devices, so it must come after LoadedEngine, which starts JAX
+            provenance=provenance,
         )
-        self._driver = Driver(self._controller, on_end=self._loaded.close)
+        self._runner = _make_runner(self._loaded, self._controller, shared, provenance)
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # The driver's thread must end with its LLM, also when the LLM is garbage-collected or Python exits.
-        self._finalizer = weakref.finalize(self, _shut_down, self._driver, self._template_sandbox)
+        self._finalizer = weakref.finalize(self, _shut_down, self._runner, self._template_sandbox)
 
     @overload
     def generate(
@@ -195,7 +210,7 @@ class LLM:
         submissions = [
             self._controller.prepare(prompt, entry) for prompt, entry in zip(prompt_list, params, strict=True)
         ]
-        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        outputs = self._runner.run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
     def beam_search(
@@ -230,7 +245,7 @@ class LLM:
         submissions = [
             self.prepare_beam_search(prompt, entry) for prompt, entry in zip(prompt_list, entries, strict=True)
         ]
-        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        outputs = self._runner.run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
     def score(
@@ -352,7 +367,7 @@ class LLM:
             self._prepare_chat(prompt, entry, is_default=sampling_params is None)
             for prompt, entry in zip(prompts, params, strict=True)
         ]
-        outputs = self._run(submissions, show_bar=use_tqdm and not is_single)
+        outputs = self._runner.run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> OutputStream:
@@ -445,11 +460,11 @@ class LLM:
         Raises:
           EngineClosedError: the LLM is closed.
         """
-        return self._driver.submit([submission], stream=True, on_update=on_update)[0]
+        return self._runner.start(submission, on_update=on_update)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends the ticket's request if it still runs; a thread that waits for its output gets a CancelledError."""
-        self._driver.cancel([ticket])
+        self._runner.cancel(ticket)
 
     @property
     def default_params(self) -> SamplingParams:
@@ -459,7 +474,7 @@ class LLM:
     @property
     def is_running(self) -> bool:
         """Whether new requests are accepted: False once the LLM was closed or its engine stopped on an error."""
-        return self._driver.is_running
+        return self._runner.is_running
 
     def warmup(self, *, background: bool = False) -> None:
         """Compiles every program that a request can need, so that no request waits for the compiler.
@@ -468,12 +483,30 @@ class LLM:
           background: if True, returns as soon as there are programs enough for every request, on a GPU at most 24 at
             the default settings, and compiles the others in background threads. Until a step's own program is ready,
             a larger one runs in its stead, which takes longer and gives the same tokens, as far as rounding allows.
+            With several processes, all programs are compiled before it returns, since every process has to compile
+            them in the same order.
         """
-        self._loaded.warmup(background=background)
+        self._runner.warmup(background=background)
 
     def stats(self) -> EngineStats:
         """Returns how many requests run and wait, how many KV pages are used, and counts of all work so far."""
-        return self._loaded.stats()
+        return self._runner.stats()
+
+    def follow(self) -> None:
+        """Takes part in what process 0 computes until that closes this LLM; for the other processes of a run.
+
+        A process that follows makes no calls of its own; process 0 may then use all methods, streams and threads too.
+
+        Raises:
+          ValueError: this process leads the run, or runs alone.
+          ProcessLostError: another process was lost or failed.
+
+        Example:
+          jaxinfer.distributed.initialize()
+          with LLM("path/to/checkpoint", tensor_parallel_size=16) as llm:
+              serve(llm) if jax.process_index() == 0 else llm.follow()
+        """
+        self._runner.follow()
 
     def close(self) -> None:
         """Ends running requests and frees device memory; afterwards only close may be called, which does nothing."""
@@ -509,14 +542,6 @@ class LLM:
 
     def _params_or_default(self, params: SamplingParams | None) -> SamplingParams:
         return self.default_params if params is None else checked("sampling_params", params, SamplingParams)
-
-    def _run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
-        tickets = self._driver.submit(submissions)
-        try:
-            return wait_for(tickets, show_bar=show_bar)
-        except BaseException:  # after Ctrl-C or an error this call's requests end; those of other threads go on
-            self._driver.cancel(tickets)
-            raise
 
     def _params_for(
         self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
@@ -568,8 +593,18 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shut_down(driver: Driver, sandbox: TemplateSandbox) -> None:
-    driver.close()
+def _make_runner(
+    loaded: LoadedEngine, controller: TextGenerationController, shared: SharedEngine | None, provenance: Provenance
+) -> Runner:
+    if shared is None:
+        return LocalRunner(loaded, controller)
+    if isinstance(shared.run, LeaderRun):
+        return LeadingRunner(loaded, controller, shared.run, shared.number)
+    return FollowingRunner(loaded, shared.run, shared.number, provenance)
+
+
+def _shut_down(runner: Runner, sandbox: TemplateSandbox) -> None:
+    runner.close()
     sandbox.close()
 
 

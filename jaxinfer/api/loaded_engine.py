@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxinfer.api.shared_engine import SharedEngine
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
@@ -18,8 +19,8 @@ from jaxinfer.engine.draft_model import DraftModel
 from jaxinfer.engine.drafting import PROMPT_LOOKUP, Drafter, PromptLookup
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
+from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.assembly import assemble, context_length, footprint
-from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.jax_start import start_jax
 
 
@@ -30,6 +31,7 @@ class LoadedEngine:
       model_config: the model's architecture and sizes.
       store: the model's weights.
       config: the engine's settings.
+      shared: the engine as all processes of a run hold it; None if this process runs alone.
 
     Raises:
       FileNotFoundError: there is no such draft model.
@@ -37,18 +39,32 @@ class LoadedEngine:
         for KV pages; or the draft model has another vocabulary or too short a context.
     """
 
-    def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        store: TensorStore,
+        config: EngineConfig,
+        *,
+        shared: SharedEngine | None = None,
+    ):
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
         self.max_model_len = context_length(config, model_config)
         self._page_size = config.page_size
         draft = find_draft(config, model_config, max_model_len=self.max_model_len)
         draft_store = None if draft is None else draft.open()  # a missing file is noticed before the model is loaded
         beside = None if draft is None else footprint(draft.model_config, draft.config)
-        self.wrapper = assemble(model_config, store, config, beside=beside)
-        self._draft_wrapper: DecoderWrapper | None = None
+        processes = None if shared is None else shared.run.group
+        self.decoder = assemble(model_config, store, config, beside=beside, processes=processes)
+        self.wrapper: AbstractModelInferenceWrapper = self.decoder
+        if shared is not None:
+            self.wrapper = shared.join(self.decoder, model=0, vocab_size=model_config.vocab_size)
+        self._draft_wrapper: AbstractModelInferenceWrapper | None = None
         if draft is not None and draft_store is not None:  # the draft model gets as many KV pages as the model
             draft_config = dataclasses.replace(draft.config, num_kv_pages=self.wrapper.num_pages)
-            self._draft_wrapper = assemble(draft.model_config, draft_store, draft_config, role="draft model")
+            wrapper = assemble(draft.model_config, draft_store, draft_config, role="draft model", processes=processes)
+            self._draft_wrapper = (
+                wrapper if shared is None else shared.join(wrapper, model=1, vocab_size=model_config.vocab_size)
+            )
         drafter = _make_drafter(config, self._draft_wrapper)
         self.engine = DynamicEngine(self.wrapper, config, max_model_len=self.max_model_len, drafter=drafter)
 
@@ -73,7 +89,7 @@ class LoadedEngine:
             wrapper.close()
 
     @property
-    def _wrappers(self) -> list[DecoderWrapper]:
+    def _wrappers(self) -> list[AbstractModelInferenceWrapper]:
         return [wrapper for wrapper in (self.wrapper, self._draft_wrapper) if wrapper is not None]
 
 
@@ -128,7 +144,7 @@ def find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int) 
     return Draft(path=path, model_config=draft, config=config)
 
 
-def _make_drafter(config: EngineConfig, draft_wrapper: DecoderWrapper | None) -> Drafter | None:
+def _make_drafter(config: EngineConfig, draft_wrapper: AbstractModelInferenceWrapper | None) -> Drafter | None:
     if draft_wrapper is not None:
         return DraftModel(draft_wrapper, config.num_draft_tokens)
     return PromptLookup(config.num_draft_tokens) if config.draft_model == PROMPT_LOOKUP else None

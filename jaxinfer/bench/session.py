@@ -173,7 +173,7 @@ class Session:
           work: called with a session whose engine has no model, to find out which programs the work needs. There, every
             token is 0 and all times are meaningless.
         """
-        wrapper = self._loaded.wrapper
+        wrapper = self._loaded.decoder
         recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
         rehearsed = copy.copy(self)
         rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self._loaded.max_model_len)

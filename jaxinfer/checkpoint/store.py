@@ -6,6 +6,7 @@ Does not know: which parameter a tensor belongs to.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -125,6 +126,15 @@ class MemoryStore:
           ValueError: the tensor holds values that out's dtype cannot.
         """
         _copy(np.asarray(self._tensors[name][index]), out, f"{name} in {self.where(name)}")
+
+    def fingerprint(self) -> str:
+        """The tensors' identity in 32 hexadecimal digits: their names and shapes, and the last row of each."""
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            digest.update(f"{name}:{self.shape(name)}:".encode())
+            rows = np.atleast_1d(np.asarray(self._tensors[name]))
+            digest.update(rows[-1:].astype(np.float32).tobytes())
+        return digest.hexdigest()[:32]
 
     def where(self, name: str) -> str:
         """Always "params", the argument that such tensors come from; for messages."""

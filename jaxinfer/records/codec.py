@@ -55,12 +55,17 @@ class JsonRecord:
         if found != FORMAT:
             raise ValueError(f"unknown format version {_shown(found)}, this version of jaxinfer reads {FORMAT}")
         try:
-            return _build(cls, fields)
+            return from_fields(cls, fields)
         except (TypeError, NotImplementedError) as error:  # raised by checks of the dataclasses, beside ValueError
             raise ValueError(str(error)) from error
 
 
-def _build(cls: type, fields: Mapping[str, Any]) -> Any:
+def from_fields(cls: type, fields: Mapping[str, Any]) -> Any:
+    """Makes a dataclass from the values of its fields, as JSON has them.
+
+    Raises:
+      ValueError: a field is missing, unknown or wrong.
+    """
     hints = typing.get_type_hints(cls)
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
     for name in fields:
@@ -99,7 +104,7 @@ def _fits(hint: Any, value: Any) -> bool:
 def _converted(name: str, hint: Any, value: Any) -> Any:
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value)
+        return from_fields(typing.cast(type, hint), value)
     if isinstance(value, list) and arguments:
         return tuple(_value(f"{name} entry", arguments[0], entry) for entry in value)
     if isinstance(value, dict) and arguments:

@@ -45,6 +45,11 @@ class AbstractModelInferenceWrapper(ABC):
     def num_compilations(self) -> int:
         """Programs compiled so far."""
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a program is being compiled now, for which a step may have to wait."""
+        return False
+
     @abstractmethod
     def launch(self, batch: StepBatch) -> Any:
         """Starts a step, moves those in flight on by one stage, and returns the new step's handle."""

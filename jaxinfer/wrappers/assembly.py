@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import make_mesh
+from jaxinfer.communication.process_group import ProcessGroup
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import choose_backend
@@ -54,6 +56,7 @@ def assemble(
     beside: Footprint | None = None,
     role: str = "model",
     progress: bool = True,
+    processes: ProcessGroup | None = None,
 ) -> DecoderWrapper:
     """Builds the wrapper of a model whose tensors are in a store.
 
@@ -65,6 +68,7 @@ def assemble(
         many pages.
       role: what the model is used as ("model", "draft model"), for the line in the log.
       progress: whether to show a bar while loading.
+      processes: the processes of a run with several, all of which load their parts of the model at the same time.
 
     Raises:
       ValueError: the tensors do not fit the model, the model cannot be laid out on the mesh, there is no room for KV
@@ -75,6 +79,8 @@ def assemble(
     mesh = make_mesh(
         pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
     )
+    if processes is not None:
+        _require_share(mesh, processes)
     layout = lay_out(model_config, config, *platform_of(mesh.devices.flat[0]))
     model = abstract_model(model_config, layout)
     parameters = load_parameters(
@@ -86,7 +92,14 @@ def assemble(
         progress=progress,
     )
     wrapper = DecoderWrapper(
-        model, parameters, model_config=model_config, config=config, layout=layout, mesh=mesh, beside=beside
+        model,
+        parameters,
+        model_config=model_config,
+        config=config,
+        layout=layout,
+        mesh=mesh,
+        beside=beside,
+        processes=processes,
     )
     logger.info(
         "%s %s, %.1fM parameters, mesh %s on %s, %s, attention %s, weights %.0f MiB, "
@@ -104,6 +117,17 @@ def assemble(
         wrapper.kv_bytes / 2**20,
     )
     return wrapper
+
+
+def _require_share(mesh: Mesh, processes: ProcessGroup) -> None:
+    """Refuses a mesh without a device of some process, which could then not take part in the run."""
+    idle = sorted(set(range(processes.num_processes)) - {device.process_index for device in mesh.devices.flat})
+    if idle:
+        num_stages, num_shards = mesh.devices.shape
+        raise ValueError(
+            f"a mesh of {num_stages} pipeline x {num_shards} tensor has no device of process "
+            f"{', '.join(map(str, idle))}; raise a parallel size, or start fewer processes"
+        )
 
 
 def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:

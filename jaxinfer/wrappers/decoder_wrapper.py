@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
+from jaxinfer.communication.process_group import ProcessGroup
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.kv_cache import LayerCache
@@ -89,6 +90,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
       layout: the layout that the model was built for.
       mesh: the devices that hold the parameters.
       beside: memory to leave for a second model (the draft model), which will have as many pages on the same devices.
+      processes: the other processes that hold a part of the model, with which the number of KV pages is agreed on; None
+        if there are none.
 
     Raises:
       ValueError: the KV pool does not fit into free memory.
@@ -104,6 +107,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         layout: Layout,
         mesh: Mesh,
         beside: Footprint | None = None,
+        processes: ProcessGroup | None = None,
     ):
         self._mesh = mesh
         platform = mesh.devices.flat[0].platform
@@ -112,8 +116,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
-        self._num_pages = config.num_kv_pages or self._fitting_pages(
-            config, model_config, layout.dtype.itemsize, beside or Footprint()
+        self._num_pages = config.num_kv_pages or _fewest(
+            self._fitting_pages(config, model_config, layout.dtype.itemsize, beside or Footprint()), processes
         )
         self._step_programs = StepPrograms(
             model,
@@ -137,7 +141,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         chosen = chosen_options(config.xla_options)
         options: dict[str, Callable[..., dict[str, bool | str]]] = {name: lambda *_: chosen for name in traces}
         options["forward"] = lambda shape: compiler_options(platform, shape.num_tokens) | chosen
-        self._programs = ProgramCache(traces, options, tuned_alike(platform))
+        self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=processes is not None)
         self._choice = ProgramChoice(self._programs, self._shapes)
 
     @property
@@ -159,6 +163,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def num_compilations(self) -> int:
         """Programs compiled so far."""
         return self._programs.num_compilations
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a program is being compiled now."""
+        return self._programs.is_compiling
 
     @property
     def kv_bytes(self) -> int:
@@ -340,6 +349,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
+
+
+def _fewest(num_pages: int, processes: ProcessGroup | None) -> int:
+    """The number of pages that all processes have room for."""
+    return num_pages if processes is None else min(map(int, processes.gather("KV pages", str(num_pages))))
 
 
 def _reported(num_top: int | None) -> int | None:

@@ -76,7 +76,7 @@ def _missing_memory(device: Any, share: float) -> str | None:
 
 def _unseen_gpu(device: Any) -> str | None:
     has_chosen = getattr(jax.config, "jax_platforms", None) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if device.platform != "cpu" or has_chosen or not _has_nvidia_gpu():
+    if device.platform != "cpu" or has_chosen or not num_nvidia_gpus():
         return None
     return (
         f"this machine has an NVIDIA GPU, but JAX {jax.__version__} runs on the CPU, without a plugin that fits: "
@@ -84,15 +84,15 @@ def _unseen_gpu(device: Any) -> str | None:
     )
 
 
-def _has_nvidia_gpu(dev: Path = Path("/dev")) -> bool:
-    """Whether there is a device file of an NVIDIA GPU, or nvidia-smi lists one (WSL has no device files)."""
-    if any(dev.glob("nvidia[0-9]*")):
-        return True
+def num_nvidia_gpus(dev: Path = Path("/dev")) -> int:
+    """How many NVIDIA GPUs there are, by their device files or, as WSL has none, by what nvidia-smi lists."""
+    if found := list(dev.glob("nvidia[0-9]*")):
+        return len(found)
     command = shutil.which("nvidia-smi")
     if command is None:
-        return False
+        return 0
     try:
         listed = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listed.returncode == 0 and listed.stdout.startswith("GPU ")
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0

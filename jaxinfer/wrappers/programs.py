@@ -34,6 +34,8 @@ class ProgramCache:
       tuned_alike: for some names, a function that names the matrix products of the program with these arguments. XLA
         tunes products on the device while it compiles, and remembers what it found; of programs with the same products,
         a first one is therefore compiled alone. Empty where XLA does not tune.
+      in_order: compile one program after the other. Processes that share a mesh tune their programs together, so all
+        of them have to compile in one order.
     """
 
     def __init__(
@@ -41,12 +43,15 @@ class ProgramCache:
         traces: Mapping[str, Callable[..., jax.stages.Traced]],
         options: Mapping[str, Callable[..., dict[str, bool | str]]],
         tuned_alike: Mapping[str, Callable[..., Hashable]] | None = None,
+        *,
+        in_order: bool = False,
     ) -> None:
+        self._num_threads = 1 if in_order else os.cpu_count()
         self._traces = traces
         self._options = options
         self._tuned_alike = tuned_alike or {}
         self._programs: dict[ProgramKey, jax.stages.Compiled] = {}
-        self._num_compilations = 0
+        self._num_compilations = self._num_being_compiled = 0
         self._turns: dict[ProgramKey, threading.Lock] = {}  # held while the program is compiled
         self._tuning: dict[Hashable, threading.Lock] = {}  # held while the first of its kind is compiled
         self._tuned: set[Hashable] = set()
@@ -59,6 +64,11 @@ class ProgramCache:
     def num_compilations(self) -> int:
         """Programs compiled so far."""
         return self._num_compilations
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a program is being compiled now."""
+        return self._num_being_compiled > 0
 
     def get(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
         """A program, compiled on the first call.
@@ -101,14 +111,20 @@ class ProgramCache:
 
     def _compile(self, name: str, *arguments: Hashable) -> jax.stages.Compiled:
         options = self._options[name](*arguments) if name in self._options else {}
-        return self._traces[name](*arguments).lower().compile(compiler_options=options or None)
+        with self._lock:
+            self._num_being_compiled += 1
+        try:
+            return self._traces[name](*arguments).lower().compile(compiler_options=options or None)
+        finally:
+            with self._lock:
+                self._num_being_compiled -= 1
 
     def compile_all(self, wanted: Sequence[ProgramKey]) -> None:
-        """Compiles programs, in as many threads as there are cores.
+        """Compiles programs, in as many threads as there are cores unless they have to be compiled in order.
 
         XLA compiles in parallel; tracing stays serial.
         """
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max_workers=self._num_threads) as pool:
             list(pool.map(lambda entry: self.get(*entry), self._one_of_each_kind_first(wanted)))
 
     def _one_of_each_kind_first(self, wanted: Iterable[ProgramKey]) -> list[ProgramKey]:

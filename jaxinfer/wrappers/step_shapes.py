@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxinfer.config.engine_config import EngineConfig
 
@@ -86,6 +87,7 @@ class StepShapes:
 
     def __init__(self, config: EngineConfig, *, max_model_len: int, coarse: bool = False):
         self.num_slots = config.max_num_seqs
+        self.max_model_len = max_model_len
         self.table_width = pages_for(max_model_len, config.page_size)
         self.num_stages = config.pipeline_parallel_size
         self.max_decode = -(-config.max_num_seqs // self.num_stages)
@@ -171,6 +173,14 @@ class StepShapes:
             self.shape(num_decode=0, num_prefill=prefill, num_logits=0, scored=True) for prefill in self._scored_rows
         }
         return sorted(shapes, key=_size)
+
+    def __contains__(self, shape: StepShape) -> bool:
+        """Whether a step of an engine can have this shape."""
+        return shape in self._every_shape
+
+    @cached_property
+    def _every_shape(self) -> frozenset[StepShape]:
+        return frozenset(self.all_shapes())
 
     def covering_shapes(self) -> list[StepShape]:
         """A few of all shapes, such that every step fits into one of them without much padding."""

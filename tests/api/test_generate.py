@@ -186,11 +186,11 @@ def test_closed_llm_leaves_another_one_running(llm, path):
 def test_llm_whose_last_reference_goes_on_the_engines_thread_frees_its_memory(path):
     """As when the garbage collector happens to run there."""
     llm = LLM(path, **SMALL)
-    loaded, thread, died = llm._loaded, llm._driver._thread, weakref.ref(llm)
+    loaded, thread, died = llm._loaded, llm._runner.driver._thread, weakref.ref(llm)
     submission = llm.prepare("hello", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
     references, closed = [llm], []
     loaded.close = lambda close=loaded.close: closed.append(close())
-    llm._driver._on_end = loaded.close
+    llm._runner.driver._on_end = loaded.close
     ticket = llm.start(submission, on_update=lambda ticket: references.clear())
     del llm
     thread.join(60)

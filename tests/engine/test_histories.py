@@ -1,16 +1,19 @@
 """Any history of requests of all kinds gives each its own text and scores, and each search its beams; nothing leaks."""
 
 import dataclasses
+from dataclasses import fields, is_dataclass
 
+import numpy as np
 import pytest
 from engine_tools import finish, make_engine, plain_scores, plain_search, request
 from fake_policies import Residues, Scripted, partly
-from fake_wrapper import text_of
+from fake_wrapper import VOCAB_SIZE, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.engine.drafting import PromptLookup
 from jaxinfer.sampling_params import BeamSearchParams
+from jaxinfer.wrappers.step_frame import FrameError, pack_step, unpack_step
 
 STOP = frozenset(range(0, 97, 9))
 
@@ -140,3 +143,29 @@ def test_step_batches_any_history_have_the_shapes_they_are_signed_with(engine_se
     finish(engine)
     for batch in wrapper.batches:
         assert_shapes(batch)
+
+
+@settings(max_examples=10, deadline=None)
+@given(engines(), histories())
+def test_step_batches_any_history_come_out_of_their_frames_as_they_were(engine_settings, actions):
+    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
+    history = History(engine)
+    for action in actions:
+        history.do(action)
+    finish(engine)
+    for batch in wrapper.batches:
+        frame = pack_step(batch)
+        again = unpack_step(frame, wrapper.shapes, num_pages=wrapper.num_pages, vocab_size=VOCAB_SIZE)
+        assert_same(again, batch)
+        with pytest.raises(FrameError):
+            unpack_step(frame[:-4], wrapper.shapes, num_pages=wrapper.num_pages, vocab_size=VOCAB_SIZE)
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    for field in fields(expected):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        if is_dataclass(other):
+            assert_same(one, other)
+        else:
+            np.testing.assert_array_equal(one, other, strict=isinstance(other, np.ndarray))

@@ -117,7 +117,7 @@ def test_llm_starts_jax_with_its_share_before_anything_asks_for_devices(monkeypa
 
 def with_gpu(monkeypatch):
     """A machine with an NVIDIA GPU on which JAX runs on the CPU."""
-    monkeypatch.setattr(jax_start, "_has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(jax_start, "num_nvidia_gpus", lambda: 1)
     unchosen = {"config": SimpleNamespace(jax_platforms=None)}
     monkeypatch.setattr(jax_start, "jax", SimpleNamespace(**vars(jax) | unchosen))
 
@@ -148,7 +148,7 @@ def test_start_jax_gpu_that_the_user_has_hidden_is_no_news(monkeypatch, caplog, 
 
 
 def test_start_jax_where_the_cpu_was_asked_for_is_no_news(monkeypatch, caplog):
-    monkeypatch.setattr(jax_start, "_has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(jax_start, "num_nvidia_gpus", lambda: 1)
     assert jax.config.jax_platforms == "cpu"  # by JAX_PLATFORMS
     system_facts(EngineConfig())
     assert not unseen(caplog)
@@ -173,4 +173,4 @@ def test_nvidia_gpu_is_found_by_its_file_or_by_nvidia_smi(tmp_path, monkeypatch,
         command.write_text(f"#!/bin/sh\n[ $1 = -L ] && /bin/echo '{listed.strip()}'\n")
         command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert jax_start._has_nvidia_gpu(tmp_path) is found
+    assert (jax_start.num_nvidia_gpus(tmp_path) > 0) is found

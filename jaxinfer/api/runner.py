@@ -1,0 +1,106 @@
+"""What runs the prepared requests of an LLM: here, an engine of this process and the thread that drives it.
+
+Owns: Runner, the interface that LLM uses, and LocalRunner, which needs no other process.
+Does not know: prompts, what other processes do (see shared_runners.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from jaxinfer.api.driver import Driver, Ticket
+from jaxinfer.api.loaded_engine import LoadedEngine
+from jaxinfer.api.output_stream import wait_for
+from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.text.controller import TextGenerationController
+from jaxinfer.text.preparation import Submission
+
+
+class Runner(ABC):
+    """Runs prepared requests; any thread may use it."""
+
+    @property
+    @abstractmethod
+    def is_running(self) -> bool:
+        """Whether requests are accepted."""
+
+    @abstractmethod
+    def run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
+        """Runs requests and waits for their outputs, which come in the same order."""
+
+    @abstractmethod
+    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+        """Starts a request, whose outputs are read from the ticket while it runs."""
+
+    @abstractmethod
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request that was started."""
+
+    @abstractmethod
+    def warmup(self, *, background: bool = False) -> None:
+        """Compiles all programs."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The engine's load and counts."""
+
+    @abstractmethod
+    def follow(self) -> None:
+        """Takes part in what the leading process computes until it closes the engine."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends running requests and frees device memory; later calls do nothing."""
+
+
+class LocalRunner(Runner):
+    """Runs requests on an engine of this process.
+
+    Args:
+      loaded: the engine.
+      controller: makes text of its tokens.
+    """
+
+    def __init__(self, loaded: LoadedEngine, controller: TextGenerationController):
+        self._loaded = loaded
+        self.driver = Driver(controller, on_end=loaded.close)
+
+    @property
+    def is_running(self) -> bool:
+        """See Runner."""
+        return self.driver.is_running
+
+    def run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
+        """See Runner."""
+        tickets = self.driver.submit(submissions)
+        try:
+            return wait_for(tickets, show_bar=show_bar)
+        except BaseException:  # after Ctrl-C or an error this call's requests end; those of other threads go on
+            self.driver.cancel(tickets)
+            raise
+
+    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+        """See Runner."""
+        return self.driver.submit([submission], stream=True, on_update=on_update)[0]
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See Runner."""
+        self.driver.cancel([ticket])
+
+    def warmup(self, *, background: bool = False) -> None:
+        """See Runner."""
+        self._loaded.warmup(background=background)
+
+    def stats(self) -> EngineStats:
+        """See Runner."""
+        return self._loaded.stats()
+
+    def follow(self) -> None:
+        """Refuses: there is no process to follow."""
+        raise ValueError("follow() is for the processes of a run that do not lead it; this one runs alone")
+
+    def close(self) -> None:
+        """See Runner."""
+        self.driver.close()

@@ -1,0 +1,599 @@
+"""The processes of a run: process 0 leads, the others follow it, and all end together.
+
+Owns: one connection from the leader to every follower, the threads that listen and show that a process is alive,
+gathering values from all processes, noticing that one is lost or stuck, and taking leave.
+Does not know: jax, what the processes compute.
+
+Every process sends a heartbeat a second. One that was not heard of for `silence` seconds, whose connection ended before
+it took leave, or that says that it failed, is lost; the leader tells all others, so that every survivor names the same
+process. A process that lives but does not get on is found by its heartbeat, which says how far it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import json
+import logging
+import os
+import struct
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from jaxinfer.communication.connection import Connection, ConnectionLostError, Message
+from jaxinfer.errors import ProcessLostError
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_SECONDS = 1.0
+_BLAME_SECONDS = 2.0
+"""How long a process whose own step failed waits to hear that another process is the reason."""
+_TELL_SECONDS = 1.0
+_PROGRESS = struct.Struct("<Qd?")
+
+
+class Kind(enum.IntEnum):
+    """The kinds of messages. The group itself handles those up to VALUES; the others belong to the rooms above."""
+
+    HEARTBEAT = 0
+    FAILED = 1
+    """Follower to leader: this process failed, for the reason in the payload."""
+    ABORT = 2
+    """Leader to follower: the run has failed, for the reason in the payload."""
+    LEAVE = 3
+    """This process ends as it should, and needs the others no more."""
+    VALUE = 4
+    """Follower to leader: its value in a gathering."""
+    VALUES = 5
+    """Leader to follower: the values of all processes."""
+    TERMINATE = 6
+    """Follower to leader: this process was asked to end, and so the run should."""
+    END = 7
+    """Leader to follower: the run ends in good order."""
+    STEP = 8
+    """Leader to follower: launch this step."""
+    DIGEST = 9
+    """Follower to leader: a digest of the tokens that the step sampled here."""
+    WARM_UP = 10
+    """Leader to follower: compile all programs of a model."""
+    CLOSE = 11
+    """Leader to follower: close an engine."""
+    OPEN = 12
+    """Leader to follower: load this model with these settings."""
+    CALL = 13
+    """Follower to leader: this process makes a call, whose arguments have this digest."""
+    FOLLOW = 14
+    """Follower to leader: this process makes no calls of its own any more."""
+    RESULT = 15
+    """Leader to follower: the result of a call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long to wait for other processes, in seconds.
+
+    Args:
+      rendezvous: until all processes of the run have connected.
+      silence: until a process that is not heard of counts as lost.
+      step: until a step that has not ended on some process counts as stuck, while no process compiles.
+      drain: until running requests are cut off when the run is asked to end.
+      grace: from the loss of a process until the survivors' interpreters end, in which their threads raise.
+    """
+
+    rendezvous: float = 600.0
+    silence: float = 10.0
+    step: float = 120.0
+    drain: float = 30.0
+    grace: float = 5.0
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            if not getattr(self, entry.name) > 0:
+                raise ValueError(f"{entry.name} must be > 0 seconds, got {getattr(self, entry.name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a process is, as its heartbeat says.
+
+    Args:
+      num_launched: steps launched so far.
+      waiting_seconds: for how long it has been waiting for a step to end; 0 if it is not.
+      is_compiling: whether it compiles or loads, which may take long.
+    """
+
+    num_launched: int = 0
+    waiting_seconds: float = 0.0
+    is_compiling: bool = False
+
+    def pack(self) -> bytes:
+        """The payload of a heartbeat."""
+        return _PROGRESS.pack(self.num_launched, self.waiting_seconds, self.is_compiling)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Progress:
+        """Reads the payload of a heartbeat.
+
+        Raises:
+          ConnectionLostError: it is none.
+        """
+        if len(payload) != _PROGRESS.size:
+            raise ConnectionLostError("received a heartbeat of a wrong size")
+        num_launched, waiting_seconds, is_compiling = _PROGRESS.unpack(payload)
+        return cls(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
+
+
+def stuck(progress: Mapping[int, Progress], *, num_sent: int, limit: float) -> list[int]:
+    """The processes for which all others wait in vain; none if no process has waited too long.
+
+    Args:
+      progress: how far each process is.
+      num_sent: steps that the leader has sent.
+      limit: seconds that a step may take while no process compiles.
+    """
+    late = [number for number, entry in progress.items() if entry.waiting_seconds > limit]
+    if not late or any(entry.is_compiling for entry in progress.values()):
+        return []
+    least = min(entry.num_launched for entry in progress.values())
+    return [number for number, entry in progress.items() if entry.num_launched == least < num_sent] or late
+
+
+@runtime_checkable
+class Endable(Protocol):
+    """Something that has to be closed before its process takes leave of the run."""
+
+    def drain(self, seconds: float) -> None:
+        """Takes no new work and waits until the present one is done, at most for so many seconds."""
+        ...
+
+    def close(self) -> None:
+        """Ends what still runs and frees what it holds."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class _Peer:
+    """Another process, as this one sees it."""
+
+    process_id: int
+    connection: Connection
+    last_heard: float = field(default_factory=time.monotonic)
+    has_left: bool = False
+    progress: Progress = field(default_factory=Progress)
+
+
+class GatherError(RuntimeError):
+    """Processes did not agree, or one of them failed; the run goes on."""
+
+
+Handler = Callable[[int, Message], None]
+"""Gets the number of the process that sent a message, and the message. It runs on the thread that listens to that
+process, so it must not wait for anything that this process sends."""
+
+
+class ProcessGroup(ABC):
+    """All processes of a run, as one of them sees them: the leader its followers, a follower the leader.
+
+    Args:
+      process_id, num_processes: as Membership's.
+      connections: to the other side, by process.
+      patience: how long to wait for others.
+      on_lost: called once, on any thread, when the run has failed; it has to end the process.
+    """
+
+    def __init__(
+        self,
+        process_id: int,
+        num_processes: int,
+        connections: Mapping[int, Connection],
+        *,
+        patience: Patience,
+        on_lost: Callable[[ProcessLostError], None],
+    ):
+        self.process_id = process_id
+        self.num_processes = num_processes
+        self.patience = patience
+        self.launching = threading.Lock()
+        """Held while a step is sent and launched, so that all processes launch in one order."""
+        self._on_lost = on_lost
+        self._peers = [_Peer(number, connection) for number, connection in connections.items()]
+        self._changed = threading.Condition()
+        self._error: ProcessLostError | None = None
+        self._has_left = False
+        self._handlers: dict[int, Handler] = {Kind.HEARTBEAT: self._hear_heartbeat, Kind.LEAVE: self._hear_leave}
+        self._progress: Callable[[], Progress] = Progress
+        self._listeners: weakref.WeakSet[_LossListener] = weakref.WeakSet()
+        self._engines: weakref.WeakSet[Endable] = weakref.WeakSet()
+        self._num_gathered = 0
+        self._telling: list[threading.Thread] = []
+        self._is_written = threading.Event()
+
+    def start(self) -> None:
+        """Starts to listen and to send heartbeats; whoever handles messages has to be registered before."""
+        for peer in self._peers:
+            peer.last_heard = time.monotonic()
+            for work in (self._listen, self._beat):
+                name = f"jaxinfer-process-{peer.process_id}"
+                threading.Thread(target=work, args=(peer,), name=name, daemon=True).start()
+        threading.Thread(target=self._watch, name="jaxinfer-watch", daemon=True).start()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is process 0."""
+        return self.process_id == 0
+
+    @property
+    def error(self) -> ProcessLostError | None:
+        """Why the run has failed; None while it has not."""
+        return self._error
+
+    def handle(self, kind: Kind, handler: Handler) -> None:
+        """Names the function that gets the messages of a kind."""
+        self._handlers[kind] = handler
+
+    def report_progress(self, progress: Callable[[], Progress]) -> None:
+        """Names the function that says how far this process is."""
+        self._progress = progress
+
+    def attach(self, engine: Endable) -> None:
+        """Lets the run close an engine before it ends; engines that are garbage are forgotten."""
+        self._engines.add(engine)
+
+    @property
+    def engines(self) -> list[Endable]:
+        """The engines that are attached."""
+        return list(self._engines)
+
+    def when_lost(self, listener: _LossListener) -> None:
+        """Lets a listener know when the run fails, at once if it has failed already. It is held weakly."""
+        with self._changed:
+            self._listeners.add(listener)
+            error = self._error
+        if error is not None:
+            listener.lose(error)
+
+    def send(self, message: Message) -> None:
+        """Sends a message to the other side: the leader to all followers, a follower to the leader.
+
+        Raises:
+          ProcessLostError: the run has failed; it fails if a process cannot be reached.
+        """
+        for peer in self._peers:
+            self._send_to(peer, message)
+
+    def _send_to(self, peer: _Peer, message: Message) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            peer.connection.send(message)
+        except ConnectionLostError as error:
+            if not peer.has_left:
+                raise self._lose(self._lost_text(peer, str(error))) from error
+
+    def wait_for(self, condition: Callable[[], bool], what: str = "") -> None:
+        """Waits until a condition holds; whoever makes it true calls notify.
+
+        Args:
+          condition: the condition; it is called with the group's lock held.
+          what: for a line in the log when it takes long: "waiting for {what}".
+
+        Raises:
+          ProcessLostError: the run has failed.
+        """
+        noted = time.monotonic() + 30.0
+        with self._changed:
+            while not condition():
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait(1.0)
+                if what and time.monotonic() > noted:
+                    noted += 300.0
+                    logger.warning("process %d waits for %s", self.process_id, what)
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """Holds the group's lock while something changes that wait_for waits for, and wakes the waiting threads."""
+        with self._changed:
+            yield
+            self._changed.notify_all()
+
+    @abstractmethod
+    def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
+        """Exchanges a value with all processes, each of which has to call this; returns all values, by process.
+
+        Args:
+          topic: what the value is; all processes have to name the same.
+          value: this process's value.
+          error: what went wrong on this process, in place of a value.
+
+        Raises:
+          GatherError: a process has given an error, or processes have named different topics.
+          ProcessLostError: the run has failed.
+        """
+
+    def agree(self, topic: str, value: str) -> None:
+        """Makes sure that a value is the same on all processes, each of which has to call this.
+
+        Raises:
+          GatherError: it is not; the message names the processes that differ from process 0, and both values.
+        """
+        values = self.gather(topic, value)
+        others = [number for number, other in enumerate(values) if other != values[0]]
+        if others:
+            raise GatherError(
+                f"{topic} must be the same on all processes: process 0 has {values[0]}, process {others[0]} has "
+                f"{values[others[0]]}" + (f" (and {len(others) - 1} more differ)" if len(others) > 1 else "")
+            )
+
+    @contextlib.contextmanager
+    def together(self, topic: str) -> Iterator[None]:
+        """A block that all processes go through; if it raises on one of them, it raises on all.
+
+        Raises:
+          GatherError: it raised on another process; the message names it.
+        """
+        try:
+            yield
+        except (GatherError, ProcessLostError):
+            raise  # the others know
+        except BaseException as error:
+            with contextlib.suppress(GatherError):
+                self.gather(topic, error=f"{type(error).__name__}: {error}")
+            raise
+        self.gather(topic)
+
+    def fail(self, reason: BaseException) -> ProcessLostError:
+        """Ends the run because this process cannot go on; if another process is the reason, that one is named.
+
+        Returns:
+          The error that every thread of this process gets.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None, _BLAME_SECONDS)
+        return self._error or self._lose(
+            f"process {self.process_id} of {self.num_processes} failed: {type(reason).__name__}: {reason}"
+        )
+
+    def diverge(self, text: str) -> ProcessLostError:
+        """Ends the run because processes have computed different things."""
+        return self._lose(text)
+
+    def leave(self) -> None:
+        """Takes leave of the run: returns once all processes have, so that none waits for another in vain.
+
+        Raises:
+          ProcessLostError: the run has failed.
+        """
+        if not self._has_left:
+            self._take_leave()
+            self._has_left = True
+            self._close()
+
+    @abstractmethod
+    def _take_leave(self) -> None: ...
+
+    def _close(self) -> None:
+        for peer in self._peers:
+            peer.has_left = True
+            peer.connection.close()
+
+    def _listen(self, peer: _Peer) -> None:
+        try:
+            while True:
+                message = peer.connection.receive()
+                peer.last_heard = time.monotonic()
+                handler = self._handlers.get(message.kind)
+                if handler is None:
+                    raise ConnectionLostError(f"it sent a message of unknown kind {message.kind}")
+                handler(peer.process_id, message)
+        except (ConnectionLostError, TimeoutError) as error:
+            if not peer.has_left:
+                self._lose(self._lost_text(peer, str(error)))
+        except ProcessLostError:
+            return
+        except Exception as error:  # a handler failed: this process cannot go on
+            self._lose(f"process {self.process_id} failed: {type(error).__name__}: {error}")
+
+    def _beat(self, peer: _Peer) -> None:
+        # A thread for every peer, since one that has stopped reading must not keep heartbeats from the others.
+        while not peer.has_left and self._error is None:
+            try:
+                peer.connection.send(Message(Kind.HEARTBEAT, payload=self._progress().pack()))
+            except ConnectionLostError:
+                return  # the thread that listens will say so
+            time.sleep(_HEARTBEAT_SECONDS)
+
+    def _watch(self) -> None:
+        woken = time.monotonic()
+        while not self._has_left and self._error is None:
+            time.sleep(_HEARTBEAT_SECONDS)
+            late = time.monotonic() - woken - _HEARTBEAT_SECONDS
+            woken += _HEARTBEAT_SECONDS + late
+            if late > _HEARTBEAT_SECONDS:  # this process itself was held up, and may not have heard what was sent
+                for peer in self._peers:
+                    peer.last_heard += late
+            for peer in self._peers:
+                if not peer.has_left and woken - peer.last_heard > self.patience.silence:
+                    self._lose(self._lost_text(peer, f"nothing was heard of it for {self.patience.silence:g} s"))
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """Looks for processes that live but do not get on; only the leader can tell."""
+
+    def _lost_text(self, peer: _Peer, reason: str) -> str:
+        return f"process {peer.process_id} of {self.num_processes} was lost: {reason}"
+
+    def _lose(self, text: str) -> ProcessLostError:
+        """Notes that the run has failed and tells everybody, once."""
+        with self._changed:
+            if self._error is not None:
+                return self._error
+            self._error = error = ProcessLostError(text)
+            self._tell_lost(text)
+            listeners = list(self._listeners)
+            self._changed.notify_all()
+        os.write(2, f"jaxinfer: {text}\n".encode())  # even where the log is off, or another thread holds its lock
+        self._is_written.set()
+        for listener in listeners:
+            listener.lose(error)
+        self._on_lost(error)
+        return error
+
+    def _tell_lost(self, text: str) -> None:
+        message = Message(Kind.ABORT if self.is_leader else Kind.FAILED, payload=text.encode())
+        for peer in self._peers:
+            # In a thread each: the connection to a process that has stopped reading may be full.
+            self._telling.append(threading.Thread(target=_try_to_send, args=(peer.connection, message), daemon=True))
+            self._telling[-1].start()
+
+    def finish_telling(self) -> None:
+        """Waits until the user and the other processes have been told that the run has failed, a second at most."""
+        deadline = time.monotonic() + _TELL_SECONDS
+        self._is_written.wait(_TELL_SECONDS)
+        for thread in self._telling:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+
+    def _hear_heartbeat(self, process_id: int, message: Message) -> None:
+        self._peer(process_id).progress = Progress.unpack(message.payload)
+
+    def _hear_leave(self, process_id: int, message: Message) -> None:
+        with self.change():
+            self._peer(process_id).has_left = True
+
+    def _peer(self, process_id: int) -> _Peer:
+        return next(peer for peer in self._peers if peer.process_id == process_id)
+
+
+class Leader(ProcessGroup):
+    """The processes of a run as process 0 sees them; arguments as ProcessGroup's.
+
+    Args:
+      connections: to every follower.
+    """
+
+    def __init__(
+        self,
+        connections: Mapping[int, Connection],
+        *,
+        patience: Patience,
+        on_lost: Callable[[ProcessLostError], None],
+    ):
+        super().__init__(0, len(connections) + 1, connections, patience=patience, on_lost=on_lost)
+        self._values: dict[tuple[int, int], dict[str, str | None]] = {}  # by gathering and process
+        self._handlers |= {Kind.FAILED: self._hear_failed, Kind.VALUE: self._hear_value}
+        self.num_sent = self.num_launched = 0
+        """Steps sent to the followers, and launched here; whoever does so counts."""
+
+    def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
+        """See ProcessGroup.gather."""
+        number = self._num_gathered
+        self._num_gathered += 1
+        keys = [(number, peer.process_id) for peer in self._peers]
+        others = ", ".join(str(process_id) for _, process_id in keys)
+        self.wait_for(lambda: all(key in self._values for key in keys), f"process {others} ({topic})")
+        entries = [{"topic": topic, "value": value, "error": error}, *(self._values.pop(key) for key in keys)]
+        self.send(Message(Kind.VALUES, number, json.dumps(entries).encode()))
+        return _values(entries)
+
+    def has_left(self, process_id: int) -> bool:
+        """Whether a follower has taken leave."""
+        return self._peer(process_id).has_left
+
+    def _take_leave(self) -> None:
+        peers = self._peers
+        self.wait_for(lambda: all(peer.has_left for peer in peers), "the other processes to end")
+        self.send(Message(Kind.LEAVE))
+
+    def _hear_failed(self, process_id: int, message: Message) -> None:
+        self._lose(message.payload.decode(errors="replace"))
+
+    def _hear_value(self, process_id: int, message: Message) -> None:
+        with self.change():
+            self._values[message.number, process_id] = json.loads(message.payload)
+
+    def _watch_steps(self) -> None:
+        progress = {0: self._progress(), **{peer.process_id: peer.progress for peer in self._peers}}
+        found = stuck(progress, num_sent=self.num_sent, limit=self.patience.step)
+        if found:
+            names = ", ".join(map(str, found))
+            self._lose(
+                f"process {names} of {self.num_processes} is stuck: a step did not end within {self.patience.step:g} s"
+            )
+
+
+class Follower(ProcessGroup):
+    """The processes of a run as one of the others sees them; arguments as ProcessGroup's.
+
+    Args:
+      connection: to the leader.
+    """
+
+    def __init__(
+        self,
+        process_id: int,
+        num_processes: int,
+        connection: Connection,
+        *,
+        patience: Patience,
+        on_lost: Callable[[ProcessLostError], None],
+    ):
+        super().__init__(process_id, num_processes, {0: connection}, patience=patience, on_lost=on_lost)
+        self._gathered: dict[int, list[dict[str, str | None]]] = {}
+        self._handlers |= {Kind.ABORT: self._hear_abort, Kind.VALUES: self._hear_values}
+
+    @property
+    def leader_has_left(self) -> bool:
+        """Whether process 0 has taken leave."""
+        return self._peers[0].has_left
+
+    def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
+        """See ProcessGroup.gather."""
+        number = self._num_gathered
+        self._num_gathered += 1
+        own = {"topic": topic, "value": value, "error": error}
+        self.send(Message(Kind.VALUE, number, json.dumps(own).encode()))
+        self.wait_for(lambda: number in self._gathered, f"the other processes ({topic})")
+        return _values(self._gathered.pop(number))
+
+    def _take_leave(self) -> None:
+        leader = self._peers[0]
+        self.send(Message(Kind.LEAVE))
+        self.wait_for(lambda: leader.has_left, "process 0 to end")
+
+    def _hear_abort(self, process_id: int, message: Message) -> None:
+        self._lose(message.payload.decode(errors="replace"))
+
+    def _hear_values(self, process_id: int, message: Message) -> None:
+        with self.change():
+            self._gathered[message.number] = json.loads(message.payload)
+
+
+class _LossListener(Protocol):
+    def lose(self, error: ProcessLostError) -> None:
+        """Takes note that the run has failed; called once, on any thread."""
+        ...
+
+
+def _values(entries: Sequence[Mapping[str, str | None]]) -> list[str]:
+    for number, entry in enumerate(entries):
+        if entry["error"] is not None:
+            raise GatherError(f"process {number} failed ({entry['topic']}): {entry['error']}")
+    topics = [entry["topic"] for entry in entries]
+    for number, topic in enumerate(topics):
+        if topic != topics[0]:
+            raise GatherError(
+                f"processes do different things: process 0 is at {topics[0]!r}, process {number} at {topic!r}; run the "
+                f"same script on all of them"
+            )
+    return [entry["value"] or "" for entry in entries]
+
+
+def _try_to_send(connection: Connection, message: Message) -> None:
+    with contextlib.suppress(ConnectionLostError):
+        connection.send(message)

@@ -1,0 +1,220 @@
+"""The leader's wrapper in a run with several processes: every step also goes to the other processes.
+
+Owns: sending what changes the devices (steps, warm-up, close) in the order in which it is done here, and comparing the
+tokens that other processes have sampled with its own.
+Does not know: how steps are computed, what sockets are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxinfer.communication.connection import Message
+from jaxinfer.communication.process_group import Kind, Leader, Progress
+from jaxinfer.errors import ProcessLostError
+from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.step_batch import StepBatch
+from jaxinfer.wrappers.step_frame import pack_step
+from jaxinfer.wrappers.step_result import RowUsage, StepResult
+from jaxinfer.wrappers.step_shapes import StepShapes
+
+DIGEST_BYTES = 8
+_MODEL = struct.Struct("<HH")
+
+
+class ModelKey(NamedTuple):
+    """Which model a message is about.
+
+    Args:
+      engine: number of the engine, in the order in which the run's engines were made.
+      model: 0 for the engine's model, 1 for its draft model.
+    """
+
+    engine: int
+    model: int
+
+    def pack(self) -> bytes:
+        """The first bytes of a message about this model."""
+        return _MODEL.pack(*self)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> tuple[ModelKey, bytes]:
+        """The model that a message is about, and the rest of the message."""
+        return cls(*_MODEL.unpack_from(payload)), payload[_MODEL.size :]
+
+
+def digest(token_ids: Int32[np.ndarray, " M"]) -> bytes:
+    """A digest of sampled tokens, DIGEST_BYTES long."""
+    return hashlib.blake2b(np.ascontiguousarray(token_ids, "<i4").tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+class _Launched(NamedTuple):
+    number: int
+    handle: Any
+
+
+class LeadingWrapper(AbstractModelInferenceWrapper):
+    """Runs steps on all processes of a run: sends each to the followers, then launches it here.
+
+    If another process fails or is lost, or has sampled other tokens, launch and collect raise ProcessLostError.
+
+    Args:
+      wrapper: runs the steps on this process's devices.
+      key: the model.
+      group: the processes.
+    """
+
+    def __init__(self, wrapper: AbstractModelInferenceWrapper, key: ModelKey, group: Leader):
+        self.wrapper = wrapper
+        self._key = key
+        self._group = group
+        self._num_launched = 0
+        self._waiting_since: float | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self._own: dict[int, bytes] = {}  # digests by step, until all followers have sent theirs
+        self._theirs: dict[int, dict[int, bytes]] = {}  # by step and process
+        self._last_collected = -1
+
+    @property
+    def shapes(self) -> StepShapes:
+        """See AbstractModelInferenceWrapper."""
+        return self.wrapper.shapes
+
+    @property
+    def num_pages(self) -> int:
+        """See AbstractModelInferenceWrapper."""
+        return self.wrapper.num_pages
+
+    @property
+    def row_usage(self) -> RowUsage:
+        """See AbstractModelInferenceWrapper."""
+        return self.wrapper.row_usage
+
+    @property
+    def num_compilations(self) -> int:
+        """See AbstractModelInferenceWrapper."""
+        return self.wrapper.num_compilations
+
+    @property
+    def is_compiling(self) -> bool:
+        """See AbstractModelInferenceWrapper."""
+        return self.wrapper.is_compiling
+
+    @property
+    def waiting_seconds(self) -> float:
+        """For how long collect has been waiting for a step; 0 if it is not."""
+        since = self._waiting_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Sends a step to the followers and starts it here; see AbstractModelInferenceWrapper."""
+        with self._failing_together(), self._group.launching:
+            number = self._num_launched
+            self._group.send(Message(Kind.STEP, number, self._key.pack() + pack_step(batch)))
+            self._group.num_sent += 1
+            self._num_launched += 1
+            handle = self.wrapper.launch(batch)
+            self._group.num_launched += 1
+            return _Launched(number, handle)
+
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for a step, and keeps a digest of its tokens; see AbstractModelInferenceWrapper."""
+        with self._failing_together():
+            self._waiting_since = time.monotonic()
+            result = self.wrapper.collect(handle.handle)
+            self._waiting_since = None
+        if len(result.token_ids):
+            with self._lock:
+                self._own[handle.number] = digest(result.token_ids)
+                self._last_collected = handle.number
+            self._compare()
+        return result
+
+    def hear_digest(self, process_id: int, number: int, found: bytes) -> None:
+        """Takes note of a digest that another process has sent."""
+        with self._lock:
+            self._theirs.setdefault(number, {})[process_id] = found
+        self._compare()
+
+    def _compare(self) -> None:
+        differing = None
+        with self._lock:
+            for number in [number for number in self._theirs if number <= self._last_collected]:
+                own, theirs = self._own.get(number), self._theirs[number]  # own is None if the engine skipped the step
+                differing = next(((other, number) for other in theirs if own not in (None, theirs[other])), differing)
+                if len(theirs) == self._group.num_processes - 1:
+                    del self._theirs[number]
+                    self._own.pop(number, None)
+        if differing is not None:
+            raise self._group.diverge(
+                f"process {differing[0]} has sampled other tokens than process 0 in step {differing[1]}: their weights "
+                "or devices differ"
+            )
+
+    def warmup(self, *, background: bool = False) -> None:
+        """Compiles all programs on all processes; nothing is left to the background, where their order would differ."""
+        with self._failing_together():
+            self._group.send(Message(Kind.WARM_UP, payload=self._key.pack()))
+            self.wrapper.warmup()
+
+    def close(self) -> None:
+        """Frees device memory on all processes; see AbstractModelInferenceWrapper."""
+        if not self._is_closed:
+            self._is_closed = True
+            with contextlib.suppress(ProcessLostError):
+                self._group.send(Message(Kind.CLOSE, payload=self._key.pack()))
+        self.wrapper.close()
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Lets the run fail with this process: the devices of all processes have to run the same steps."""
+        try:
+            yield
+        except ProcessLostError:
+            raise
+        except Exception as error:
+            raise self._group.fail(error) from error
+
+
+class LeadingSteps:
+    """The steps of all models that this process leads.
+
+    Args:
+      group: the processes.
+    """
+
+    def __init__(self, group: Leader):
+        self._group = group
+        self._wrappers: weakref.WeakValueDictionary[ModelKey, LeadingWrapper] = weakref.WeakValueDictionary()
+        group.handle(Kind.DIGEST, self._hear_digest)
+        group.report_progress(self._progress)
+
+    def join(self, wrapper: AbstractModelInferenceWrapper, key: ModelKey) -> LeadingWrapper:
+        """The wrapper that runs this model's steps on all processes."""
+        self._wrappers[key] = leading = LeadingWrapper(wrapper, key, self._group)
+        return leading
+
+    def _hear_digest(self, process_id: int, message: Message) -> None:
+        key, found = ModelKey.unpack(message.payload)
+        wrapper = self._wrappers.get(key)
+        if wrapper is not None:
+            wrapper.hear_digest(process_id, message.number, found)
+
+    def _progress(self) -> Progress:
+        wrappers = list(self._wrappers.values())
+        return Progress(
+            num_launched=self._group.num_launched,
+            waiting_seconds=max((wrapper.waiting_seconds for wrapper in wrappers), default=0.0),
+            is_compiling=any(wrapper.is_compiling for wrapper in wrappers),
+        )

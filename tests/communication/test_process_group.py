@@ -1,0 +1,181 @@
+"""Processes of a run agree, notice when one is lost, and end together."""
+
+import threading
+import time
+
+import pytest
+from group_tools import Group, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer.communication.connection import Message
+from jaxinfer.communication.process_group import GatherError, Kind, Patience, Progress, stuck
+from jaxinfer.errors import EngineClosedError, ProcessLostError
+
+
+def test_gather_all_get_the_values_in_order():
+    with Group(3) as group:
+        for round_ in range(3):
+            found = group.each(lambda process, r=round_: process.gather("pages", f"{r}:{process.process_id}"))
+            assert found == [[f"{round_}:{i}" for i in range(3)]] * 3
+        assert not group.lost
+
+
+def test_agree_names_a_process_that_differs_and_both_values():
+    with Group(3) as group:
+        errors = group.each(lambda process: process.agree("dtype", "a" if process.process_id < 2 else "b"))
+        assert {str(error) for error in errors} == {
+            "dtype must be the same on all processes: process 0 has a, process 2 has b"
+        }
+        assert group.each(lambda process: process.agree("dtype", "a")) == [None] * 3
+
+
+def test_gather_processes_at_different_places_say_so():
+    with Group(2) as group:
+        errors = group.each(lambda process: process.gather(f"topic {process.process_id}"))
+        assert all(isinstance(error, GatherError) and "run the same script" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_together_error_on_one_process_is_raised_on_all_and_the_run_goes_on(failing):
+    def work(process):
+        with process.together("loading"):
+            if process.process_id == failing:
+                raise FileNotFoundError("no such model")
+            process.gather("inside")  # the others are further on
+
+    with Group(3) as group:
+        errors = group.each(work)
+        assert isinstance(errors.pop(failing), FileNotFoundError)
+        assert {str(error) for error in errors} == {
+            f"process {failing} failed (loading): FileNotFoundError: no such model"
+        }
+        assert group.each(lambda process: process.gather("next", "x")) == [["x"] * 3] * 3
+        assert not group.lost
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_lost_connection_ends_all_with_its_process_named(lost):
+    with Group(3) as group:
+        group.processes[lost]._error = ProcessLostError("killed")  # it says nothing more itself
+        for peer in group.processes[lost]._peers:
+            peer.connection.close()
+        others = [i for i in range(3) if i != lost]
+        wait_until(lambda: set(others) <= set(group.lost))
+        assert {group.lost[i].split(":")[0] for i in others} == {f"process {lost} of 3 was lost"}
+
+
+def test_silent_process_is_lost_after_a_while_and_named_by_all(monkeypatch):
+    with Group(3, silence=2.0) as group:
+        wait_until(lambda: not group.lost, 1)
+        group.processes[1]._error = ProcessLostError("stopped")  # its heartbeats end
+        wait_until(lambda: {0, 2} <= set(group.lost))
+        assert group.lost[0] == group.lost[2] == "process 1 of 3 was lost: nothing was heard of it for 2 s"
+
+
+def test_failed_process_is_named_with_its_error_by_all():
+    with Group(3) as group:
+        error = group.processes[2].fail(ArithmeticError("bad luck"))
+        assert isinstance(error, ProcessLostError) and isinstance(error, EngineClosedError)
+        wait_until(lambda: len(group.lost) == 3)
+        assert set(group.lost.values()) == {"process 2 of 3 failed: ArithmeticError: bad luck"}
+
+
+def test_fail_names_the_process_that_is_lost_if_that_is_the_reason():
+    with Group(2) as group:
+        threading.Timer(0.3, group.processes[1]._peers[0].connection.close).start()
+        error = group.processes[0].fail(ValueError("a collective failed"))
+        assert str(error).startswith("process 1 of 2 was lost")
+
+
+def test_lost_run_ends_waiting_threads_and_later_calls():
+    with Group(2) as group:
+        leader, follower = group.processes
+        waiting = threading.Timer(0.2, follower.fail, (ValueError("x"),))
+        waiting.start()
+        with pytest.raises(ProcessLostError, match="process 1 of 2 failed"):
+            leader.gather("what the other never sends")
+        with pytest.raises(ProcessLostError, match="process 1 of 2 failed"):
+            leader.send(Message(Kind.STEP))
+        told = []
+
+        class Listener:
+            def lose(self, error):
+                told.append(str(error))
+
+        listener = Listener()
+        leader.when_lost(listener)
+        assert told == [str(leader.error)]
+
+
+def test_unknown_message_and_broken_heartbeat_end_the_run():
+    for message in (Message(99), Message(Kind.HEARTBEAT, payload=b"short")):
+        with Group(2) as group:
+            group.processes[1].send(message)
+            wait_until(lambda group=group: 0 in group.lost)
+            assert group.lost[0].startswith("process 1 of 2 was lost: ")
+
+
+def test_leave_waits_for_all_and_nobody_is_lost():
+    with Group(3) as group:
+        left = []
+
+        def leave(process):
+            time.sleep(0.2 * process.process_id)
+            left.append(("asks", process.process_id))
+            process.leave()
+            left.append(("left", process.process_id))
+
+        assert group.each(leave) == [None] * 3
+        assert [what for what, _ in left] == ["asks"] * 3 + ["left"] * 3
+        time.sleep(0.1)
+        assert not group.lost
+
+
+def test_leave_does_not_wait_for_a_process_that_is_lost():
+    with Group(2) as group:
+        threading.Timer(0.2, group.processes[1]._peers[0].connection.close).start()
+        with pytest.raises(ProcessLostError, match="process 1 of 2 was lost"):
+            group.processes[0].leave()
+
+
+@given(st.integers(0, 2**63), st.floats(0, 1e6), st.booleans())
+def test_progress_comes_out_of_its_message_as_it_was(num_launched, waiting_seconds, is_compiling):
+    progress = Progress(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
+    assert Progress.unpack(progress.pack()) == progress
+
+
+@pytest.mark.parametrize(
+    ("launched", "waiting", "compiling", "found"),
+    [
+        ([9, 9, 9], [0, 0, 0], [], []),
+        ([9, 9, 9], [1, 4, 1], [], []),
+        ([9, 8, 9], [6, 0, 6], [], [1]),  # process 1 has not launched what the others wait for
+        ([8, 9, 9], [0, 6, 6], [], [0]),
+        ([8, 8, 9], [0, 0, 6], [], [0, 1]),
+        ([9, 9, 9], [6, 6, 1], [], [0, 1]),  # all have launched it: those that wait are named
+        ([9, 8, 9], [6, 0, 6], [1], []),
+    ],
+)
+def test_stuck_names_those_for_which_the_others_wait(launched, waiting, compiling, found):
+    progress = {
+        i: Progress(num_launched=launched[i], waiting_seconds=waiting[i], is_compiling=i in compiling) for i in range(3)
+    }
+    assert stuck(progress, num_sent=9, limit=5) == found
+
+
+def test_stuck_process_ends_the_run_by_the_leaders_watch():
+    def prepare(process):
+        waiting = 0.0 if process.process_id == 1 else 9.0
+        process.report_progress(lambda: Progress(num_launched=process.process_id != 1, waiting_seconds=waiting))
+        if process.is_leader:
+            process.num_sent = 1
+
+    with Group(3, prepare=prepare, step=5.0) as group:
+        wait_until(lambda: len(group.lost) == 3)
+        assert set(group.lost.values()) == {"process 1 of 3 is stuck: a step did not end within 5 s"}
+
+
+def test_patience_zero_is_refused():
+    with pytest.raises(ValueError, match="silence must be > 0 seconds, got 0"):
+        Patience(silence=0)

@@ -122,10 +122,18 @@ def initialize(
     _begin(run)
 
 
-def current_run(*, gpu_memory_utilization: float) -> Run | None:
+def current_run() -> Run | None:
+    """The run that this process takes part in; None if it runs alone."""
+    return _run
+
+
+def find_run(*, gpu_memory_utilization: float) -> Run | None:
     """The run that this process takes part in; None if it runs alone.
 
-    If the program has called jax.distributed.initialize itself, the processes find each other through JAX here.
+    If the program has called jax.distributed.initialize itself, the processes find each other through JAX now.
+
+    Args:
+      gpu_memory_utilization: as EngineConfig's, since this may start JAX.
     """
     if _run is None and jax.distributed.is_initialized():
         start_jax(gpu_memory_utilization=gpu_memory_utilization)

@@ -141,6 +141,10 @@ class AsyncLLM:
         """As LLM.warmup, in a thread, so that the event loop is not blocked."""
         await asyncio.to_thread(self._llm.warmup, background=background)
 
+    async def follow(self) -> None:
+        """As LLM.follow, in a thread, so that the event loop is not blocked."""
+        await asyncio.to_thread(self._llm.follow)
+
     def stats(self) -> EngineStats:
         """As LLM.stats."""
         return self._llm.stats()

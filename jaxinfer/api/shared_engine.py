@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.distributed import LeaderRun, Run, current_run
+from jaxinfer.distributed import LeaderRun, Run, find_run
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.leading import ModelKey
 
@@ -72,7 +72,7 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
       ValueError: this process makes another LLM than the leader; the message names what differs.
       GatherError: another process does, or failed while it was loading; the message names it.
     """
-    run = current_run(gpu_memory_utilization=config.gpu_memory_utilization)
+    run = find_run(gpu_memory_utilization=config.gpu_memory_utilization)
     if run is None:
         yield None
         return

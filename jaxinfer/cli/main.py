@@ -1,4 +1,4 @@
-"""The command `jaxinfer` with its subcommands generate, replay, score, chat, info and bench, built on the Python API.
+"""The command `jaxinfer` with its subcommands generate, replay, score, chat, info, launch and bench.
 
 Owns: the commands, reading prompts, printing results, one-line error messages.
 Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
@@ -10,13 +10,17 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
+from jaxinfer import distributed
+from jaxinfer.api.following import follow_run
 from jaxinfer.api.generate import split_settings
 from jaxinfer.api.llm import LLM, find_chat_templates
 from jaxinfer.api.scoring import check_windows
@@ -25,6 +29,7 @@ from jaxinfer.cli import info as facts
 from jaxinfer.cli.bench import app as bench
 from jaxinfer.cli.conversation import HELP, Conversation
 from jaxinfer.cli.flags import SETTINGS, takes_settings
+from jaxinfer.cli.launch import become_process, is_launched, plan_processes, run_processes
 from jaxinfer.cli.replay import read_records, replay_records
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.config.engine_config import EngineConfig
@@ -63,6 +68,8 @@ def main() -> None:
 
 def _exit_code() -> int:
     try:
+        if is_launched(os.environ) and sys.argv[1:2] != ["launch"]:
+            return _as_one_of_many()
         return app(standalone_mode=False) or 0
     except _UsageError as error:
         print(f"jaxinfer: {error.format_message()} (see --help)", file=sys.stderr)
@@ -75,6 +82,49 @@ def _exit_code() -> int:
         return EXIT_ERROR
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
+
+
+def _as_one_of_many() -> int:
+    """Runs the command as a process of a run: process 0 carries it out, the others take part in its steps."""
+    # The collectives of CPUs print on standard output when they connect; only the command's own output belongs there.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    os.dup2(2, 1)
+    distributed.initialize()
+    run = distributed.current_run()
+    if not isinstance(run, distributed.FollowerRun):
+        return app(standalone_mode=False) or 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader says what Ctrl-C means
+    return 0 if follow_run(run) else EXIT_ERROR
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    command: Annotated[list[str], typer.Argument(help="a command of jaxinfer, or any other; put -- before it")],
+    *,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="start so many on this machine; none: this is one that Slurm or the like has started"),
+    ] = None,
+    hosts: Annotated[
+        str | None, typer.Option(help="all machines, the first of which leads; run the same command on each of them")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="on which process 0 listens")] = None,
+) -> int:
+    """Run a command in several processes that hold one model together: process 0 prints what a single one would.
+
+    A script has to call jaxinfer.distributed.initialize() before it makes an LLM.
+    """
+    is_own = command[0] in {
+        entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback
+    }
+    whole = [sys.executable, "-m", "jaxinfer", *command] if is_own else command
+    if processes is None:
+        if hosts is not None or port is not None:
+            raise ValueError("--hosts and --port need --processes, how many to start on each machine")
+        become_process(whole)
+    names = [] if hosts is None else [name.strip() for name in hosts.split(",") if name.strip()]
+    members = plan_processes(num_processes=processes or 1, hosts=names, port=port, environment=os.environ)
+    return run_processes(whole, members)
 
 
 @app.command()

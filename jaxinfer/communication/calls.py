@@ -99,7 +99,7 @@ class FollowingCalls:
 
     def __init__(self, group: Follower):
         self._group = group
-        self._num_engines = itertools.count()
+        self._num_engines = 0
         self._opened: dict[int, str] = {}
         self._closed: set[int] = set()
         self._results: dict[tuple[int, int], dict[str, Any]] = {}
@@ -113,12 +113,18 @@ class FollowingCalls:
           EngineClosedError: the leader has ended.
           ProcessLostError: the run has failed.
         """
-        engine = next(self._num_engines)
-        group = self._group
-        group.wait_for(lambda: engine in self._opened or group.leader_has_left, "process 0 to make an LLM")
+        self.peek_opened()
+        engine = self._num_engines
+        self._num_engines += 1
+        return engine, self._opened.pop(engine)
+
+    def peek_opened(self) -> str:
+        """Waits like next_opened and returns the description, which next_opened will return again."""
+        engine, group = self._num_engines, self._group
+        group.wait_for(lambda: engine in self._opened or group.is_leader_leaving)
         if engine not in self._opened:
             raise EngineClosedError("process 0 has ended")
-        return engine, self._opened.pop(engine)
+        return self._opened[engine]
 
     def make(self, engine: int, description: str) -> dict[str, Any]:
         """Makes a call and waits for its result, as the leader has sent it.

@@ -39,7 +39,7 @@ _PROGRESS = struct.Struct("<Qd?")
 
 
 class Kind(enum.IntEnum):
-    """The kinds of messages. The group itself handles those up to VALUES; the others belong to the rooms above."""
+    """The kinds of messages. What each is for, and who sends it to whom."""
 
     HEARTBEAT = 0
     FAILED = 1
@@ -47,7 +47,7 @@ class Kind(enum.IntEnum):
     ABORT = 2
     """Leader to follower: the run has failed, for the reason in the payload."""
     LEAVE = 3
-    """This process ends as it should, and needs the others no more."""
+    """Follower to leader: this process ends as it should. Leader to follower: all processes do, and may."""
     VALUE = 4
     """Follower to leader: its value in a gathering."""
     VALUES = 5
@@ -72,6 +72,8 @@ class Kind(enum.IntEnum):
     """Follower to leader: this process makes no calls of its own any more."""
     RESULT = 15
     """Leader to follower: the result of a call."""
+    LEAVING = 16
+    """Leader to follower: the leader ends as it should, once all others do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -507,6 +509,7 @@ class Leader(ProcessGroup):
 
     def _take_leave(self) -> None:
         peers = self._peers
+        self.send(Message(Kind.LEAVING))
         self.wait_for(lambda: all(peer.has_left for peer in peers), "the other processes to end")
         self.send(Message(Kind.LEAVE))
 
@@ -545,12 +548,17 @@ class Follower(ProcessGroup):
     ):
         super().__init__(process_id, num_processes, {0: connection}, patience=patience, on_lost=on_lost)
         self._gathered: dict[int, list[dict[str, str | None]]] = {}
-        self._handlers |= {Kind.ABORT: self._hear_abort, Kind.VALUES: self._hear_values}
+        self._is_leader_leaving = False
+        self._handlers |= {
+            Kind.ABORT: self._hear_abort,
+            Kind.LEAVING: self._hear_leaving,
+            Kind.VALUES: self._hear_values,
+        }
 
     @property
-    def leader_has_left(self) -> bool:
-        """Whether process 0 has taken leave."""
-        return self._peers[0].has_left
+    def is_leader_leaving(self) -> bool:
+        """Whether process 0 is at its end, and sends no more work."""
+        return self._is_leader_leaving
 
     def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
         """See ProcessGroup.gather."""
@@ -565,6 +573,10 @@ class Follower(ProcessGroup):
         leader = self._peers[0]
         self.send(Message(Kind.LEAVE))
         self.wait_for(lambda: leader.has_left, "process 0 to end")
+
+    def _hear_leaving(self, process_id: int, message: Message) -> None:
+        with self.change():
+            self._is_leader_leaving = True
 
     def _hear_abort(self, process_id: int, message: Message) -> None:
         self._lose(message.payload.decode(errors="replace"))

@@ -79,8 +79,7 @@ def assemble(
     mesh = make_mesh(
         pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
     )
-    if processes is not None:
-        _require_share(mesh, processes)
+    _require_share(mesh, processes)
     layout = lay_out(model_config, config, *platform_of(mesh.devices.flat[0]))
     model = abstract_model(model_config, layout)
     parameters = load_parameters(
@@ -119,9 +118,14 @@ def assemble(
     return wrapper
 
 
-def _require_share(mesh: Mesh, processes: ProcessGroup) -> None:
-    """Refuses a mesh without a device of some process, which could then not take part in the run."""
-    idle = sorted(set(range(processes.num_processes)) - {device.process_index for device in mesh.devices.flat})
+def _require_share(mesh: Mesh, processes: ProcessGroup | None) -> None:
+    """Refuses a mesh over processes that are no run, or without a device of some process of the run."""
+    found = {device.process_index for device in mesh.devices.flat}
+    if processes is None:
+        if found != {jax.process_index()}:
+            raise ValueError("the mesh has devices of other processes, which only an LLM can use; make an LLM on each")
+        return
+    idle = sorted(set(range(processes.num_processes)) - found)
     if idle:
         num_stages, num_shards = mesh.devices.shape
         raise ValueError(

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import signal
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -88,23 +88,9 @@ def _shared_programs() -> None:
 @pytest.fixture
 def few_programs(monkeypatch) -> None:
     """Pads every step to the largest shape and samples it by the most general sampler, so that little is compiled."""
-    from jaxinfer.request import MAX_LOGPROBS
-    from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper  # after the import hook
-    from jaxinfer.wrappers.step_batch import SamplerVariant
-    from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
+    from shared_programs import take_few_programs  # after the import hook
 
-    smallest, fastest = StepShapes.shape, DecoderWrapper._sampler
-
-    def largest(self, *, num_logits: int, scored: bool = False, **_) -> StepShape:
-        largest = {"num_decode": self.max_decode, "num_prefill": self.max_prefill, "num_logits": num_logits}
-        return smallest(self, **largest, scored=scored)
-
-    def general(self, batch, num_logits: int):
-        num_top = max(batch.num_top or 0, MAX_LOGPROBS)
-        return fastest(self, replace(batch, variant=SamplerVariant.FULL, num_top=num_top), num_logits)
-
-    monkeypatch.setattr(StepShapes, "shape", largest)
-    monkeypatch.setattr(DecoderWrapper, "_sampler", general)
+    take_few_programs(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -5,10 +5,17 @@ patches code which is traced must therefore give its LLM settings that no other 
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from jaxinfer.models.registry import find_family
+from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers import assembly, decoder_wrapper
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
+from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
 PROGRAMS = ("forward", "sample", "sample_edited", "score", "edit", "allow", "logits", "copy")
 
@@ -32,3 +39,19 @@ def share_programs() -> None:
         return programs[key]
 
     assembly.abstract_model, decoder_wrapper.StepPrograms = abstract_model, step_programs
+
+
+def take_few_programs(set_attribute: Callable[[type, str, Any], None]) -> None:
+    """Pads every step to the largest shape and samples it by the most general sampler, so that little is compiled."""
+    smallest, fastest = StepShapes.shape, DecoderWrapper._sampler
+
+    def largest(self, *, num_logits: int, scored: bool = False, **_) -> StepShape:
+        largest = {"num_decode": self.max_decode, "num_prefill": self.max_prefill, "num_logits": num_logits}
+        return smallest(self, **largest, scored=scored)
+
+    def general(self, batch, num_logits: int):
+        num_top = max(batch.num_top or 0, MAX_LOGPROBS)
+        return fastest(self, replace(batch, variant=SamplerVariant.FULL, num_top=num_top), num_logits)
+
+    set_attribute(StepShapes, "shape", largest)
+    set_attribute(DecoderWrapper, "_sampler", general)

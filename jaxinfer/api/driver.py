@@ -185,6 +185,11 @@ class Driver(Generic[AnswerT]):
         """Whether submissions are accepted: False once the driver was closed or a step failed."""
         return self._error is None and not self._closing
 
+    @property
+    def num_open(self) -> int:
+        """Submissions that have not ended, started or not."""
+        return len(self._open)
+
     def submit(
         self,
         submissions: Sequence[Submission],

@@ -22,6 +22,7 @@ from jaxinfer.api.driver import Ticket
 from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.api.output_stream import OutputStream
 from jaxinfer.api.provenance import find_provenance
+from jaxinfer.api.replicas import ReplicatedRunner
 from jaxinfer.api.runner import LocalRunner, Runner
 from jaxinfer.api.scoring import Perplexity, Window, check_windows, sliding_windows
 from jaxinfer.api.shared_engine import SharedEngine, opened
@@ -145,19 +146,27 @@ class LLM:
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self._loaded = LoadedEngine(model_config, store, config, shared=shared)
+        replicas = [
+            LoadedEngine(model_config, store, config, replica=number, shared=shared)
+            for number in range(config.data_parallel_size)
+        ]
+        self._loaded, self._replicas = replicas[0], replicas
         self.max_model_len = self._loaded.max_model_len
         provenance = named()  # asks JAX for its devices, so it must come after LoadedEngine, which starts JAX
-        self._controller = TextGenerationController(
-            self._loaded.engine,
-            tokenizer,
-            defaults=defaults,
-            vocab_size=model_config.vocab_size,
-            max_model_len=self.max_model_len,
-            seed=config.seed,
-            provenance=provenance,
-        )
-        self._runner = _make_runner(self._loaded, self._controller, shared, provenance)
+        controllers = [
+            TextGenerationController(
+                loaded.engine,
+                tokenizer,
+                defaults=defaults,
+                vocab_size=model_config.vocab_size,
+                max_model_len=self.max_model_len,
+                seed=config.seed,
+                provenance=provenance,
+            )
+            for loaded in replicas
+        ]
+        self._controller = controllers[0]  # prepares the requests of all replicas
+        self._runner = _make_runner(replicas, controllers, config, shared, provenance)
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # The driver's thread must end with its LLM, also when the LLM is garbage-collected or Python exits.
@@ -533,7 +542,7 @@ class LLM:
         With the default parameters the reply also ends when the request fills all KV pages, if that is before
         max_model_len; otherwise an LLM with few pages would refuse the request as too long.
         """
-        ends_at = self._loaded.longest_request if is_default else None
+        ends_at = min(loaded.longest_request for loaded in self._replicas) if is_default else None
         return self._controller.prepare(prompt, params, add_special_tokens=False, ends_at=ends_at)
 
     def _stream(self, submission: Submission) -> OutputStream:
@@ -594,13 +603,18 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _make_runner(
-    loaded: LoadedEngine, controller: TextGenerationController, shared: SharedEngine | None, provenance: Provenance
+    replicas: Sequence[LoadedEngine],
+    controllers: Sequence[TextGenerationController],
+    config: EngineConfig,
+    shared: SharedEngine | None,
+    provenance: Provenance,
 ) -> Runner:
     if shared is None:
-        return LocalRunner(loaded, controller)
+        runners = [LocalRunner(*pair) for pair in zip(replicas, controllers, strict=True)]
+        return runners[0] if len(runners) == 1 else ReplicatedRunner(runners, config)
     if isinstance(shared.run, LeaderRun):
-        return LeadingRunner(loaded, controller, shared.run, shared.number)
-    return FollowingRunner(loaded, shared.run, shared.number, provenance)
+        return LeadingRunner(replicas[0], controllers[0], shared.run, shared.number)
+    return FollowingRunner(replicas[0], shared.run, shared.number, provenance)
 
 
 def _shut_down(runner: Runner, sandbox: TemplateSandbox) -> None:

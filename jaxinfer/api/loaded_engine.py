@@ -31,6 +31,7 @@ class LoadedEngine:
       model_config: the model's architecture and sizes.
       store: the model's weights.
       config: the engine's settings.
+      replica: which of config.data_parallel_size replicas of the model this one runs, from 0.
       shared: the engine as all processes of a run hold it; None if this process runs alone.
 
     Raises:
@@ -45,6 +46,7 @@ class LoadedEngine:
         store: TensorStore,
         config: EngineConfig,
         *,
+        replica: int = 0,
         shared: SharedEngine | None = None,
     ):
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
@@ -54,14 +56,16 @@ class LoadedEngine:
         draft_store = None if draft is None else draft.open()  # a missing file is noticed before the model is loaded
         beside = None if draft is None else footprint(draft.model_config, draft.config)
         processes = None if shared is None else shared.run.group
-        self.decoder = assemble(model_config, store, config, beside=beside, processes=processes)
+        self.decoder = assemble(model_config, store, config, beside=beside, replica=replica, processes=processes)
         self.wrapper: AbstractModelInferenceWrapper = self.decoder
         if shared is not None:
             self.wrapper = shared.join(self.decoder, model=0, vocab_size=model_config.vocab_size)
         self._draft_wrapper: AbstractModelInferenceWrapper | None = None
         if draft is not None and draft_store is not None:  # the draft model gets as many KV pages as the model
             draft_config = dataclasses.replace(draft.config, num_kv_pages=self.wrapper.num_pages)
-            wrapper = assemble(draft.model_config, draft_store, draft_config, role="draft model", processes=processes)
+            wrapper = assemble(
+                draft.model_config, draft_store, draft_config, role="draft model", replica=replica, processes=processes
+            )
             self._draft_wrapper = (
                 wrapper if shared is None else shared.join(wrapper, model=1, vocab_size=model_config.vocab_size)
             )

@@ -89,6 +89,10 @@ class LocalRunner(Runner):
         """See Runner."""
         self.driver.cancel([ticket])
 
+    def num_cached_pages(self, page_hashes: Sequence[bytes]) -> int:
+        """How many pages of a text's beginning the engine's prefix cache has."""
+        return self._loaded.engine.num_cached_pages(page_hashes)
+
     def warmup(self, *, background: bool = False) -> None:
         """See Runner."""
         self._loaded.warmup(background=background)

@@ -76,6 +76,11 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
     if run is None:
         yield None
         return
+    if config.data_parallel_size > 1:
+        raise ValueError(
+            f"data_parallel_size must be 1 in a run of several processes, got {config.data_parallel_size}; start a run "
+            "for each replica"
+        )
     description: dict[str, Any] = {
         "model": None if model is None else str(model),
         "tokenizer": tokenizer if tokenizer is None else str(tokenizer),

@@ -33,7 +33,6 @@ _ERRORS = (
     ValueError,
     TypeError,
     ImportError,
-    NotImplementedError,
     KeyboardInterrupt,
     EngineClosedError,
     GatherError,

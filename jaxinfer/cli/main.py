@@ -32,6 +32,8 @@ from jaxinfer.cli.flags import SETTINGS, takes_settings
 from jaxinfer.cli.launch import become_process, is_launched, plan_processes, run_processes
 from jaxinfer.cli.replay import read_records, replay_records
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
+from jaxinfer.communication.connection import RefusedError
+from jaxinfer.communication.process_group import GatherError
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
@@ -46,7 +48,16 @@ MAX_REPLY_TOKENS = 1024
 # The base class of usage errors. It is found through typer because some versions of typer bundle click and others use
 # the installed one.
 _UsageError: Any = typer.BadParameter.__mro__[1]
-_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError, EngineClosedError, RequestFailedError)
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    EngineClosedError,
+    RequestFailedError,
+    GatherError,
+    RefusedError,
+)
 
 app = typer.Typer(
     help="LLM text generation in JAX and Flax.",

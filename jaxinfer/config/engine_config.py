@@ -25,7 +25,7 @@ class EngineConfig:
       dtype: dtype of weights, activations and KV cache: "auto" is float32 on CPU and bfloat16 elsewhere.
       tensor_parallel_size: devices that share each layer.
       pipeline_parallel_size: stages that share the layers.
-      data_parallel_size: replicas of the whole mesh; only 1 is supported.
+      data_parallel_size: replicas of the model, each on a mesh of its own; requests are shared out among them.
       max_model_len: limit on the tokens of prompt and output together; None takes the model's own limit.
       max_num_seqs: sequences that can run at once (decode slots).
       max_num_batched_tokens: tokens that one step may process. Prefill rows are padded to 16 tokens each; padding
@@ -87,10 +87,6 @@ class EngineConfig:
                 f"{self.draft_model!r}"
             )
         object.__setattr__(self, "num_draft_tokens", require_int("num_draft_tokens", self.num_draft_tokens, 1, 15))
-        if self.data_parallel_size != 1:
-            raise NotImplementedError(
-                f"data_parallel_size={self.data_parallel_size}: only one replica is supported so far; use 1"
-            )
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, got {self.page_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -328,6 +328,14 @@ class DynamicEngine:
             return ()
         return self._drafter.plan(sequence, most)
 
+    def num_cached_pages(self, page_hashes: Sequence[bytes]) -> int:
+        """How many pages of a text's beginning the prefix cache has at present; any thread may ask.
+
+        Args:
+          page_hashes: of the text's full pages (page_allocator.page_hashes).
+        """
+        return len(self._scheduler.pages.find(page_hashes))
+
     def stats(self) -> EngineStats:
         """The present load, and counts since the engine began."""
         scheduler, pages, usage = self._scheduler, self._scheduler.pages, self._wrapper.row_usage

@@ -25,6 +25,14 @@ def next_page_hash(previous: bytes, page_token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(previous + np.asarray(page_token_ids, np.int64).tobytes()).digest()
 
 
+def page_hashes(token_ids: Sequence[int], page_size: int) -> list[bytes]:
+    """The hashes of all full pages of a text."""
+    hashes = [b""]
+    for end in range(page_size, len(token_ids) + 1, page_size):
+        hashes.append(next_page_hash(hashes[-1], token_ids[end - page_size : end]))
+    return hashes[1:]
+
+
 @dataclass(slots=True)
 class _CachedPage:
     """A page whose content can be found by hash.

@@ -56,7 +56,7 @@ class JsonRecord:
             raise ValueError(f"unknown format version {_shown(found)}, this version of jaxinfer reads {FORMAT}")
         try:
             return from_fields(cls, fields)
-        except (TypeError, NotImplementedError) as error:  # raised by checks of the dataclasses, beside ValueError
+        except TypeError as error:  # raised by checks of the dataclasses, beside ValueError
             raise ValueError(str(error)) from error
 
 

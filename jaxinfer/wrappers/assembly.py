@@ -55,6 +55,7 @@ def assemble(
     *,
     beside: Footprint | None = None,
     role: str = "model",
+    replica: int = 0,
     progress: bool = True,
     processes: ProcessGroup | None = None,
 ) -> DecoderWrapper:
@@ -67,6 +68,7 @@ def assemble(
       beside: memory to leave for a second model (the draft model), which will be loaded on the same devices with as
         many pages.
       role: what the model is used as ("model", "draft model"), for the line in the log.
+      replica: which of config.data_parallel_size replicas this is; those before it are loaded already.
       progress: whether to show a bar while loading.
       processes: the processes of a run with several, all of which load their parts of the model at the same time.
 
@@ -77,7 +79,9 @@ def assemble(
     enable_persistent_cache()
     chosen_options(config.xla_options)  # a mistake is noticed before anything is loaded
     mesh = make_mesh(
-        pipeline_parallel_size=config.pipeline_parallel_size, tensor_parallel_size=config.tensor_parallel_size
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        replica=replica,
     )
     _require_share(mesh, processes)
     layout = lay_out(model_config, config, *platform_of(mesh.devices.flat[0]))
@@ -98,6 +102,7 @@ def assemble(
         layout=layout,
         mesh=mesh,
         beside=beside,
+        num_alike=config.data_parallel_size - replica,
         processes=processes,
     )
     logger.info(

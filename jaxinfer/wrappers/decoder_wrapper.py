@@ -90,6 +90,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
       layout: the layout that the model was built for.
       mesh: the devices that hold the parameters.
       beside: memory to leave for a second model (the draft model), which will have as many pages on the same devices.
+      num_alike: replicas that have yet to be loaded, this one included; on CPUs they share one memory.
       processes: the other processes that hold a part of the model, with which the number of KV pages is agreed on; None
         if there are none.
 
@@ -107,6 +108,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         layout: Layout,
         mesh: Mesh,
         beside: Footprint | None = None,
+        num_alike: int = 1,
         processes: ProcessGroup | None = None,
     ):
         self._mesh = mesh
@@ -117,7 +119,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
         self._num_pages = config.num_kv_pages or _fewest(
-            self._fitting_pages(config, model_config, layout.dtype.itemsize, beside or Footprint()), processes
+            self._fitting_pages(config, model_config, layout.dtype.itemsize, beside or Footprint(), num_alike),
+            processes,
         )
         self._step_programs = StepPrograms(
             model,
@@ -336,11 +339,13 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """A program of StepPrograms by name, for reading its memory plan and text."""
         return self._programs.get(name, *arguments)
 
-    def _fitting_pages(self, config: EngineConfig, model_config: ModelConfig, itemsize: int, beside: Footprint) -> int:
+    def _fitting_pages(
+        self, config: EngineConfig, model_config: ModelConfig, itemsize: int, beside: Footprint, num_alike: int
+    ) -> int:
         devices = self._mesh.local_devices
         free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
         if devices[0].platform == "cpu":
-            free //= self._mesh.size  # CPU devices share one memory
+            free //= self._mesh.size * num_alike  # CPU devices share one memory
         else:
             free -= activation_bytes(model_config, self._shapes, itemsize)
             free -= edit_bytes(self._shapes, model_config.vocab_size, num_devices=self._mesh.size)

@@ -103,7 +103,7 @@ def changed(path: str, value: Any) -> str:
         (changed("sampling_params.top_p", 3), r"top_p must be in \(0, 1\], got 3"),
         (changed("sampling_params.logit_bias", {"x": 1}), "logit_bias key must be an int"),
         (changed("provenance.engine.page_size", 9), "page_size must be a power of two, got 9"),
-        (changed("provenance.engine.data_parallel_size", 2), "only one replica"),
+        (changed("provenance.engine.data_parallel_size", 0), "data_parallel_size must be >= 1, got 0"),
         (changed("provenance.engine", None), "engine must be jaxinfer.config.engine_config.EngineConfig, got None"),
         (changed("prompt_token_ids", "abc"), r"prompt_token_ids must be tuple\[int, ...\], got 'abc'"),
         (changed("outputs.0.token_ids", [1, True]), "token_ids entry must be int, got True"),

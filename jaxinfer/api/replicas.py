@@ -1,0 +1,113 @@
+"""Several replicas of a model behind one LLM, each an engine on its own devices with a thread of its own.
+
+Owns: ReplicatedRunner, which shares requests out among replicas.
+Does not know: prompts, how a replica computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jaxinfer.api.driver import Ticket
+from jaxinfer.api.output_stream import wait_for
+from jaxinfer.api.routing import Router
+from jaxinfer.api.runner import LocalRunner, Runner
+from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.engine.page_allocator import page_hashes
+from jaxinfer.errors import EngineClosedError
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.text.preparation import Submission
+
+logger = logging.getLogger("jaxinfer")
+
+
+class ReplicatedRunner(Runner):
+    """Runs each request on one of several replicas; a replica whose engine stops fails its own requests only.
+
+    Args:
+      replicas: the replicas, of which each has its own driver.
+      config: the settings of each.
+    """
+
+    def __init__(self, replicas: Sequence[LocalRunner], config: EngineConfig):
+        self._replicas = list(replicas)
+        self._page_size = config.page_size
+        self._caching = config.enable_prefix_caching
+        self._router = Router(len(replicas), num_remembered=config.max_num_seqs, seed=config.seed)
+        self._routing = threading.Lock()
+        self._owners: weakref.WeakKeyDictionary[Ticket, LocalRunner] = weakref.WeakKeyDictionary()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any replica accepts requests."""
+        return any(replica.is_running for replica in self._replicas)
+
+    def run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
+        """See Runner."""
+        tickets: list[Ticket] = []
+        try:
+            for submission in submissions:
+                tickets.append(self._submit(submission, stream=False))
+            return wait_for(tickets, show_bar=show_bar)
+        except BaseException:
+            for ticket in tickets:
+                self.cancel(ticket)
+            raise
+
+    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+        """See Runner."""
+        return self._submit(submission, stream=True, on_update=on_update)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See Runner."""
+        self._owners[ticket].cancel(ticket)
+
+    def _submit(
+        self, submission: Submission, *, stream: bool, on_update: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
+        while True:
+            replica = self._choose(submission)
+            try:
+                (ticket,) = replica.driver.submit([submission], stream=stream, on_update=on_update)
+            except EngineClosedError:
+                if not self.is_running:
+                    raise
+                continue  # it has stopped since it was chosen
+            self._owners[ticket] = replica
+            return ticket
+
+    def _choose(self, submission: Submission) -> LocalRunner:
+        replicas = self._replicas
+        hashes = page_hashes(submission.requests[0].prompt_token_ids, self._page_size) if self._caching else []
+        with self._routing:
+            loads = [replica.driver.num_open if replica.is_running else None for replica in replicas]
+            if not any(load is not None for load in loads):
+                return replicas[0]  # which raises the reason
+            cached = [replica.num_cached_pages(hashes) for replica in replicas]
+            return replicas[self._router.choose(hashes, loads=loads, cached=cached)]
+
+    def warmup(self, *, background: bool = False) -> None:
+        """Compiles the programs of all replicas at the same time."""
+        with ThreadPoolExecutor(len(self._replicas)) as pool:
+            list(pool.map(lambda replica: replica.warmup(background=background), self._replicas))
+
+    def stats(self) -> EngineStats:
+        """The sums over all replicas."""
+        found = [replica.stats() for replica in self._replicas]
+        names = [entry.name for entry in dataclasses.fields(EngineStats)]
+        return EngineStats(**{name: sum(getattr(stats, name) for stats in found) for name in names})
+
+    def follow(self) -> None:
+        """Refuses: there is no process to follow."""
+        self._replicas[0].follow()
+
+    def close(self) -> None:
+        """See Runner."""
+        for replica in self._replicas:
+            replica.close()

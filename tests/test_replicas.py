@@ -1,0 +1,125 @@
+"""Replicas of a model behind one LLM: the texts of one, at the same time, and independent of each other's failures."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from mesh_tools import MODELS, on_mesh, run
+
+from jaxinfer import EngineClosedError, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("few_programs")
+
+
+def tokens_of(outputs):
+    return [[entry.token_ids for entry in output.outputs] for output in outputs]
+
+
+@pytest.mark.parametrize("model", [MODELS[0], *(pytest.param(model, marks=pytest.mark.matrix) for model in MODELS[1:])])
+def test_replicas_give_the_tokens_of_one_device_and_all_have_work(model):
+    with on_mesh(model, (1, 1), enable_prefix_caching=False) as llm:
+        expected = tokens_of(run(llm, model))
+    with on_mesh(model, (1, 2), data_parallel_size=2) as llm:
+        meshes = [[device.id for device in loaded.decoder._mesh.devices.flat] for loaded in llm._replicas]
+        assert tokens_of(run(llm, model)) == expected
+        each, whole = [loaded.stats() for loaded in llm._replicas], llm.stats()
+    assert meshes == [[0, 1], [2, 3]]
+    assert all(stats.num_steps > 0 for stats in each)
+    assert whole.num_requests_finished == len(expected) and whole.kv_pages_used == 0
+    assert whole.num_steps == sum(stats.num_steps for stats in each)
+    assert whole.kv_pages_total == 2 * each[0].kv_pages_total
+
+
+def test_replicas_have_launches_in_flight_at_the_same_time():
+    with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
+        llm.generate([[1], [2], [3], [4]], SamplingParams(max_tokens=2))
+        timelines = [record_launches(loaded.wrapper) for loaded in llm._replicas]
+        llm.generate([[i] * 5 for i in range(8)], SamplingParams(max_tokens=20, ignore_eos=True))
+    first, second = timelines
+    overlapping = sum(a0 < b1 and b0 < a1 for a0, a1 in first for b0, b1 in second)
+    assert min(len(first), len(second)) > 10
+    assert overlapping >= min(len(first), len(second)) // 2
+
+
+def record_launches(wrapper):
+    """The (launch, collect) times of all steps from now on."""
+    times, launch, collect = [], wrapper.launch, wrapper.collect
+    begun = {}
+
+    def timed_launch(batch):
+        started = time.monotonic()
+        handle = launch(batch)
+        begun[id(handle)] = started
+        return handle
+
+    def timed_collect(handle):
+        result = collect(handle)
+        times.append((begun.pop(id(handle)), time.monotonic()))
+        return result
+
+    wrapper.launch, wrapper.collect = timed_launch, timed_collect
+    return times
+
+
+def test_replica_that_stops_fails_its_own_requests_only():
+    endless = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0)
+    with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
+        streams = [llm.stream([number] * 3, endless) for number in range(4)]
+        for stream in streams:
+            next(stream)
+        owners = [llm._replicas.index(llm._runner._owners[stream._ticket]._loaded) for stream in streams]
+        assert set(owners) == {0, 1}
+
+        def fail(batch):
+            raise ArithmeticError("a broken device")
+
+        llm._replicas[1].wrapper.launch = fail
+        for owner, stream in zip(owners, streams, strict=True):
+            if owner == 1:
+                with pytest.raises(EngineClosedError, match="ArithmeticError: a broken device"):
+                    list(stream)
+            else:
+                assert len(list(stream)[-1].token_ids) == 60
+        assert llm.is_running
+        outputs = llm.generate([[number] for number in range(6)], endless)
+        assert [len(output.token_ids) for output in outputs] == [60] * 6
+
+        llm._replicas[0].wrapper.launch = fail
+        with pytest.raises(EngineClosedError, match="a broken device"):
+            llm.generate([1], endless)
+        assert not llm.is_running
+
+
+def test_requests_with_a_common_beginning_share_a_replicas_pages():
+    beginnings = [[i] * 24 for i in range(2)]
+    with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
+        for number in range(6):
+            for beginning in beginnings:
+                llm.generate([*beginning, number], SamplingParams(max_tokens=1))
+        each = [loaded.stats() for loaded in llm._replicas]
+    assert sum(stats.prefix_cache_hits for stats in each) == 2 * 5 * 24
+    assert all(stats.prefix_cache_hits in (0, 5 * 24, 2 * 5 * 24) for stats in each)
+
+
+def test_cancelled_and_closed_replicas_leave_nothing_behind():
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    before = threading.active_count()
+    with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
+        for number in range(4):
+            with llm.stream([number], params) as stream:
+                next(stream)
+        llm.generate([1], SamplingParams(max_tokens=1))
+        while any(loaded.stats().kv_pages_used for loaded in llm._replicas):
+            time.sleep(0.01)
+        running = llm.stream([1], params)
+        next(running)
+    with pytest.raises(EngineClosedError, match="closed"):
+        list(running)
+    assert threading.active_count() <= before + 1  # tqdm's monitor may have started
+
+
+def test_too_few_devices_for_the_replicas_says_so():
+    with pytest.raises(ValueError, match="5 replicas of a mesh of 1 pipeline x 2 tensor need 10 devices, found 8"):
+        on_mesh("llama", (1, 2), data_parallel_size=5)

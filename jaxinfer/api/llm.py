@@ -458,18 +458,21 @@ class LLM:
         render = self._chat_renderer.check(conversations[0], **template)
         return lambda: self._prepare_chat(render(), params, is_default=sampling_params is None)
 
-    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+    def start(
+        self, submission: Submission, *, stream: bool = True, on_update: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
         """Starts a prepared request; its outputs are read from the returned ticket while it runs.
 
         Args:
           submission: from prepare, prepare_chat or prepare_beam_search.
+          stream: also give out unfinished outputs; without it only the finished one.
           on_update: called with the ticket when ticket.take may have a new output. It usually runs on the engine's
             thread and must not block. Without it, wait with ticket.next_output.
 
         Raises:
           EngineClosedError: the LLM is closed.
         """
-        return self._runner.start(submission, on_update=on_update)
+        return self._runner.start(submission, stream=stream, on_update=on_update)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends the ticket's request if it still runs; a thread that waits for its output gets a CancelledError."""

@@ -60,9 +60,11 @@ class ReplicatedRunner(Runner):
                 self.cancel(ticket)
             raise
 
-    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+    def start(
+        self, submission: Submission, *, stream: bool = True, on_update: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
         """See Runner."""
-        return self._submit(submission, stream=True, on_update=on_update)
+        return self._submit(submission, stream=stream, on_update=on_update)
 
     def cancel(self, ticket: Ticket) -> None:
         """See Runner."""

@@ -31,7 +31,9 @@ class Runner(ABC):
         """Runs requests and waits for their outputs, which come in the same order."""
 
     @abstractmethod
-    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+    def start(
+        self, submission: Submission, *, stream: bool = True, on_update: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
         """Starts a request, whose outputs are read from the ticket while it runs."""
 
     @abstractmethod
@@ -81,9 +83,11 @@ class LocalRunner(Runner):
             self.driver.cancel(tickets)
             raise
 
-    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> Ticket:
+    def start(
+        self, submission: Submission, *, stream: bool = True, on_update: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
         """See Runner."""
-        return self.driver.submit([submission], stream=True, on_update=on_update)[0]
+        return self.driver.submit([submission], stream=stream, on_update=on_update)[0]
 
     def cancel(self, ticket: Ticket) -> None:
         """See Runner."""

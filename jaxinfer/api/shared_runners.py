@@ -150,7 +150,9 @@ class FollowingRunner(Runner):
         """The leader's statistics as they were at the end of the last call."""
         return self._stats
 
-    def start(self, submission: Submission, *, on_update: Callable[[Ticket], None] | None = None) -> NoReturn:
+    def start(
+        self, submission: Submission, *, stream: bool = True, on_update: Callable[[Ticket], None] | None = None
+    ) -> NoReturn:
         """Refuses: only the leader streams."""
         raise ValueError(
             f"streams run on process 0 only, this is process {self._run.group.process_id}; call llm.follow() here"

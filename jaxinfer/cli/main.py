@@ -1,4 +1,4 @@
-"""The command `jaxinfer` with its subcommands generate, replay, score, chat, info, launch and bench.
+"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, info, launch and bench.
 
 Owns: the commands, reading prompts, printing results, one-line error messages.
 Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
+from tqdm.auto import tqdm
 
 from jaxinfer import distributed
 from jaxinfer.api.following import follow_run
@@ -38,6 +39,7 @@ from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.serve.batch import plan_batch, run_batch
 from jaxinfer.text.chat_template import ChatTemplates
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -218,6 +220,35 @@ def score(
     else:
         sizes = f"{found.num_tokens:,} tokens, log-probability {found.logprob:,.2f}"
         print(f"{sizes}, perplexity {found.value:,.3f} a token, {found.bits_per_byte:.3f} bits a byte")
+
+
+@app.command()
+@takes_settings(EngineConfig)
+def batch(
+    source: Annotated[Path, typer.Argument(help="requests, a line each, as OpenAI's batch API takes them")],
+    target: Annotated[Path, typer.Argument(help="answers, a line each; those that it has already stay")],
+    *,
+    model: Model = None,
+    tokenizer: TokenizerFrom = None,
+    **fields: Any,
+) -> int:
+    """Answer a file of requests; run it again to go on after an interruption. Exits with 1 if a request was wrong.
+
+    The model that a request names is not looked at: --model answers all of them.
+    """
+    config = EngineConfig(**fields)
+    plan = plan_batch(source, target)
+    remark(f"{plan.num_lines:,} requests, {len(plan.done):,} answered already")
+    if not plan.num_left:
+        return 0
+    with (
+        LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm,
+        tqdm(total=plan.num_lines, initial=len(plan.done), unit="request", disable=None) as bar,
+    ):
+        num_errors = run_batch(llm, plan, on_answer=bar.update)
+    if num_errors:
+        remark(f"{num_errors:,} requests were wrong; their lines of {target} say why")
+    return EXIT_ERROR if num_errors else 0
 
 
 @app.command()

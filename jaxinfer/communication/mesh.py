@@ -37,7 +37,8 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1,
             what, sizes = f"{replica + 1} replicas of {what}", f"data_parallel_size, {sizes}"
         simulate = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={needed} to simulate them"
         raise ValueError(
-            f"{what} {'need' if replica else 'needs'} {needed} devices, found {len(devices)} ({devices[0].platform}); lower {sizes}"
+            f"{what} {'need' if replica else 'needs'} {needed} devices, "
+            f"found {len(devices)} ({devices[0].platform}); lower {sizes}"
             f"{simulate if devices[0].platform == 'cpu' else ''}"
         )
     return jax.make_mesh(

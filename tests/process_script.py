@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import random
+import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from shared_programs import take_few_programs
@@ -61,6 +66,53 @@ def generate_until(llm: LLM, fault: str | None) -> None:
         llm.generate([[1, 2, 3]] * 2, SamplingParams(max_tokens=30, ignore_eos=True), use_tqdm=False)
 
 
+def run_random(llm: LLM, count: int) -> dict[str, list[int]]:
+    """Makes requests of random kinds from eight threads; returns what the process holds after a tenth and at the end.
+
+    The numbers are threads, open files and KiB of memory.
+    """
+    held = {"after a tenth": [], "at the end": []}
+    for name, number in (("after a tenth", count // 10), ("at the end", count - count // 10)):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda seed: run_one_random(llm, random.Random(seed)), range(number)))
+        llm.generate([1], SamplingParams(max_tokens=1))  # runs behind the last abort
+        status = Path("/proc/self/status").read_text()
+        memory = int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+        held[name] = [threading.active_count(), len(os.listdir("/proc/self/fd")), memory]
+    return held
+
+
+def run_one_random(llm: LLM, chosen: random.Random) -> None:
+    prompt = [chosen.randrange(256) for _ in range(chosen.randint(1, 30))]
+    limit = chosen.randint(1, 12)
+    params = SamplingParams(
+        max_tokens=limit,
+        temperature=chosen.choice([0.0, 1.0]),
+        top_k=chosen.choice([0, 5]),
+        top_p=chosen.choice([1.0, 0.8]),
+        seed=chosen.randrange(1000),
+        n=chosen.choice([1, 1, 2]),
+        ignore_eos=True,
+        logprobs=chosen.choice([None, 2]),
+        prompt_logprobs=chosen.choice([None, None, 1]),
+        presence_penalty=chosen.choice([0.0, 0.0, 1.0]),
+        bad_words=chosen.choice([None, None, ["a"]]),
+    )
+    kind = chosen.choice(["generate", "generate", "stream", "abort", "search", "score", "structured"])
+    if kind == "generate":
+        llm.generate(prompt, params)
+    elif kind == "search":
+        llm.beam_search(prompt, BeamSearchParams(beam_width=chosen.randint(1, 3), max_tokens=limit))
+    elif kind == "score":
+        llm.score(prompt[:1] * 2)
+    elif kind == "structured":
+        llm.generate(prompt, SamplingParams(max_tokens=limit, seed=1, structured={"regex": "[a-c]{2,9}"}))
+    else:
+        with closing(llm.stream(prompt, params)) as stream:
+            for _ in itertools.islice(stream, None if kind == "stream" else 1):
+                pass
+
+
 def main(
     number: int,
     *,
@@ -70,6 +122,7 @@ def main(
     engine: dict[str, Any],
     calls: list[dict[str, Any]],
     fault: tuple[int, str] | None = None,
+    num_random: int = 0,
     patience: dict[str, float],
 ) -> None:
     take_few_programs(setattr)
@@ -83,6 +136,9 @@ def main(
             generate_until(llm, fault[1] if number == fault[0] else None)
         if number:
             llm.follow()
+        elif num_random:
+            found["held"] = run_random(llm, num_random)
+            found["kv_pages_used"] = llm.stats().kv_pages_used
         else:
             found["serves"] = serve(llm, calls)
             found["kv_pages_used"] = llm.stats().kv_pages_used

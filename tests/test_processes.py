@@ -126,6 +126,18 @@ def test_calls_of_every_kind_in_several_processes_give_what_one_gives(model, lay
     assert found[0]["kv_pages_used"] == 0
 
 
+@pytest.mark.matrix
+def test_thousand_random_requests_leave_nothing_behind(few_programs):
+    with processes_of(2, 1, "llama", [], engine={"tensor_parallel_size": 2}, num_random=1000) as children:
+        assert children.codes(0, 1, seconds=900) == [0, 0], [children.err(0), children.err(1)]
+        found = found_by(children)[0]
+    (threads, files, memory), (threads_then, files_then, memory_then) = found["held"].values()
+    print(f"threads {threads} -> {threads_then}, files {files} -> {files_then}, KiB {memory} -> {memory_then}")
+    assert threads_then <= threads and files_then <= files
+    assert memory_then < memory + 50_000
+    assert found["kv_pages_used"] == 0
+
+
 def break_down(children: Children, who: int, what: str) -> None:
     """Waits until all processes generate, and sends one a signal, unless it breaks down by itself then."""
     children.wait_for("generates", seconds=100)

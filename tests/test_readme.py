@@ -21,7 +21,8 @@ COMMANDS = [line.split("#")[0] for line in TEXT.splitlines() if re.match(f"{BEFO
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_readme_python_runs(number, capsys):
+def test_readme_python_runs(number, capsys, monkeypatch):
+    monkeypatch.setenv("JAXINFER_NUM_PROCESSES", "1")
     exec(PYTHON[number].replace("path/or/hub-id", "demo"), {})
     assert capsys.readouterr().out.strip()
 
@@ -30,6 +31,11 @@ def test_readme_python_runs(number, capsys):
 def test_readme_commands_have_the_flags_they_show(command):
     words = shlex.split(command)
     words = words[words.index("jaxinfer") + 1 :]
+    if "--" in words:  # the command that `launch` starts
+        inner = words[words.index("--") + 1 :]
+        words = words[: words.index("--")]
+        if inner[0] != "python":
+            test_readme_commands_have_the_flags_they_show(shlex.join(["jaxinfer", *inner]))
     result = CliRunner().invoke(
         cli.app, [words[0], *words[1:2] * (words[0] == "bench"), "--help"], env={"COLUMNS": "200"}
     )

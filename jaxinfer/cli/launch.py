@@ -126,6 +126,7 @@ def run_processes(command: Sequence[str], members: Sequence[Membership]) -> int:
             threading.Thread(target=_show, args=(stream, target, member.process_id), daemon=True)
             for child, member in zip(children[1:], members[1:], strict=True)
             for stream, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr))
+            if stream is not None
         ]
         for reader in readers:
             reader.start()
@@ -139,16 +140,14 @@ def run_processes(command: Sequence[str], members: Sequence[Membership]) -> int:
 def _await(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     """Exit codes of all children; those that do not end soon after one has failed are killed."""
     deadline = None
-    while any(child.poll() is None for child in children):
-        try:
-            time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
-            continue  # the children have got it, too
-        if deadline is None and any(child.returncode for child in children):
+    while None in (codes := [child.poll() for child in children]):
+        if deadline is None and any(codes):
             deadline = time.monotonic() + _PATIENCE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for child in children:
                 child.kill()
+        with contextlib.suppress(KeyboardInterrupt):  # the children have got it, too
+            time.sleep(_POLL_SECONDS)
     return [child.returncode for child in children]
 
 
@@ -170,9 +169,10 @@ def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
                 child.kill()
 
 
-def _show(stream: IO[bytes] | None, target: IO[str], process_id: int) -> None:
-    for line in stream or ():
-        print(f"[{process_id}] {line.decode(errors='replace')}", end="", file=target, flush=True)
+def _show(stream: IO[bytes], target: IO[str], process_id: int) -> None:
+    with stream:
+        for line in stream:
+            print(f"[{process_id}] {line.decode(errors='replace')}", end="", file=target, flush=True)
 
 
 def _own_place(hosts: Sequence[str]) -> int:

@@ -163,6 +163,8 @@ def _read(frame: bytes, offset: int, field: _ArrayField, sizes: dict[str, int]) 
     end = offset + count * field.dtype.itemsize
     if min(shape) < 0 or end > len(frame):
         raise FrameError(f"{field.name} of shape {shape} does not fit into a step of {len(frame)} bytes")
+    if field.dtype == bool and count and np.frombuffer(frame, np.uint8, count, offset).max() > 1:
+        raise FrameError(f"{field.name} must have bytes of 0 or 1")
     array = np.frombuffer(frame, field.dtype, count, offset).reshape(shape)
     return array, end + -end % _WORD
 

@@ -72,6 +72,9 @@ class Group:
 
     def __exit__(self, *exception):
         for process in self.processes:
+            for peer in process._peers:
+                peer.has_left = True
+        for process in self.processes:
             process._close()
 
     def each(self, work):

@@ -1,0 +1,182 @@
+"""Steps that the leader launches are launched by all processes, in its order, and what differs ends the run."""
+
+import dataclasses
+import zlib
+
+import numpy as np
+import pytest
+from group_tools import Group, wait_until
+
+from jaxinfer import EngineConfig
+from jaxinfer.communication.connection import Message
+from jaxinfer.communication.process_group import Kind
+from jaxinfer.errors import ProcessLostError
+from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.following import FollowingSteps
+from jaxinfer.wrappers.leading import LeadingSteps, ModelKey
+from jaxinfer.wrappers.step_batch import StepBatch
+from jaxinfer.wrappers.step_frame import pack_step
+from jaxinfer.wrappers.step_result import RowUsage, StepResult
+from jaxinfer.wrappers.step_shapes import StepShapes
+
+VOCAB_SIZE = 97
+NUM_SLOTS = 4
+
+
+class Echo(AbstractModelInferenceWrapper):
+    """Its tokens are a checksum of the step, so that they tell which step it was.
+
+    Args:
+      log: gets what is done, in order.
+      name: of the model, for the log.
+      num_stages: of the pipeline.
+    """
+
+    def __init__(self, log, name, num_stages=1):
+        config = EngineConfig(max_num_seqs=NUM_SLOTS, pipeline_parallel_size=num_stages, max_num_batched_tokens=16)
+        self._shapes = StepShapes(config, max_model_len=32)
+        self.log, self.name = log, name
+        self.num_launched = 0
+        self.wrong_at = None
+
+    shapes = property(lambda self: self._shapes)
+    num_pages = property(lambda self: 9)
+    row_usage = property(lambda self: RowUsage(live=0, launched=0))
+    num_compilations = property(lambda self: 0)
+
+    def launch(self, batch):
+        self.log.append((self.name, zlib.crc32(pack_step(batch))))
+        self.num_launched += 1
+        return self.num_launched - 1, batch
+
+    def collect(self, handle):
+        number, batch = handle
+        if not batch.has_logits:
+            return StepResult(token_ids=np.zeros(0, np.int32))
+        token = zlib.crc32(pack_step(batch)) % VOCAB_SIZE + (number == self.wrong_at)
+        return StepResult(token_ids=np.full(batch.shape.num_logits, token, np.int32))
+
+    def warmup(self, *, background=False):
+        self.log.append((self.name, "warmup"))
+
+    def close(self):
+        self.log.append((self.name, "close"))
+
+
+class Run(Group):
+    """A run of three processes with an engine and its draft model; `logs` has what each process has done."""
+
+    def __init__(self, num_processes=3, num_stages=1):
+        self.logs = [[] for _ in range(num_processes)]
+        self.models = [[Echo(log, name, num_stages) for name in ("model", "draft")] for log in self.logs]
+        self.closed = []
+        self.steps = {}
+
+        def prepare(process):
+            number = process.process_id
+            if process.is_leader:
+                self.steps[number] = LeadingSteps(process)
+            else:
+                self.steps[number] = FollowingSteps(process, on_opened=print, on_closed=self.closed.append)
+
+        super().__init__(num_processes, prepare=prepare)
+        for number in range(1, num_processes):
+            for index, wrapper in enumerate(self.models[number]):
+                self.steps[number].join(wrapper, ModelKey(0, index), vocab_size=VOCAB_SIZE)
+        self.model, self.draft = [self.steps[0].join(w, ModelKey(0, i)) for i, w in enumerate(self.models[0])]
+
+
+def step(number):
+    """A step that decodes one row."""
+    shapes = Echo([], "").shapes
+    idle = StepBatch.idle(shapes)
+    slots = np.full(idle.shape.num_decode, number % NUM_SLOTS, np.int32)
+    return dataclasses.replace(
+        idle,
+        decode_slots=slots,
+        logit_slots=np.full(idle.shape.num_logits, number % NUM_SLOTS, np.int32),
+        decode_page_id=np.full(idle.shape.num_decode, number % 9, np.int32),
+    )
+
+
+def test_all_processes_do_what_the_leader_does_in_its_order():
+    with Run() as run:
+        run.model.warmup()
+        for number in range(40):
+            handles = [run.model.launch(step(number))]
+            if number % 3 == 0:
+                handles.append(run.draft.launch(step(number + 1)))
+            for wrapper, handle in zip((run.model, run.draft), handles, strict=False):
+                wrapper.collect(handle)
+        run.draft.close()
+        run.model.close()
+        wait_until(lambda: run.closed == [0, 0])
+        assert run.logs[1] == run.logs[2] == run.logs[0] and len(run.logs[0]) == 1 + 40 + 14 + 2
+        wait_until(lambda: not run.model._own and not run.model._theirs)
+        assert not run.lost
+
+
+def test_steps_that_the_engine_does_not_read_leave_no_digests_behind():
+    with Run() as run:
+        for number in range(30):
+            handle = run.model.launch(step(number))
+            run.model.launch(StepBatch.idle(run.model.shapes))
+            if number % 2:
+                run.model.collect(handle)
+        wait_until(lambda: not run.model._own and not run.model._theirs)
+
+
+def test_steps_in_a_pipeline_are_read_once_they_have_left_it():
+    with Run(num_stages=3) as run:
+        handles = []
+        for number in range(20):
+            handles.append(run.model.launch(step(number)))
+            if number >= 2:
+                run.model.collect(handles[number - 2])
+        wait_until(lambda: not run.model._theirs)
+        assert not run.lost
+
+
+def run_steps(model, count=10_000):
+    for number in range(count):
+        model.collect(model.launch(step(number)))
+
+
+def test_process_that_samples_other_tokens_ends_the_run_with_its_name_and_the_step():
+    with Run() as run:
+        run.models[2][0].wrong_at = 5
+        with pytest.raises(ProcessLostError, match="process 2 has sampled other tokens than process 0 in step 5"):
+            run_steps(run.model)
+        wait_until(lambda: len(run.lost) == 3)
+        assert len(set(run.lost.values())) == 1
+
+
+@pytest.mark.parametrize("what", ["launch", "collect"])
+def test_follower_whose_step_fails_ends_the_run_with_its_error(what):
+    def fail(_):
+        raise ArithmeticError("a broken device")
+
+    with Run() as run:
+        setattr(run.models[1][0], what, fail)
+        with pytest.raises(ProcessLostError, match="process 1 of 3 failed: ArithmeticError: a broken device"):
+            run_steps(run.model)
+
+
+def test_leader_whose_step_fails_ends_the_run_with_its_error():
+    def fail(_):
+        raise ArithmeticError("a broken device")
+
+    with Run() as run:
+        run.models[0][0].collect = fail
+        with pytest.raises(ProcessLostError, match="process 0 of 3 failed: ArithmeticError: a broken device"):
+            run_steps(run.model)
+        wait_until(lambda: len(run.lost) == 3)
+
+
+def test_step_that_is_none_of_the_model_ends_the_run_before_it_is_launched():
+    wrong = dataclasses.replace(step(1), decode_slots=np.full(step(1).shape.num_decode, 10**6, np.int32))
+    with Run() as run:
+        run.processes[0].send(Message(Kind.STEP, 0, ModelKey(0, 0).pack() + pack_step(wrong)))
+        wait_until(lambda: len(run.lost) == 3)
+        assert "failed: FrameError: " in run.lost[0]
+        assert not run.logs[1] and not run.logs[2]

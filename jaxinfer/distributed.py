@@ -23,7 +23,8 @@ from jaxinfer.communication.calls import FollowingCalls, LeadingCalls
 from jaxinfer.communication.connection import Connection
 from jaxinfer.communication.ending import EXIT_LOST, ProcessEnd, end_later
 from jaxinfer.communication.membership import Membership, find_membership
-from jaxinfer.communication.process_group import Follower, Leader, Patience
+from jaxinfer.communication.process_group import Follower, Leader
+from jaxinfer.communication.progress import Patience
 from jaxinfer.communication.rendezvous import await_followers, find_leader
 from jaxinfer.wrappers.following import FollowingSteps
 from jaxinfer.wrappers.jax_start import num_nvidia_gpus, start_jax

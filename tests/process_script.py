@@ -19,7 +19,7 @@ from shared_programs import take_few_programs
 
 import jaxinfer
 from jaxinfer import LLM, BeamSearchParams, RequestOutput, SamplingParams
-from jaxinfer.communication.process_group import Patience
+from jaxinfer.communication.progress import Patience
 
 CLASSES = {"generate": SamplingParams, "beam_search": BeamSearchParams}
 

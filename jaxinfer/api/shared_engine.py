@@ -91,9 +91,13 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
     else:
         number, text = run.calls.next_opened()
         theirs = json.loads(text)
-    with run.group.together("making the LLM"):
-        _require_same(description["engine"], theirs["engine"], run)
-        yield SharedEngine(run=run, number=number)
+    try:
+        with run.group.together("making the LLM"):
+            _require_same(description["engine"], theirs["engine"], run)
+            yield SharedEngine(run=run, number=number)
+    except BaseException:
+        run.steps.drop(number)
+        raise
 
 
 def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) -> None:

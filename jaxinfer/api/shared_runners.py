@@ -92,16 +92,15 @@ class LeadingRunner(LocalRunner):
             result: dict[str, Any] = {}
             try:
                 yield result
+                if is_shared:
+                    outputs = [output.as_dict() for output in result.get("outputs", ())]
+                    calls.end(self._engine, number, {"outputs": outputs, "stats": dataclasses.asdict(self.stats())})
             except ProcessLostError:
                 raise
             except BaseException as error:
                 if is_shared:
                     calls.end(self._engine, number, {"error": type(error).__name__, "message": str(error)})
                 raise
-            if is_shared:
-                outputs = [output.as_dict() for output in result.get("outputs", ())]
-                stats = dataclasses.asdict(self.stats())
-                calls.end(self._engine, number, {"outputs": outputs, "stats": stats})
 
 
 class FollowingRunner(Runner):

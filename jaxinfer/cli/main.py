@@ -1,4 +1,4 @@
-"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, info, launch and bench.
+"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, info, launch, follow and bench.
 
 Owns: the commands, reading prompts, printing results, one-line error messages.
 Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
@@ -138,6 +138,25 @@ def launch(
     names = [] if hosts is None else [name.strip() for name in hosts.split(",") if name.strip()]
     members = plan_processes(num_processes=processes or 1, hosts=names, port=port, environment=os.environ)
     return run_processes(whole, members)
+
+
+@app.command()
+def follow(
+    *,
+    address: Annotated[str | None, typer.Option(help="host:port of process 0")] = None,
+    num_processes: Annotated[int | None, typer.Option(min=2, help="processes of the run")] = None,
+    process_id: Annotated[int | None, typer.Option(min=1, help="number of this process")] = None,
+) -> int:
+    """Lend this machine's devices to the LLMs that process 0 of a run makes, until it ends.
+
+    What is not given comes from JAXINFER_ variables, Slurm, Open MPI or Kubernetes; the secret from JAXINFER_SECRET.
+    """
+    distributed.initialize(address, num_processes, process_id)
+    run = distributed.current_run()
+    if not isinstance(run, distributed.FollowerRun):
+        raise ValueError("process 0 leads the run: it runs the program that makes the LLM; follow is for the others")
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # ends the whole run in good order
+    return 0 if follow_run(run) else EXIT_ERROR
 
 
 @app.command()

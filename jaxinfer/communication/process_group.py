@@ -12,12 +12,10 @@ process. A process that lives but does not get on is found by its heartbeat, whi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import json
 import logging
 import os
-import struct
 import threading
 import time
 import weakref
@@ -27,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from jaxinfer.communication.connection import Connection, ConnectionLostError, Message
+from jaxinfer.communication.progress import Patience, Progress, stuck
 from jaxinfer.errors import ProcessLostError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ _HEARTBEAT_SECONDS = 1.0
 _BLAME_SECONDS = 2.0
 """How long a process whose own step failed waits to hear that another process is the reason."""
 _TELL_SECONDS = 1.0
-_PROGRESS = struct.Struct("<Qd?")
 
 
 class Kind(enum.IntEnum):
@@ -74,76 +72,6 @@ class Kind(enum.IntEnum):
     """Leader to follower: the result of a call."""
     LEAVING = 16
     """Leader to follower: the leader ends as it should, once all others do."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """How long to wait for other processes, in seconds.
-
-    Args:
-      rendezvous: until all processes of the run have connected.
-      silence: until a process that is not heard of counts as lost.
-      step: until a step that has not ended on some process counts as stuck, while no process compiles.
-      drain: until running requests are cut off when the run is asked to end.
-      grace: from the loss of a process until the survivors' interpreters end, in which their threads raise.
-    """
-
-    rendezvous: float = 600.0
-    silence: float = 10.0
-    step: float = 120.0
-    drain: float = 30.0
-    grace: float = 5.0
-
-    def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            if not getattr(self, entry.name) > 0:
-                raise ValueError(f"{entry.name} must be > 0 seconds, got {getattr(self, entry.name)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a process is, as its heartbeat says.
-
-    Args:
-      num_launched: steps launched so far.
-      waiting_seconds: for how long it has been waiting for a step to end; 0 if it is not.
-      is_compiling: whether it compiles or loads, which may take long.
-    """
-
-    num_launched: int = 0
-    waiting_seconds: float = 0.0
-    is_compiling: bool = False
-
-    def pack(self) -> bytes:
-        """The payload of a heartbeat."""
-        return _PROGRESS.pack(self.num_launched, self.waiting_seconds, self.is_compiling)
-
-    @classmethod
-    def unpack(cls, payload: bytes) -> Progress:
-        """Reads the payload of a heartbeat.
-
-        Raises:
-          ConnectionLostError: it is none.
-        """
-        if len(payload) != _PROGRESS.size:
-            raise ConnectionLostError("received a heartbeat of a wrong size")
-        num_launched, waiting_seconds, is_compiling = _PROGRESS.unpack(payload)
-        return cls(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
-
-
-def stuck(progress: Mapping[int, Progress], *, num_sent: int, limit: float) -> list[int]:
-    """The processes for which all others wait in vain; none if no process has waited too long.
-
-    Args:
-      progress: how far each process is.
-      num_sent: steps that the leader has sent.
-      limit: seconds that a step may take while no process compiles.
-    """
-    late = [number for number, entry in progress.items() if entry.waiting_seconds > limit]
-    if not late or any(entry.is_compiling for entry in progress.values()):
-        return []
-    least = min(entry.num_launched for entry in progress.values())
-    return [number for number, entry in progress.items() if entry.num_launched == least < num_sent] or late
 
 
 @runtime_checkable

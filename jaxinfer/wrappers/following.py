@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import Follower, Kind, Progress
+from jaxinfer.communication.process_group import Follower, Kind
+from jaxinfer.communication.progress import Progress
 from jaxinfer.errors import ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.leading import ModelKey, digest
@@ -72,6 +73,11 @@ class FollowingSteps:
         """Lets the leader run steps of a model; returns its wrapper, which nobody else may use from now on."""
         self._models[key] = _Model(wrapper, vocab_size)
         return wrapper
+
+    def drop(self, engine: int) -> None:
+        """Frees what was loaded of an engine that some process could not load."""
+        for key in [key for key in self._models if key.engine == engine]:
+            self._models.pop(key).wrapper.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import Kind, Leader, Progress
+from jaxinfer.communication.process_group import Kind, Leader
+from jaxinfer.communication.progress import Progress
 from jaxinfer.errors import ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_batch import StepBatch
@@ -176,6 +177,11 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
                 self._group.send(Message(Kind.CLOSE, payload=self._key.pack()))
         self.wrapper.close()
 
+    def abandon(self) -> None:
+        """Frees device memory of this process only; the others do so by themselves."""
+        self._is_closed = True
+        self.wrapper.close()
+
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
         """Lets the run fail with this process: the devices of all processes have to run the same steps."""
@@ -204,6 +210,11 @@ class LeadingSteps:
         """The wrapper that runs this model's steps on all processes."""
         self._wrappers[key] = leading = LeadingWrapper(wrapper, key, self._group)
         return leading
+
+    def drop(self, engine: int) -> None:
+        """Frees what was loaded of an engine that some process could not load."""
+        for key in [key for key in self._wrappers if key.engine == engine]:
+            self._wrappers.pop(key).abandon()
 
     def _hear_digest(self, process_id: int, message: Message) -> None:
         key, found = ModelKey.unpack(message.payload)

@@ -5,7 +5,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxinfer.communication.membership import Membership
-from jaxinfer.communication.process_group import Follower, Leader, Patience
+from jaxinfer.communication.process_group import Follower, Leader
+from jaxinfer.communication.progress import Patience
 from jaxinfer.communication.rendezvous import await_followers, find_leader
 
 SECRET = "a secret of the tests"

@@ -11,7 +11,7 @@ from processes import Children
 
 from jaxinfer.communication.ending import EXIT_LOST
 
-SILENCE, GRACE = 3.0, 1.0
+SILENCE, GRACE = 4.0, 1.0
 # The package is entered without its __init__, which imports jax: that would take most of a test's time.
 SCRIPT = f"""
 import sys, time, types
@@ -19,7 +19,8 @@ package = types.ModuleType("jaxinfer")
 package.__path__ = [sys.argv[5]]
 sys.modules["jaxinfer"] = package
 from jaxinfer.communication.ending import EXIT_LOST, ProcessEnd, end_later
-from jaxinfer.communication.process_group import Follower, Leader, Patience
+from jaxinfer.communication.process_group import Follower, Leader
+from jaxinfer.communication.progress import Patience
 from group_tools import meet
 
 number, count, address, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -97,7 +98,9 @@ def test_stopped_process_ends_the_others_after_a_silence(stopped):
     with run(2) as children:
         children.processes[stopped].send_signal(signal.SIGSTOP)
         assert children.codes(1 - stopped, seconds=SILENCE + 8) == [EXIT_LOST]
-        assert f"process {stopped} of 2 was lost: nothing was heard of it for 3 s" in children.err(1 - stopped)
+        assert f"process {stopped} of 2 was lost: nothing was heard of it for {SILENCE:g} s" in children.err(
+            1 - stopped
+        )
 
 
 def test_raising_process_ends_all_with_its_error():

@@ -5,11 +5,10 @@ import time
 
 import pytest
 from group_tools import Group, wait_until
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import GatherError, Kind, Patience, Progress, stuck
+from jaxinfer.communication.process_group import GatherError, Kind
+from jaxinfer.communication.progress import Progress
 from jaxinfer.errors import EngineClosedError, ProcessLostError
 
 
@@ -139,31 +138,6 @@ def test_leave_does_not_wait_for_a_process_that_is_lost():
             group.processes[0].leave()
 
 
-@given(st.integers(0, 2**63), st.floats(0, 1e6), st.booleans())
-def test_progress_comes_out_of_its_message_as_it_was(num_launched, waiting_seconds, is_compiling):
-    progress = Progress(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
-    assert Progress.unpack(progress.pack()) == progress
-
-
-@pytest.mark.parametrize(
-    ("launched", "waiting", "compiling", "found"),
-    [
-        ([9, 9, 9], [0, 0, 0], [], []),
-        ([9, 9, 9], [1, 4, 1], [], []),
-        ([9, 8, 9], [6, 0, 6], [], [1]),  # process 1 has not launched what the others wait for
-        ([8, 9, 9], [0, 6, 6], [], [0]),
-        ([8, 8, 9], [0, 0, 6], [], [0, 1]),
-        ([9, 9, 9], [6, 6, 1], [], [0, 1]),  # all have launched it: those that wait are named
-        ([9, 8, 9], [6, 0, 6], [1], []),
-    ],
-)
-def test_stuck_names_those_for_which_the_others_wait(launched, waiting, compiling, found):
-    progress = {
-        i: Progress(num_launched=launched[i], waiting_seconds=waiting[i], is_compiling=i in compiling) for i in range(3)
-    }
-    assert stuck(progress, num_sent=9, limit=5) == found
-
-
 def test_stuck_process_ends_the_run_by_the_leaders_watch():
     def prepare(process):
         waiting = 0.0 if process.process_id == 1 else 9.0
@@ -174,8 +148,3 @@ def test_stuck_process_ends_the_run_by_the_leaders_watch():
     with Group(3, prepare=prepare, step=5.0) as group:
         wait_until(lambda: len(group.lost) == 3)
         assert set(group.lost.values()) == {"process 1 of 3 is stuck: a step did not end within 5 s"}
-
-
-def test_patience_zero_is_refused():
-    with pytest.raises(ValueError, match="silence must be > 0 seconds, got 0"):
-        Patience(silence=0)

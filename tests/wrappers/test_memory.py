@@ -89,5 +89,5 @@ def test_pages_of_a_gpu_leave_room_for_weights_in_use_activations_and_edits(gqa,
     others = activation_bytes(model_config, wrapper.shapes, 4) + edit_bytes(wrapper.shapes, 320, num_devices=1)
     monkeypatch.setattr(decoder_wrapper, "free_bytes", lambda device, **_: others + 10 * wrapper._page_bytes)
     monkeypatch.setattr(wrapper, "_mesh", SimpleNamespace(local_devices=[SimpleNamespace(platform="gpu")], size=1))
-    assert wrapper._fitting_pages(EngineConfig(), model_config, 4, Footprint()) == 9
+    assert wrapper._fitting_pages(EngineConfig(), model_config, 4, Footprint(), num_alike=2) == 9
     wrapper.close()

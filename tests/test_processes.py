@@ -57,8 +57,19 @@ def alone(model: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def processes_of(count: int, num_devices: int, model: str, calls: list[dict[str, Any]], **others: Any):
-    """A run of so many processes, each with so many CPU devices; others are arguments of process_script.main."""
+def processes_of(
+    count: int,
+    num_devices: int,
+    model: str,
+    calls: list[dict[str, Any]],
+    *,
+    last: dict[str, Any] | None = None,
+    **others,
+):
+    """A run of so many processes, each with so many CPU devices; others are arguments of process_script.main.
+
+    The last process has some of them changed, by `last`.
+    """
     arguments = {
         "address": free_address(),
         "count": count,
@@ -69,7 +80,8 @@ def processes_of(count: int, num_devices: int, model: str, calls: list[dict[str,
         "engine": BASE | others["engine"],
     }
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
-    commands = [[sys.executable, SCRIPT, number, json.dumps(arguments)] for number in range(count)]
+    each = [arguments] * (count - 1) + [arguments | (last or {})]
+    commands = [[sys.executable, SCRIPT, number, json.dumps(own)] for number, own in enumerate(each)]
     with Children(*commands, XLA_FLAGS=flags, PYTHONPATH=f"{TESTS}:{TESTS.parent}") as children:
         yield children
 
@@ -124,6 +136,33 @@ def test_calls_of_every_kind_in_several_processes_give_what_one_gives(model, lay
     assert_equal_to_one_process(found, expected)
     assert texts(found[0]["serves"]) == texts(served) == texts(expected)
     assert found[0]["kv_pages_used"] == 0
+
+
+SIZES = {"tensor_parallel_size": 2}
+DIFFERENT = {
+    "settings": (
+        {"engine": BASE | SIZES | {"page_size": 16}},
+        "page_size must be the same on all processes: process 1 has 16, process 0 has 8",
+    ),
+    "checkpoint": (
+        {"model": str(load_golden("mesh/gemma3").path)},
+        "the checkpoint's fingerprint must be the same on all processes: process 0 has ",
+    ),
+    "no checkpoint": ({"model": "no/such/folder/here"}, "FileNotFoundError"),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_processes_that_make_different_llms_all_end_with_the_reason(what):
+    last, message = DIFFERENT[what]
+    with processes_of(2, 1, "llama", [], engine=SIZES, last=last) as children:
+        codes = children.codes(0, 1, seconds=60)
+        assert all(codes), codes
+        for number in (0, 1):
+            (line,) = [line for line in children.err(number).splitlines() if line.startswith("jaxinfer: process ")]
+            assert "failed" in line
+            assert message in children.err(number)
 
 
 @pytest.mark.matrix

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -56,22 +56,26 @@ def alone(model: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return run_calls(llm, calls), serve(llm, calls)
 
 
-@contextlib.contextmanager
-def processes_of(
-    count: int,
-    num_devices: int,
-    model: str,
-    calls: list[dict[str, Any]],
-    *,
-    last: dict[str, Any] | None = None,
-    **others,
-):
-    """A run of so many processes, each with so many CPU devices; others are arguments of process_script.main.
+@dataclass(frozen=True)
+class Arguments:
+    """How the processes of a run are started; `each` has the arguments of process_script.main by process."""
 
-    The last process has some of them changed, by `last`.
-    """
+    each: list[dict[str, Any]]
+
+    def command(self, number: int) -> list[object]:
+        return [SCRIPT, number, json.dumps(self.each[number])]
+
+    def environment(self, num_devices: int) -> dict[str, str]:
+        """With so many CPU devices."""
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
+        return {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+
+
+def arguments_of(
+    count: int, model: str, calls: list[dict[str, Any]], *, last: dict[str, Any] | None = None, **others: Any
+) -> Arguments:
+    """Arguments for so many processes; in those of the last one, some are replaced by `last`."""
     arguments = {
-        "address": free_address(),
         "count": count,
         "model": str(load_golden(f"mesh/{model}").path),
         "calls": calls,
@@ -79,10 +83,15 @@ def processes_of(
         **others,
         "engine": BASE | others["engine"],
     }
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
-    each = [arguments] * (count - 1) + [arguments | (last or {})]
-    commands = [[sys.executable, SCRIPT, number, json.dumps(own)] for number, own in enumerate(each)]
-    with Children(*commands, XLA_FLAGS=flags, PYTHONPATH=f"{TESTS}:{TESTS.parent}") as children:
+    return Arguments([arguments] * (count - 1) + [arguments | (last or {})])
+
+
+@contextlib.contextmanager
+def processes_of(count: int, num_devices: int, model: str, calls: list[dict[str, Any]], **others: Any):
+    """A run of so many processes, each with so many CPU devices; others as arguments_of's."""
+    arguments = arguments_of(count, model, calls, address=free_address(), **others)
+    commands = [[sys.executable, *arguments.command(number)] for number in range(count)]
+    with Children(*commands, **arguments.environment(num_devices)) as children:
         yield children
 
 

@@ -147,6 +147,23 @@ def test_calls_of_every_kind_in_several_processes_give_what_one_gives(model, lay
     assert found[0]["kv_pages_used"] == 0
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("draft_model", ["prompt-lookup", "a checkpoint"])
+@pytest.mark.parametrize("layout", ["2 processes, shards", "2 processes of 2 devices, stages"])
+def test_drafts_in_several_processes_give_what_one_process_gives_without(layout, draft_model, few_programs):
+    count, num_devices, (stages, shards) = LAYOUTS[layout]
+    if draft_model != "prompt-lookup":
+        draft_model = str(load_golden("mesh/llama").path)  # the model itself, which is always right
+    drafts = {"draft_model": draft_model, "num_draft_tokens": 3}
+    engine = {"pipeline_parallel_size": stages, "tensor_parallel_size": shards} | drafts
+    with processes_of(count, num_devices, "llama", calls_of("llama"), engine=engine) as children:
+        assert children.codes(*range(count), seconds=300) == [0] * count, children.err(0)
+        found = found_by(children)
+    expected, served = alone("llama")
+    assert_equal_to_one_process(found, expected)
+    assert texts(found[0]["serves"]) == texts(served)
+
+
 SIZES = {"tensor_parallel_size": 2}
 DIFFERENT = {
     "settings": (

@@ -17,15 +17,19 @@ def tokens_of(outputs):
     return [[entry.token_ids for entry in output.outputs] for output in outputs]
 
 
-@pytest.mark.parametrize("model", [MODELS[0], *(pytest.param(model, marks=pytest.mark.matrix) for model in MODELS[1:])])
-def test_replicas_give_the_tokens_of_one_device_and_all_have_work(model):
+MATRIX = pytest.mark.matrix
+CASES = [("llama", 1), *(pytest.param(model, 2, marks=MATRIX) for model in MODELS)]
+
+
+@pytest.mark.parametrize(("model", "num_shards"), CASES)
+def test_replicas_give_the_tokens_of_one_device_and_all_have_work(model, num_shards):
     with on_mesh(model, (1, 1), enable_prefix_caching=False) as llm:
         expected = tokens_of(run(llm, model))
-    with on_mesh(model, (1, 2), data_parallel_size=2) as llm:
+    with on_mesh(model, (1, num_shards), data_parallel_size=2) as llm:
         meshes = [[device.id for device in loaded.decoder._mesh.devices.flat] for loaded in llm._replicas]
         assert tokens_of(run(llm, model)) == expected
         each, whole = [loaded.stats() for loaded in llm._replicas], llm.stats()
-    assert meshes == [[0, 1], [2, 3]]
+    assert meshes == [[*range(num_shards)], [*range(num_shards, 2 * num_shards)]]
     assert all(stats.num_steps > 0 for stats in each)
     assert whole.num_requests_finished == len(expected) and whole.kv_pages_used == 0
     assert whole.num_steps == sum(stats.num_steps for stats in each)

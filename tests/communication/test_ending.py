@@ -93,7 +93,7 @@ def test_killed_process_ends_the_others_with_its_name(killed):
             assert "ProcessLostError" in children.err(i)
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.matrix), 1])
 def test_stopped_process_ends_the_others_after_a_silence(stopped):
     with run(2) as children:
         children.processes[stopped].send_signal(signal.SIGSTOP)

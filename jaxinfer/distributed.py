@@ -69,6 +69,7 @@ def initialize(
     secret: str | None = None,
     local_device_ids: Sequence[int] | None = None,
     bind_host: str | None = None,
+    gpu_memory_utilization: float = 0.9,
     patience: Patience | None = None,
 ) -> None:
     """Joins the other processes of a run; call it before anything else uses JAX.
@@ -87,6 +88,8 @@ def initialize(
         where several processes of the run are on this machine.
       bind_host: the address on which process 0 listens; None is that of `address`. Nothing listens on all interfaces
         unless this is "0.0.0.0" or "::".
+      gpu_memory_utilization: the share of every GPU's memory that JAX takes, since it starts here, and not with the
+        first LLM.
       patience: how long to wait for others; None is Patience().
 
     Raises:
@@ -118,6 +121,9 @@ def initialize(
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             coordinator_bind_address=facts["coordinator"],
         )
+        # All processes have to start JAX's backend at the same time: it waits for all of them, and meanwhile no other
+        # thread of this process runs.
+        start_jax(gpu_memory_utilization=gpu_memory_utilization)
     except Exception as error:
         raise run.group.fail(error) from error
     _begin(run)
@@ -176,6 +182,7 @@ def _follower_run(membership: Membership, connection: Connection, patience: Pati
 
 def _begin(run: Run) -> None:
     global _run
+    run.group.settle()
     run.end.install()
     _run = run
 

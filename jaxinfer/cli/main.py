@@ -127,16 +127,15 @@ def launch(
 
     A script has to call jaxinfer.distributed.initialize() before it makes an LLM.
     """
-    is_own = command[0] in {
-        entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback
-    }
+    names = {entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback}
+    is_own = command[0] in names | {entry.name for entry in app.registered_groups}
     whole = [sys.executable, "-m", "jaxinfer", *command] if is_own else command
     if processes is None:
         if hosts is not None or port is not None:
             raise ValueError("--hosts and --port need --processes, how many to start on each machine")
         become_process(whole)
-    names = [] if hosts is None else [name.strip() for name in hosts.split(",") if name.strip()]
-    members = plan_processes(num_processes=processes or 1, hosts=names, port=port, environment=os.environ)
+    machines = [] if hosts is None else [name.strip() for name in hosts.split(",") if name.strip()]
+    members = plan_processes(num_processes=processes or 1, hosts=machines, port=port, environment=os.environ)
     return run_processes(whole, members)
 
 

@@ -34,6 +34,8 @@ _HEARTBEAT_SECONDS = 1.0
 _BLAME_SECONDS = 2.0
 """How long a process whose own step failed waits to hear that another process is the reason."""
 _TELL_SECONDS = 1.0
+_START_SECONDS = 300.0
+"""How long a process may be silent until all have started: starting JAX may keep all threads of a process waiting."""
 
 
 class Kind(enum.IntEnum):
@@ -141,6 +143,7 @@ class ProcessGroup(ABC):
         self._listeners: weakref.WeakSet[_LossListener] = weakref.WeakSet()
         self._engines: weakref.WeakSet[Endable] = weakref.WeakSet()
         self._num_gathered = 0
+        self._silence = max(patience.silence, _START_SECONDS)
         self._telling: list[threading.Thread] = []
         self._is_written = threading.Event()
 
@@ -152,6 +155,16 @@ class ProcessGroup(ABC):
                 name = f"jaxinfer-process-{peer.process_id}"
                 threading.Thread(target=work, args=(peer,), name=name, daemon=True).start()
         threading.Thread(target=self._watch, name="jaxinfer-watch", daemon=True).start()
+
+    def settle(self) -> None:
+        """Waits until all processes have started whatever may keep their threads from running, such as JAX.
+
+        From then on, a process that is silent for `Patience.silence` seconds is lost.
+        """
+        self.gather("starting")
+        for peer in self._peers:
+            peer.last_heard = time.monotonic()
+        self._silence = self.patience.silence
 
     @property
     def is_leader(self) -> bool:
@@ -349,8 +362,8 @@ class ProcessGroup(ABC):
                 for peer in self._peers:
                     peer.last_heard += late
             for peer in self._peers:
-                if not peer.has_left and woken - peer.last_heard > self.patience.silence:
-                    self._lose(self._lost_text(peer, f"nothing was heard of it for {self.patience.silence:g} s"))
+                if not peer.has_left and woken - peer.last_heard > self._silence:
+                    self._lose(self._lost_text(peer, f"nothing was heard of it for {self._silence:g} s"))
             self._watch_steps()
 
     def _watch_steps(self) -> None:

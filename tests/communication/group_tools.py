@@ -71,6 +71,7 @@ class Group:
         for process in self.processes:
             prepare(process)
             process.start()
+        assert self.each(lambda process: process.settle()) == [None] * num_processes
 
     def __enter__(self):
         return self

@@ -40,8 +40,8 @@ class Engine:
 engine = Engine()
 group.attach(engine)
 group.start()
+group.settle()
 end.install()
-group.gather("ready")
 print("ready", flush=True)
 if what == "ends":
     sys.exit()

@@ -39,9 +39,10 @@ _START_SECONDS = 300.0
 
 
 class Kind(enum.IntEnum):
-    """The kinds of messages. What each is for, and who sends it to whom."""
+    """The kinds of messages; each says who sends it to whom, and what it means."""
 
     HEARTBEAT = 0
+    """Both ways, once a second: how far this process is (Progress)."""
     FAILED = 1
     """Follower to leader: this process failed, for the reason in the payload."""
     ABORT = 2
@@ -220,11 +221,11 @@ class ProcessGroup(ABC):
                 raise self._lose(self._lost_text(peer, str(error))) from error
 
     def wait_for(self, condition: Callable[[], bool], what: str = "") -> None:
-        """Waits until a condition holds; whoever makes it true calls notify.
+        """Waits until a condition holds; whoever makes it true does so inside `with change()`.
 
         Args:
           condition: the condition; it is called with the group's lock held.
-          what: for a line in the log when it takes long: "waiting for {what}".
+          what: named in the log if it takes over 30 seconds; "" logs nothing.
 
         Raises:
           ProcessLostError: the run has failed.

@@ -130,29 +130,30 @@ def test_engine_any_history_gives_own_results_and_leaks_no_page(engine_settings,
     assert wrapper.max_pending <= engine_settings["pipeline_parallel_size"] + engine_settings["run_ahead"]
 
 
+def wrapper_after(engine_settings, actions):
+    """The fake device that a history has run on."""
+    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
+    history = History(engine)
+    for action in actions:
+        history.do(action)
+    finish(engine)
+    return wrapper
+
+
 @settings(max_examples=10, deadline=None)
 @given(engines(), histories())
 def test_step_batches_any_history_have_the_shapes_they_are_signed_with(engine_settings, actions):
     pytest.importorskip("beartype")
     from shape_checker import assert_shapes
 
-    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
-    history = History(engine)
-    for action in actions:
-        history.do(action)
-    finish(engine)
-    for batch in wrapper.batches:
+    for batch in wrapper_after(engine_settings, actions).batches:
         assert_shapes(batch)
 
 
 @settings(max_examples=10, deadline=None)
 @given(engines(), histories())
 def test_step_batches_any_history_come_out_of_their_frames_as_they_were(engine_settings, actions):
-    engine, wrapper = make_engine(max_model_len=64, **engine_settings)
-    history = History(engine)
-    for action in actions:
-        history.do(action)
-    finish(engine)
+    wrapper = wrapper_after(engine_settings, actions)
     for batch in wrapper.batches:
         frame = pack_step(batch)
         again = unpack_step(frame, wrapper.shapes, num_pages=wrapper.num_pages, vocab_size=VOCAB_SIZE)

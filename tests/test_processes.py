@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from processes import TESTS, Children
 from jaxinfer.communication.ending import EXIT_LOST
 
 SCRIPT = TESTS / "process_script.py"
+# Some of these processes are killed, perhaps while they write a program: not into the cache of all other tests.
+CACHE = tempfile.mkdtemp(prefix="jaxinfer-test-processes-xla-")
 SEEDED = {"temperature": 1.0, "seed": 3, "ignore_eos": True}
 
 
@@ -68,7 +71,7 @@ class Arguments:
     def environment(self, num_devices: int) -> dict[str, str]:
         """With so many CPU devices."""
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
-        return {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+        return {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "JAXINFER_CACHE_DIR": CACHE}
 
 
 def arguments_of(

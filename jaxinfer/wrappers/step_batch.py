@@ -162,6 +162,7 @@ class StepBatch:
     def idle(cls, shapes: StepShapes) -> StepBatch:
         """A step without work, which moves the steps in a pipeline on by one stage."""
         shape = shapes.shape(num_decode=0, num_prefill=0, num_logits=0)
+        num_chunks = shapes.num_chunks(shape)
 
         def full(*dims: int, value: int = 0) -> np.ndarray:
             return np.full(dims, value, np.int32)
@@ -172,13 +173,13 @@ class StepBatch:
             decode_slots=full(shape.num_decode, value=shapes.num_slots),
             decode_page_index=full(shape.num_decode, value=shapes.table_width),
             decode_page_id=full(shape.num_decode),
-            chunk_slots=full(0),
-            chunk_pages=full(0, shapes.table_width),
-            chunk_sampling=full(0, SAMPLING_FIELDS),
-            prefill_slots=full(0),
-            prefill_start=full(0),
-            prefill_len=full(0),
-            prefill_tokens=full(0, PREFILL_BLOCK),
+            chunk_slots=full(num_chunks, value=shapes.num_slots),
+            chunk_pages=full(num_chunks, shapes.table_width),
+            chunk_sampling=full(num_chunks, SAMPLING_FIELDS),
+            prefill_slots=full(shape.num_prefill, value=shapes.num_slots),
+            prefill_start=full(shape.num_prefill),
+            prefill_len=full(shape.num_prefill),
+            prefill_tokens=full(shape.num_prefill, PREFILL_BLOCK),
             logit_index=full(shape.num_logits),
             logit_slots=full(shape.num_logits, value=shapes.num_slots),
             logit_feeds=np.zeros(shape.num_logits, bool),

@@ -15,7 +15,8 @@ from jaxinfer.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+ALL_PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PYTHON = [script for script in ALL_PYTHON if "import ray\n" not in script]  # test_ray.py runs the others
 BEFORE = r"(cat prompts.txt \| |XLA_FLAGS=\S+ )?"
 COMMANDS = [line.split("#")[0] for line in TEXT.splitlines() if re.match(f"{BEFORE}jaxinfer ", line)]
 

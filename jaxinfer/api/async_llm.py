@@ -109,18 +109,35 @@ class AsyncLLM:
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> RequestOutput:
         """Searches for the most likely texts of one prompt; arguments, result and errors as LLM.beam_search's."""
-        return await self._last(self._llm.prepare_beam_search(prompt, params))
+        return await self.run(self._llm.prepare_beam_search(prompt, params))
 
     async def score(self, prompt: Prompt, *, prompt_logprobs: int = 0) -> RequestOutput:
         """Scores one prompt; arguments, result and errors as LLM.score's."""
-        return await self._last(self._llm.prepare(prompt, score_params(prompt_logprobs)))
+        return await self.run(self._llm.prepare(prompt, score_params(prompt_logprobs)))
+
+    async def run(self, submission: Submission) -> RequestOutput:
+        """The finished output of a prepared request; cancelling the task aborts it.
+
+        Args:
+          submission: from a prepare method of `llm`.
+
+        Raises:
+          RequestFailedError, EngineClosedError: as AsyncLLM.generate.
+        """
+        outputs = [output async for output in self._stream(submission, stream=False)]
+        return outputs[-1]
+
+    @property
+    def llm(self) -> LLM:
+        """The LLM that runs the requests; its prepare methods check requests and make them ready for `run`."""
+        return self._llm
 
     @property
     def default_params(self) -> SamplingParams:
         """Sampling settings of the checkpoint's generation_config, used by calls that give no SamplingParams."""
         return self._llm.default_params
 
-    def _stream(self, submission: Submission) -> AsyncOutputStream:
+    def _stream(self, submission: Submission, *, stream: bool = True) -> AsyncOutputStream:
         loop, has_update = asyncio.get_running_loop(), asyncio.Event()
 
         def on_update(ticket: Ticket) -> None:
@@ -129,13 +146,8 @@ class AsyncLLM:
             except RuntimeError:  # the event loop is closed, so no task can read the outputs any more
                 self._llm.cancel(ticket)
 
-        ticket = self._llm.start(submission, on_update=on_update)
+        ticket = self._llm.start(submission, stream=stream, on_update=on_update)
         return AsyncOutputStream(ticket, has_update, lambda: self._llm.cancel(ticket))
-
-    async def _last(self, submission: Submission) -> RequestOutput:
-        """The finished output of a request; cancelling the task aborts it."""
-        outputs = [output async for output in self._stream(submission)]
-        return outputs[-1]
 
     async def warmup(self, *, background: bool = False) -> None:
         """As LLM.warmup, in a thread, so that the event loop is not blocked."""

@@ -248,6 +248,9 @@ def batch(
     *,
     model: Model = None,
     tokenizer: TokenizerFrom = None,
+    ray: Annotated[
+        int | None, typer.Option(help="answer with so many LLMs on a Ray cluster; needs the extra [ray]", min=1)
+    ] = None,
     **fields: Any,
 ) -> int:
     """Answer a file of requests; run it again to go on after an interruption. Exits with 1 if a request was wrong.
@@ -259,11 +262,16 @@ def batch(
     remark(f"{plan.num_lines:,} requests, {len(plan.done):,} answered already")
     if not plan.num_left:
         return 0
-    with (
-        LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm,
-        tqdm(total=plan.num_lines, initial=len(plan.done), unit="request", disable=None) as bar,
-    ):
-        num_errors = run_batch(llm, plan, on_answer=bar.update)
+    arguments = {"model": model or DEMO, "tokenizer": tokenizer, **dataclasses.asdict(config)}
+    # The delay keeps the bar from the screen until the first answer.
+    with tqdm(total=plan.num_lines, initial=len(plan.done), unit="request", disable=None, delay=1e-9) as bar:
+        if ray is None:
+            with LLM(**arguments) as llm:
+                num_errors = run_batch(llm, plan, on_answer=bar.update)
+        else:
+            from jaxinfer.ray import run_batch as run_batch_on_ray  # needs Ray, which is optional
+
+            num_errors = run_batch_on_ray(plan, num_llms=ray, on_answer=bar.update, **arguments)
     if num_errors:
         remark(f"{num_errors:,} requests were wrong; their lines of {target} say why")
     return EXIT_ERROR if num_errors else 0

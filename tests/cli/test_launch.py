@@ -79,11 +79,12 @@ def test_run_processes_kills_those_that_stay_after_one_has_failed(monkeypatch):
 
 
 def test_launch_passes_sigterm_on():
-    script = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
-    script += "print('ready', flush=True); time.sleep(100)"
+    script = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+    script += "print(os.environ['JAXINFER_PROCESS_ID'], 'is ready', flush=True); time.sleep(100)"
     launch = [sys.executable, "-c", LAUNCH, *python(script)]
     with Children(launch, PYTHONPATH=f"{TESTS}:{TESTS.parent}") as children:
-        children.wait_for("[1] ready", seconds=20)
+        children.wait_for("0 is ready", seconds=20)
+        children.wait_for("[1] 1 is ready", seconds=20)
         children.processes[0].send_signal(signal.SIGTERM)
         assert children.codes(0, seconds=10) == [0]
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from batch_lines import requests, write
 from conftest import load_golden
 from mesh_tools import BASE, on_mesh
 from processes import TESTS, Children
@@ -16,25 +17,6 @@ from processes import TESTS, Children
 from jaxinfer.serve.batch import plan_batch, run_batch
 
 MODEL = "llama"
-
-
-def requests(count, *, max_tokens=4):
-    """Lines of requests of both kinds, with and without seeds."""
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    for number in range(count):
-        body = {"model": "any", "temperature": 1.0, "max_tokens": 1 + number % max_tokens}
-        if number % 4 == 0:
-            messages = [{"role": "user", "content": f"hello {number % 9}"}]
-            body |= {"messages": messages, "chat_template": template, "n": 2}
-        else:
-            body |= {"prompt": [number % 200, 1 + number % 7], "seed": number if number % 3 else None}
-        url = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        yield {"custom_id": f"request {number}", "method": "POST", "url": url, "body": body}
-
-
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 @pytest.fixture

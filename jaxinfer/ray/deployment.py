@@ -114,4 +114,4 @@ def build_server(arguments: dict[str, Any]) -> Application:
     Args:
       arguments: as LLMServer's, by name.
     """
-    return LLMServer.bind(**arguments)
+    return LLMServer.bind(**arguments)  # pyrefly: ignore[missing-attribute]

@@ -22,8 +22,9 @@ from jax.experimental import multihost_utils
 from jaxinfer.communication.calls import FollowingCalls, LeadingCalls
 from jaxinfer.communication.connection import Connection
 from jaxinfer.communication.ending import EXIT_LOST, ProcessEnd, end_later
+from jaxinfer.communication.follower import Follower
+from jaxinfer.communication.leader import Leader
 from jaxinfer.communication.membership import Membership, find_membership
-from jaxinfer.communication.process_group import Follower, Leader
 from jaxinfer.communication.progress import Patience
 from jaxinfer.communication.rendezvous import await_followers, find_leader
 from jaxinfer.wrappers.following import FollowingSteps

@@ -61,7 +61,10 @@ def generate_until(llm: LLM, fault: str | None) -> None:
     if fault == "raise":
         raise ArithmeticError("bad luck")
     if fault == "stuck":
-        llm._loaded.decoder.launch = lambda batch: time.sleep(1000)
+        wrapper = llm._loaded.wrapper
+        getattr(wrapper, "wrapper", wrapper).launch = lambda batch: time.sleep(
+            1000
+        )  # on process 0 it is a LeadingWrapper
     while True:
         llm.generate([[1, 2, 3]] * 2, SamplingParams(max_tokens=30, ignore_eos=True), use_tqdm=False)
 
@@ -142,6 +145,7 @@ def main(
         else:
             found["serves"] = serve(llm, calls)
             found["kv_pages_used"] = llm.stats().kv_pages_used
+            found["steps_of_replicas"] = [loaded.stats().num_steps for loaded in llm._replicas]
     print(json.dumps(found), flush=True)
 
 

@@ -150,6 +150,34 @@ def test_calls_of_every_kind_in_several_processes_give_what_one_gives(model, lay
     assert found[0]["kv_pages_used"] == 0
 
 
+REPLICAS = {  # processes, devices of each, stages x shards, replicas
+    "2 processes, a replica each": (2, 1, (1, 1), 2),
+    "2 processes of 2 devices, two replicas each": (2, 2, (1, 1), 4),
+    "2 processes of 2 devices, a replica of two shards each": (2, 2, (1, 2), 2),
+    "4 processes, replicas of two stages": (4, 1, (2, 1), 2),
+    "3 processes of 2 devices, replicas of three shards": (3, 2, (1, 3), 2),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", REPLICAS)
+@pytest.mark.parametrize("fields", [{}, {"draft_model": "a checkpoint", "num_draft_tokens": 3}], ids=["", "drafts"])
+def test_replicas_over_several_processes_give_what_one_process_gives(layout, fields, few_programs):
+    count, num_devices, (stages, shards), replicas = REPLICAS[layout]
+    engine = {"pipeline_parallel_size": stages, "tensor_parallel_size": shards, "data_parallel_size": replicas}
+    engine |= {"num_kv_pages": None, "gpu_memory_utilization": 0.1} | fields
+    if fields:
+        engine["draft_model"] = str(load_golden("mesh/llama").path)
+    with processes_of(count, num_devices, "llama", calls_of("llama"), engine=engine) as children:
+        assert children.codes(*range(count), seconds=300) == [0] * count, children.err(0)
+        found = found_by(children)
+    expected, served = alone("llama")
+    assert_equal_to_one_process(found, expected)
+    assert texts(found[0]["serves"]) == texts(served)
+    assert found[0]["kv_pages_used"] == 0
+    assert all(num_steps > 0 for num_steps in found[0]["steps_of_replicas"])
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("draft_model", ["prompt-lookup", "a checkpoint"])
 @pytest.mark.parametrize("layout", ["2 processes, shards", "2 processes of 2 devices, stages"])

@@ -26,7 +26,7 @@ def test_replicas_give_the_tokens_of_one_device_and_all_have_work(model, num_sha
     with on_mesh(model, (1, 1), enable_prefix_caching=False) as llm:
         expected = tokens_of(run(llm, model))
     with on_mesh(model, (1, num_shards), data_parallel_size=2) as llm:
-        meshes = [[device.id for device in loaded.decoder._mesh.devices.flat] for loaded in llm._replicas]
+        meshes = [[device.id for device in loaded.wrapper._mesh.devices.flat] for loaded in llm._replicas]
         assert tokens_of(run(llm, model)) == expected
         each, whole = [loaded.stats() for loaded in llm._replicas], llm.stats()
     assert meshes == [[*range(num_shards)], [*range(num_shards, 2 * num_shards)]]

@@ -146,12 +146,17 @@ class LLM:
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
+        if shared is None:
+            parts = dict.fromkeys(range(config.data_parallel_size))
+        else:
+            parts = {part.replica: part for part in shared.replicas()}
         replicas = [
-            LoadedEngine(model_config, store, config, replica=number, shared=shared)
-            for number in range(config.data_parallel_size)
+            LoadedEngine(model_config, store, config, replica=number, shared=part) for number, part in parts.items()
         ]
         self._loaded, self._replicas = replicas[0], replicas
         self.max_model_len = self._loaded.max_model_len
+        longest = min(loaded.longest_request for loaded in replicas)
+        self._longest_request = longest if shared is None else shared.least("the longest request", longest)
         provenance = named()  # asks JAX for its devices, so it must come after LoadedEngine, which starts JAX
         controllers = [
             TextGenerationController(
@@ -545,7 +550,7 @@ class LLM:
         With the default parameters the reply also ends when the request fills all KV pages, if that is before
         max_model_len; otherwise an LLM with few pages would refuse the request as too long.
         """
-        ends_at = min(loaded.longest_request for loaded in self._replicas) if is_default else None
+        ends_at = self._longest_request if is_default else None
         return self._controller.prepare(prompt, params, add_special_tokens=False, ends_at=ends_at)
 
     def _stream(self, submission: Submission) -> OutputStream:
@@ -613,11 +618,17 @@ def _make_runner(
     provenance: Provenance,
 ) -> Runner:
     if shared is None:
-        runners = [LocalRunner(*pair) for pair in zip(replicas, controllers, strict=True)]
-        return runners[0] if len(runners) == 1 else ReplicatedRunner(runners, config)
+        return _local_runner(replicas, controllers, config)
     if isinstance(shared.run, LeaderRun):
-        return LeadingRunner(replicas[0], controllers[0], shared.run, shared.number)
+        return LeadingRunner(_local_runner(replicas, controllers, config), shared.run, shared.number)
     return FollowingRunner(replicas[0], shared.run, shared.number, provenance)
+
+
+def _local_runner(
+    replicas: Sequence[LoadedEngine], controllers: Sequence[TextGenerationController], config: EngineConfig
+) -> Runner:
+    runners = [LocalRunner(*pair) for pair in zip(replicas, controllers, strict=True)]
+    return runners[0] if len(runners) == 1 else ReplicatedRunner(runners, config)
 
 
 def _shut_down(runner: Runner, sandbox: TemplateSandbox) -> None:

@@ -6,11 +6,12 @@ Does not know: tokenizers, text.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxinfer.api.shared_engine import SharedEngine
+from jaxinfer.api.shared_engine import SharedReplica
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
@@ -22,6 +23,7 @@ from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.assembly import assemble, context_length, footprint
 from jaxinfer.wrappers.jax_start import start_jax
+from jaxinfer.wrappers.memory import Footprint
 
 
 class LoadedEngine:
@@ -32,12 +34,13 @@ class LoadedEngine:
       store: the model's weights.
       config: the engine's settings.
       replica: which of config.data_parallel_size replicas of the model this one runs, from 0.
-      shared: the engine as all processes of a run hold it; None if this process runs alone.
+      shared: the replica as the processes of a run hold it; None if this process runs alone.
 
     Raises:
       FileNotFoundError: there is no such draft model.
       ValueError: the weights do not match model_config, the model cannot be laid out on the mesh, or there is no memory
         for KV pages; or the draft model has another vocabulary or too short a context.
+      GatherError: another process that holds a part of the replica could not load it.
     """
 
     def __init__(
@@ -47,28 +50,23 @@ class LoadedEngine:
         config: EngineConfig,
         *,
         replica: int = 0,
-        shared: SharedEngine | None = None,
+        shared: SharedReplica | None = None,
     ):
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
-        self.max_model_len = context_length(config, model_config)
         self._page_size = config.page_size
-        draft = find_draft(config, model_config, max_model_len=self.max_model_len)
-        draft_store = None if draft is None else draft.open()  # a missing file is noticed before the model is loaded
-        beside = None if draft is None else footprint(draft.model_config, draft.config)
-        processes = None if shared is None else shared.run.group
-        self.decoder = assemble(model_config, store, config, beside=beside, replica=replica, processes=processes)
-        self.wrapper: AbstractModelInferenceWrapper = self.decoder
-        if shared is not None:
-            self.wrapper = shared.join(self.decoder, model=0, vocab_size=model_config.vocab_size)
-        self._draft_wrapper: AbstractModelInferenceWrapper | None = None
-        if draft is not None and draft_store is not None:  # the draft model gets as many KV pages as the model
-            draft_config = dataclasses.replace(draft.config, num_kv_pages=self.wrapper.num_pages)
-            wrapper = assemble(
-                draft.model_config, draft_store, draft_config, role="draft model", replica=replica, processes=processes
-            )
-            self._draft_wrapper = (
-                wrapper if shared is None else shared.join(wrapper, model=1, vocab_size=model_config.vocab_size)
-            )
+        with contextlib.nullcontext() if shared is None else shared.holders.loading(f"loading replica {replica}"):
+            self.max_model_len = context_length(config, model_config)
+            draft = find_draft(config, model_config, max_model_len=self.max_model_len)
+            # A missing file is noticed before the model is loaded.
+            draft_store = None if draft is None else draft.open()
+            beside = None if draft is None else footprint(draft.model_config, draft.config)
+            self.wrapper = _load(model_config, store, config, replica=replica, shared=shared, beside=beside)
+            self._draft_wrapper: AbstractModelInferenceWrapper | None = None
+            if draft is not None and draft_store is not None:  # the draft model gets as many KV pages as the model
+                draft_config = dataclasses.replace(draft.config, num_kv_pages=self.wrapper.num_pages)
+                self._draft_wrapper = _load(
+                    draft.model_config, draft_store, draft_config, replica=replica, shared=shared, is_draft=True
+                )
         drafter = _make_drafter(config, self._draft_wrapper)
         self.engine = DynamicEngine(self.wrapper, config, max_model_len=self.max_model_len, drafter=drafter)
 
@@ -146,6 +144,31 @@ def find_draft(config: EngineConfig, model: ModelConfig, *, max_model_len: int) 
     except ValueError as error:
         raise ValueError(f"draft_model {config.draft_model}: {error}; lower max_model_len") from error
     return Draft(path=path, model_config=draft, config=config)
+
+
+def _load(
+    model_config: ModelConfig,
+    store: TensorStore,
+    config: EngineConfig,
+    *,
+    replica: int,
+    shared: SharedReplica | None,
+    beside: Footprint | None = None,
+    is_draft: bool = False,
+) -> AbstractModelInferenceWrapper:
+    """Loads a model onto the devices of this process, and makes it part of the run if there is one."""
+    if shared is not None and not shared.holders.are_here:
+        return shared.join_remote(model_config, config, is_draft=is_draft)
+    decoder = assemble(
+        model_config,
+        store,
+        config,
+        beside=beside,
+        role="draft model" if is_draft else "model",
+        replica=replica,
+        holders=None if shared is None else shared.holders,
+    )
+    return decoder if shared is None else shared.join(decoder, model_config, is_draft=is_draft)
 
 
 def _make_drafter(config: EngineConfig, draft_wrapper: AbstractModelInferenceWrapper | None) -> Drafter | None:

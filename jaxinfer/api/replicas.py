@@ -109,6 +109,16 @@ class ReplicatedRunner(Runner):
         """Refuses: there is no process to follow."""
         self._replicas[0].follow()
 
+    def drain(self, seconds: float) -> None:
+        """See Runner."""
+        with ThreadPoolExecutor(len(self._replicas)) as pool:
+            list(pool.map(lambda replica: replica.drain(seconds), self._replicas))
+
+    def fail(self, error: EngineClosedError) -> None:
+        """See Runner."""
+        for replica in self._replicas:
+            replica.fail(error)
+
     def close(self) -> None:
         """See Runner."""
         for replica in self._replicas:

@@ -13,6 +13,7 @@ from jaxinfer.api.driver import Driver, Ticket
 from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.api.output_stream import wait_for
 from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.errors import EngineClosedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.text.preparation import Submission
@@ -51,6 +52,14 @@ class Runner(ABC):
     @abstractmethod
     def follow(self) -> None:
         """Takes part in what the leading process computes until it closes the engine."""
+
+    @abstractmethod
+    def drain(self, seconds: float) -> None:
+        """Takes no new requests and waits until the present ones are done, at most for so many seconds."""
+
+    @abstractmethod
+    def fail(self, error: EngineClosedError) -> None:
+        """Ends all requests with an error, and takes no new ones."""
 
     @abstractmethod
     def close(self) -> None:
@@ -108,6 +117,14 @@ class LocalRunner(Runner):
     def follow(self) -> None:
         """Refuses: there is no process to follow."""
         raise ValueError("follow() is for the processes of a run that do not lead it; this one runs alone")
+
+    def drain(self, seconds: float) -> None:
+        """See Runner."""
+        self.driver.drain(seconds)
+
+    def fail(self, error: EngineClosedError) -> None:
+        """See Runner."""
+        self.driver.fail(error)
 
     def close(self) -> None:
         """See Runner."""

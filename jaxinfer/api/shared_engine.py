@@ -1,6 +1,7 @@
 """An engine that several processes hold together.
 
-Owns: the checks that all processes make the same LLM, and how a model's wrapper becomes part of the run.
+Owns: the checks that all processes make the same LLM, which replicas this process has a part of, and how a model's
+wrapper becomes part of the run.
 Does not know: requests, text, how steps are sent.
 """
 
@@ -14,10 +15,79 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxinfer.communication.mesh import processes_of_replicas
+from jaxinfer.communication.process_group import Members
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.distributed import LeaderRun, Run, find_run
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.assembly import context_length
+from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.leading import ModelKey
+from jaxinfer.wrappers.remote_model import RemoteModel
+from jaxinfer.wrappers.step_shapes import StepShapes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedReplica:
+    """This process's part of one replica of a model, or of the leading of it.
+
+    Args:
+      run: the run.
+      engine: number of the engine, the same on all processes.
+      replica: number of the replica.
+      holders: the processes on whose devices it is.
+    """
+
+    run: Run
+    engine: int
+    replica: int
+    holders: Holders
+
+    def join(
+        self, wrapper: AbstractModelInferenceWrapper, model_config: ModelConfig, *, is_draft: bool
+    ) -> AbstractModelInferenceWrapper:
+        """Makes a loaded model's wrapper part of the run.
+
+        Args:
+          wrapper: runs the model on this process's devices.
+          model_config: the model's numbers.
+          is_draft: whether it is the engine's draft model.
+
+        Returns:
+          On the leader a wrapper that runs each step on all processes that hold the model; elsewhere the same wrapper,
+          which belongs to the leader's steps from now on.
+        """
+        key, process_ids = ModelKey(self.engine, self.replica, int(is_draft)), self.holders.process_ids
+        if not isinstance(self.run, LeaderRun):
+            return self.run.steps.join(wrapper, key, process_ids, vocab_size=model_config.vocab_size)
+        return self.run.steps.join(wrapper, key, process_ids) if process_ids != (0,) else wrapper
+
+    def join_remote(
+        self, model_config: ModelConfig, config: EngineConfig, *, is_draft: bool
+    ) -> AbstractModelInferenceWrapper:
+        """A wrapper that runs each step on the processes that hold a model, if this one, the leader, has no part of it.
+
+        Args:
+          model_config, is_draft: as join's.
+          config: the engine's settings.
+
+        Raises:
+          GatherError: one of the processes could not load its part.
+        """
+        wrapper = RemoteModel(
+            self.run.group,
+            StepShapes(
+                config,
+                max_model_len=context_length(config, model_config),
+                coarse=jax.devices()[0].platform == "gpu",
+            ),
+            num_pages=config.num_kv_pages or self.holders.fewest_pages(),
+            vocab_size=model_config.vocab_size,
+        )
+        return self.join(wrapper, model_config, is_draft=is_draft)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,29 +97,45 @@ class SharedEngine:
     Args:
       run: the run.
       number: of the engine, the same on all processes.
+      config: its settings.
     """
 
     run: Run
     number: int
+    config: EngineConfig
 
-    def join(
-        self, wrapper: AbstractModelInferenceWrapper, *, model: int, vocab_size: int
-    ) -> AbstractModelInferenceWrapper:
-        """Makes a loaded model's wrapper part of the run.
+    def replicas(self) -> list[SharedReplica]:
+        """The replicas of which this process holds a part; on the leader all of them.
 
-        Args:
-          wrapper: runs the model on this process's devices.
-          model: 0 for the engine's model, 1 for its draft model.
-          vocab_size: of the model.
-
-        Returns:
-          On the leader a wrapper that runs each step on all processes; elsewhere the same wrapper, which belongs to the
-          leader's steps from now on.
+        Raises:
+          ValueError: there are too few devices, or a process has none in any replica.
         """
-        key = ModelKey(self.number, model)
-        if isinstance(self.run, LeaderRun):
-            return self.run.steps.join(wrapper, key)
-        return self.run.steps.join(wrapper, key, vocab_size=vocab_size)
+        group, config = self.run.group, self.config
+        found = processes_of_replicas(config)
+        idle = sorted(set(group.everyone.ids) - {process_id for ids in found for process_id in ids})
+        if idle:
+            what = f"a mesh of {config.pipeline_parallel_size} pipeline x {config.tensor_parallel_size} tensor"
+            if config.data_parallel_size > 1:
+                what = f"{config.data_parallel_size} replicas of {what}"
+            raise ValueError(
+                f"{what} {'have' if config.data_parallel_size > 1 else 'has'} no device of process "
+                f"{', '.join(map(str, idle))}; raise a parallel size, or start fewer processes"
+            )
+        parts = [
+            SharedReplica(
+                run=self.run, engine=self.number, replica=replica, holders=Holders(group, Members(ids, self.number))
+            )
+            for replica, ids in enumerate(found)
+        ]
+        return [part for part in parts if group.is_leader or part.holders.are_here]
+
+    def least(self, what: str, value: int) -> int:
+        """The smallest of the values that all processes have.
+
+        Raises:
+          GatherError: a process failed.
+        """
+        return min(map(int, self.run.group.gather(what, str(value))))
 
     def require_same_checkpoint(self, fingerprint: str) -> None:
         """Refuses to go on if the processes have different weights before them.
@@ -76,11 +162,6 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
     if run is None:
         yield None
         return
-    if config.data_parallel_size > 1:
-        raise ValueError(
-            f"data_parallel_size must be 1 in a run of several processes, got {config.data_parallel_size}; start a run "
-            "for each replica"
-        )
     description: dict[str, Any] = {
         "model": None if model is None else str(model),
         "tokenizer": tokenizer if tokenizer is None else str(tokenizer),
@@ -94,7 +175,7 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
     try:
         with run.group.together("making the LLM"):
             _require_same(description["engine"], theirs["engine"], run)
-            yield SharedEngine(run=run, number=number)
+            yield SharedEngine(run=run, number=number, config=config)
     except BaseException:
         run.steps.drop(number)
         raise

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from jaxinfer.api.driver import Ticket
 from jaxinfer.api.loaded_engine import LoadedEngine
-from jaxinfer.api.runner import LocalRunner, Runner
+from jaxinfer.api.runner import Runner
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.distributed import FollowerRun, LeaderRun
 from jaxinfer.engine.dynamic_engine import EngineStats
@@ -25,7 +25,6 @@ from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedEr
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.codec import from_fields
 from jaxinfer.records.provenance import Provenance
-from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.text.preparation import Submission
 
 _WARM_UP = "warmup"
@@ -41,47 +40,73 @@ _ERRORS = (
 """Errors that the leader's call raises on the other processes, too; any other becomes a RuntimeError there."""
 
 
-class LeadingRunner(LocalRunner):
+class LeadingRunner(Runner):
     """Runs requests for all processes of a run: those that make the same calls get the outputs sent.
 
     Args:
-      loaded: the engine, whose steps run on all processes.
-      controller: makes text of its tokens.
+      runner: runs the requests, on engines whose steps go to the other processes.
       run: the run.
       engine: number of the engine in it.
     """
 
-    def __init__(self, loaded: LoadedEngine, controller: TextGenerationController, run: LeaderRun, engine: int):
-        super().__init__(loaded, controller)
+    def __init__(self, runner: Runner, run: LeaderRun, engine: int):
+        self._runner = runner
         self._run = run
         self._engine = engine
         self._numbers = itertools.count()
         run.group.when_lost(self)
         run.group.attach(self)
 
+    @property
+    def is_running(self) -> bool:
+        """See Runner."""
+        return self._runner.is_running
+
     def run(self, submissions: Sequence[Submission], *, show_bar: bool) -> list[RequestOutput]:
         """Waits until all processes have made this call (those that follow make none), then runs it for all."""
         with self._shared_call(_described(submissions)) as result:
-            outputs = super().run(submissions, show_bar=show_bar)
+            outputs = self._runner.run(submissions, show_bar=show_bar)
             result["outputs"] = outputs
         return outputs
 
+    def start(
+        self, submission: Submission, *, stream: bool = True, on_update: Callable[[Ticket], None] | None = None
+    ) -> Ticket:
+        """See Runner; the other processes learn nothing of it."""
+        return self._runner.start(submission, stream=stream, on_update=on_update)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See Runner."""
+        self._runner.cancel(ticket)
+
     def warmup(self, *, background: bool = False) -> None:
-        """Compiles all programs on all processes; with several processes nothing is left to the background."""
+        """Compiles programs on all processes; see LLM.warmup for what is left to the background."""
         with self._shared_call(_WARM_UP):
-            super().warmup()
+            self._runner.warmup(background=background)
+
+    def stats(self) -> EngineStats:
+        """See Runner."""
+        return self._runner.stats()
 
     def follow(self) -> None:
         """Refuses: this process leads."""
         raise ValueError("process 0 leads the run; follow() is for the other processes")
 
     def drain(self, seconds: float) -> None:
-        """Takes no new requests and waits for the present ones; see Endable."""
-        self.driver.drain(seconds)
+        """See Runner."""
+        self._runner.drain(seconds)
+
+    def fail(self, error: EngineClosedError) -> None:
+        """See Runner."""
+        self._runner.fail(error)
 
     def lose(self, error: ProcessLostError) -> None:
         """Ends all requests because the run has failed."""
-        self.driver.fail(error)
+        self.fail(error)
+
+    def close(self) -> None:
+        """See Runner."""
+        self._runner.close()
 
     @contextmanager
     def _shared_call(self, description: str) -> Iterator[dict[str, Any]]:
@@ -167,7 +192,10 @@ class FollowingRunner(Runner):
             self._run.calls.await_close(self._engine)
 
     def drain(self, seconds: float) -> None:
-        """Does nothing: the leader drains the engine; see Endable."""
+        """Does nothing: the leader drains the engine."""
+
+    def fail(self, error: EngineClosedError) -> None:
+        """Does nothing: the calls of this process wait for the run, which has failed."""
 
     def close(self) -> None:
         """Makes no more calls. The leader may go on; this process's part of the engine is closed when it closes it."""

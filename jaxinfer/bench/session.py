@@ -30,6 +30,7 @@ from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import Request
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.step_shapes import pages_for
 
 _BATCH_BROKE = (
@@ -173,7 +174,8 @@ class Session:
           work: called with a session whose engine has no model, to find out which programs the work needs. There, every
             token is 0 and all times are meaningless.
         """
-        wrapper = self._loaded.decoder
+        wrapper = self._loaded.wrapper
+        assert isinstance(wrapper, DecoderWrapper)  # a bench runs in one process
         recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
         rehearsed = copy.copy(self)
         rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self._loaded.max_model_len)

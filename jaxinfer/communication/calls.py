@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import Follower, GatherError, Kind, Leader
+from jaxinfer.communication.follower import Follower
+from jaxinfer.communication.leader import Leader
+from jaxinfer.communication.process_group import GatherError, Kind
 from jaxinfer.errors import EngineClosedError
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from jaxinfer.config.engine_config import EngineConfig
+
 PIPE = "pipe"
 TENSOR = "tensor"
 
@@ -27,11 +29,33 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1,
     Raises:
       ValueError: there are fewer devices than the mesh needs.
     """
-    size = pipeline_parallel_size * tensor_parallel_size
+    return jax.make_mesh(
+        (pipeline_parallel_size, tensor_parallel_size),
+        (PIPE, TENSOR),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=_devices(pipeline_parallel_size, tensor_parallel_size, replica),
+    )
+
+
+def processes_of_replicas(config: EngineConfig) -> list[tuple[int, ...]]:
+    """For each replica of a model, the processes whose devices are in its mesh, ascending.
+
+    Raises:
+      ValueError: there are fewer devices than the replicas need.
+    """
+    found = []
+    for replica in range(config.data_parallel_size):
+        devices = _devices(config.pipeline_parallel_size, config.tensor_parallel_size, replica)
+        found.append(tuple(sorted({device.process_index for device in devices})))
+    return found
+
+
+def _devices(num_stages: int, num_shards: int, replica: int) -> list[jax.Device]:
+    size = num_stages * num_shards
     needed = (replica + 1) * size
     devices = jax.devices()
     if needed > len(devices):
-        what = f"a mesh of {pipeline_parallel_size} pipeline x {tensor_parallel_size} tensor"
+        what = f"a mesh of {num_stages} pipeline x {num_shards} tensor"
         sizes = "pipeline_parallel_size or tensor_parallel_size"
         if replica:
             what, sizes = f"{replica + 1} replicas of {what}", f"data_parallel_size, {sizes}"
@@ -41,12 +65,7 @@ def make_mesh(*, pipeline_parallel_size: int = 1, tensor_parallel_size: int = 1,
             f"found {len(devices)} ({devices[0].platform}); lower {sizes}"
             f"{simulate if devices[0].platform == 'cpu' else ''}"
         )
-    return jax.make_mesh(
-        (pipeline_parallel_size, tensor_parallel_size),
-        (PIPE, TENSOR),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[needed - size : needed],
-    )
+    return devices[needed - size : needed]
 
 
 def abstract_mesh(pipeline_parallel_size: int, tensor_parallel_size: int) -> AbstractMesh:

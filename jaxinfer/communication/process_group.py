@@ -1,7 +1,7 @@
 """The processes of a run: process 0 leads, the others follow it, and all end together.
 
 Owns: one connection from the leader to every follower, the threads that listen and show that a process is alive,
-gathering values from all processes, noticing that one is lost or stuck, and taking leave.
+agreeing on values, noticing that one is lost, and taking leave; leader.py and follower.py have what differs.
 Does not know: jax, what the processes compute.
 
 Every process sends a heartbeat a second. One that was not heard of for `silence` seconds, whose connection ended before
@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import json
 import logging
 import os
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxinfer.communication.connection import Connection, ConnectionLostError, Message
-from jaxinfer.communication.progress import Patience, Progress, stuck
+from jaxinfer.communication.progress import Patience, Progress
 from jaxinfer.errors import ProcessLostError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ class Kind(enum.IntEnum):
     """Leader to follower: the result of a call."""
     LEAVING = 16
     """Leader to follower: the leader ends as it should, once all others do."""
+    TOKENS = 17
+    """Follower to leader: what a step has sampled, for a leader that has no part of the model."""
+    WARM = 18
+    """Follower to such a leader: all programs of a model are compiled."""
 
 
 @runtime_checkable
@@ -101,10 +105,35 @@ class _Peer:
     progress: Progress = field(default_factory=Progress)
 
 
+class Members(NamedTuple):
+    """Some processes of a run that do something together.
+
+    Args:
+      ids: their numbers, ascending.
+      task: tells apart what the same processes do together; each task has gatherings of its own.
+    """
+
+    ids: tuple[int, ...]
+    task: int = -1
+
+
 class GatherError(RuntimeError):
-    """Processes did not agree, or one of them failed; the run goes on."""
+    """Processes did not agree, or one of them failed; the run goes on.
+
+    Args:
+      text: what went wrong.
+      members: the processes that know.
+    """
+
+    def __init__(self, text: str, members: Members | None = None):
+        super().__init__(text)
+        self.members = members
 
 
+Entry = Mapping[str, str | None]
+"""What a process gives to a gathering: topic, value and error."""
+Gathering = tuple[Members, int]
+"""The processes that take part in a gathering, and its number among their gatherings."""
 Handler = Callable[[int, Message], None]
 """Gets the number of the process that sent a message, and the message. It runs on the thread that listens to that
 process, so it must not wait for anything that this process sends."""
@@ -131,9 +160,9 @@ class ProcessGroup(ABC):
     ):
         self.process_id = process_id
         self.num_processes = num_processes
+        self.everyone = Members(tuple(range(num_processes)))
+        """All processes."""
         self.patience = patience
-        self.launching = threading.Lock()
-        """Held while a step is sent and launched, so that all processes launch in one order."""
         self._on_lost = on_lost
         self._peers = [_Peer(number, connection) for number, connection in connections.items()]
         self._changed = threading.Condition()
@@ -143,7 +172,8 @@ class ProcessGroup(ABC):
         self._progress: Callable[[], Progress] = Progress
         self._listeners: weakref.WeakSet[_LossListener] = weakref.WeakSet()
         self._engines: weakref.WeakSet[Endable] = weakref.WeakSet()
-        self._num_gathered = 0
+        self._num_gathered: Counter[Members] = Counter()
+        self._gathered: dict[Gathering, list[Entry]] = {}
         self._silence = max(patience.silence, _START_SECONDS)
         self._telling: list[threading.Thread] = []
         self._is_written = threading.Event()
@@ -247,19 +277,37 @@ class ProcessGroup(ABC):
             yield
             self._changed.notify_all()
 
-    @abstractmethod
-    def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
-        """Exchanges a value with all processes, each of which has to call this; returns all values, by process.
+    def gather(
+        self, topic: str, value: str = "", *, error: str | None = None, among: Members | None = None
+    ) -> list[str]:
+        """Exchanges a value with other processes, each of which has to call this.
 
         Args:
           topic: what the value is; all processes have to name the same.
           value: this process's value.
           error: what went wrong on this process, in place of a value.
+          among: the processes that exchange values; None is all of them. The leader may call this without being one of
+            them, and learns the values of the others.
+
+        Returns:
+          Their values, in the order of the processes.
 
         Raises:
           GatherError: a process has given an error, or processes have named different topics.
           ProcessLostError: the run has failed.
         """
+        members = among or self.everyone
+        gathering = members, self._num_gathered[members]
+        self._num_gathered[members] += 1
+        if self.process_id in members.ids:
+            self._give(gathering, {"topic": topic, "value": value, "error": error})
+        others = ", ".join(str(process_id) for process_id in members.ids if process_id != self.process_id)
+        self.wait_for(lambda: gathering in self._gathered, f"process {others} ({topic})")
+        return _values(members, self._gathered.pop(gathering))
+
+    @abstractmethod
+    def _give(self, gathering: Gathering, entry: Entry) -> None:
+        """Adds this process's entry to a gathering."""
 
     def agree(self, topic: str, value: str) -> None:
         """Makes sure that a value is the same on all processes, each of which has to call this.
@@ -272,25 +320,34 @@ class ProcessGroup(ABC):
         if others:
             raise GatherError(
                 f"{topic} must be the same on all processes: process 0 has {values[0]}, process {others[0]} has "
-                f"{values[others[0]]}" + (f" (and {len(others) - 1} more differ)" if len(others) > 1 else "")
+                f"{values[others[0]]}" + (f" (and {len(others) - 1} more differ)" if len(others) > 1 else ""),
+                self.everyone,
             )
 
     @contextlib.contextmanager
-    def together(self, topic: str) -> Iterator[None]:
-        """A block that all processes go through; if it raises on one of them, it raises on all.
+    def together(self, topic: str, *, among: Members | None = None) -> Iterator[None]:
+        """A block that processes go through together; if it raises on one of them, it raises on all.
+
+        Args:
+          topic: what the block does.
+          among: as gather's.
 
         Raises:
           GatherError: it raised on another process; the message names it.
         """
+        members = among or self.everyone
         try:
             yield
-        except (GatherError, ProcessLostError):
+        except ProcessLostError:
             raise  # the others know
         except BaseException as error:
-            with contextlib.suppress(GatherError):
-                self.gather(topic, error=f"{type(error).__name__}: {error}")
+            is_known = isinstance(error, GatherError) and error.members == members
+            if not is_known and self.process_id in members.ids:
+                text = str(error) if isinstance(error, GatherError) else f"{type(error).__name__}: {error}"
+                with contextlib.suppress(GatherError):
+                    self.gather(topic, error=text, among=members)
             raise
-        self.gather(topic)
+        self.gather(topic, among=members)
 
     def fail(self, reason: BaseException) -> ProcessLostError:
         """Ends the run because this process cannot go on; if another process is the reason, that one is named.
@@ -414,136 +471,23 @@ class ProcessGroup(ABC):
         return next(peer for peer in self._peers if peer.process_id == process_id)
 
 
-class Leader(ProcessGroup):
-    """The processes of a run as process 0 sees them; arguments as ProcessGroup's.
-
-    Args:
-      connections: to every follower.
-    """
-
-    def __init__(
-        self,
-        connections: Mapping[int, Connection],
-        *,
-        patience: Patience,
-        on_lost: Callable[[ProcessLostError], None],
-    ):
-        super().__init__(0, len(connections) + 1, connections, patience=patience, on_lost=on_lost)
-        self._values: dict[tuple[int, int], dict[str, str | None]] = {}  # by gathering and process
-        self._handlers |= {Kind.FAILED: self._hear_failed, Kind.VALUE: self._hear_value}
-        self.num_sent = self.num_launched = 0
-        """Steps sent to the followers, and launched here; whoever does so counts."""
-
-    def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
-        """See ProcessGroup.gather."""
-        number = self._num_gathered
-        self._num_gathered += 1
-        keys = [(number, peer.process_id) for peer in self._peers]
-        others = ", ".join(str(process_id) for _, process_id in keys)
-        self.wait_for(lambda: all(key in self._values for key in keys), f"process {others} ({topic})")
-        entries = [{"topic": topic, "value": value, "error": error}, *(self._values.pop(key) for key in keys)]
-        self.send(Message(Kind.VALUES, number, json.dumps(entries).encode()))
-        return _values(entries)
-
-    def has_left(self, process_id: int) -> bool:
-        """Whether a follower has taken leave."""
-        return self._peer(process_id).has_left
-
-    def _take_leave(self) -> None:
-        peers = self._peers
-        self.send(Message(Kind.LEAVING))
-        self.wait_for(lambda: all(peer.has_left for peer in peers), "the other processes to end")
-        self.send(Message(Kind.LEAVE))
-
-    def _hear_failed(self, process_id: int, message: Message) -> None:
-        self._lose(message.payload.decode(errors="replace"))
-
-    def _hear_value(self, process_id: int, message: Message) -> None:
-        with self.change():
-            self._values[message.number, process_id] = json.loads(message.payload)
-
-    def _watch_steps(self) -> None:
-        progress = {0: self._progress(), **{peer.process_id: peer.progress for peer in self._peers}}
-        found = stuck(progress, num_sent=self.num_sent, limit=self.patience.step)
-        if found:
-            names = ", ".join(map(str, found))
-            self._lose(
-                f"process {names} of {self.num_processes} is stuck: a step did not end within {self.patience.step:g} s"
-            )
-
-
-class Follower(ProcessGroup):
-    """The processes of a run as one of the others sees them; arguments as ProcessGroup's.
-
-    Args:
-      connection: to the leader.
-    """
-
-    def __init__(
-        self,
-        process_id: int,
-        num_processes: int,
-        connection: Connection,
-        *,
-        patience: Patience,
-        on_lost: Callable[[ProcessLostError], None],
-    ):
-        super().__init__(process_id, num_processes, {0: connection}, patience=patience, on_lost=on_lost)
-        self._gathered: dict[int, list[dict[str, str | None]]] = {}
-        self._is_leader_leaving = False
-        self._handlers |= {
-            Kind.ABORT: self._hear_abort,
-            Kind.LEAVING: self._hear_leaving,
-            Kind.VALUES: self._hear_values,
-        }
-
-    @property
-    def is_leader_leaving(self) -> bool:
-        """Whether process 0 is at its end, and sends no more work."""
-        return self._is_leader_leaving
-
-    def gather(self, topic: str, value: str = "", *, error: str | None = None) -> list[str]:
-        """See ProcessGroup.gather."""
-        number = self._num_gathered
-        self._num_gathered += 1
-        own = {"topic": topic, "value": value, "error": error}
-        self.send(Message(Kind.VALUE, number, json.dumps(own).encode()))
-        self.wait_for(lambda: number in self._gathered, f"the other processes ({topic})")
-        return _values(self._gathered.pop(number))
-
-    def _take_leave(self) -> None:
-        leader = self._peers[0]
-        self.send(Message(Kind.LEAVE))
-        self.wait_for(lambda: leader.has_left, "process 0 to end")
-
-    def _hear_leaving(self, process_id: int, message: Message) -> None:
-        with self.change():
-            self._is_leader_leaving = True
-
-    def _hear_abort(self, process_id: int, message: Message) -> None:
-        self._lose(message.payload.decode(errors="replace"))
-
-    def _hear_values(self, process_id: int, message: Message) -> None:
-        with self.change():
-            self._gathered[message.number] = json.loads(message.payload)
-
-
 class _LossListener(Protocol):
     def lose(self, error: ProcessLostError) -> None:
         """Takes note that the run has failed; called once, on any thread."""
         ...
 
 
-def _values(entries: Sequence[Mapping[str, str | None]]) -> list[str]:
-    for number, entry in enumerate(entries):
+def _values(members: Members, entries: Sequence[Entry]) -> list[str]:
+    for number, entry in zip(members.ids, entries, strict=True):
         if entry["error"] is not None:
-            raise GatherError(f"process {number} failed ({entry['topic']}): {entry['error']}")
+            raise GatherError(f"process {number} failed ({entry['topic']}): {entry['error']}", members)
     topics = [entry["topic"] for entry in entries]
-    for number, topic in enumerate(topics):
+    for number, topic in zip(members.ids, topics, strict=True):
         if topic != topics[0]:
             raise GatherError(
-                f"processes do different things: process 0 is at {topics[0]!r}, process {number} at {topic!r}; run the "
-                f"same script on all of them"
+                f"processes do different things: process {members.ids[0]} is at {topics[0]!r}, process {number} at "
+                f"{topic!r}; run the same script on all of them",
+                members,
             )
     return [entry["value"] or "" for entry in entries]
 

@@ -71,16 +71,20 @@ class Progress:
         return cls(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
 
 
-def stuck(progress: Mapping[int, Progress], *, num_sent: int, limit: float) -> list[int]:
-    """The processes for which all others wait in vain; none if no process has waited too long.
+def stuck(
+    progress: Mapping[int, Progress], *, num_sent: Mapping[int, int], waiting_seconds: float, limit: float
+) -> list[int]:
+    """The processes of those that hold a model for which all others wait in vain; none if nobody has waited too long.
 
     Args:
-      progress: how far each process is.
-      num_sent: steps that the leader has sent.
+      progress: how far each of these processes is.
+      num_sent: steps that the leader has sent to each.
+      waiting_seconds: for how long the leader has been waiting for a step of this model.
       limit: seconds that a step may take while no process compiles.
     """
     late = [number for number, entry in progress.items() if entry.waiting_seconds > limit]
-    if not late or any(entry.is_compiling for entry in progress.values()):
+    if not (late or waiting_seconds > limit) or any(entry.is_compiling for entry in progress.values()):
         return []
-    least = min(entry.num_launched for entry in progress.values())
-    return [number for number, entry in progress.items() if entry.num_launched == least < num_sent] or late
+    behind = {number: num_sent[number] - entry.num_launched for number, entry in progress.items()}
+    most = max(behind.values())
+    return [number for number, steps in behind.items() if steps == most > 0] or late or list(progress)

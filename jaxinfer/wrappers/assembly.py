@@ -12,12 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.loader import load_parameters
 from jaxinfer.checkpoint.store import TensorStore
-from jaxinfer.communication.mesh import make_mesh
-from jaxinfer.communication.process_group import ProcessGroup
+from jaxinfer.communication.mesh import make_mesh, processes_of_replicas
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import choose_backend
@@ -25,6 +23,7 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family
 from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.memory import Footprint, activation_bytes
 from jaxinfer.wrappers.step_shapes import StepShapes
 from jaxinfer.wrappers.xla_options import chosen_options
@@ -57,7 +56,7 @@ def assemble(
     role: str = "model",
     replica: int = 0,
     progress: bool = True,
-    processes: ProcessGroup | None = None,
+    holders: Holders | None = None,
 ) -> DecoderWrapper:
     """Builds the wrapper of a model whose tensors are in a store.
 
@@ -70,7 +69,8 @@ def assemble(
       role: what the model is used as ("model", "draft model"), for the line in the log.
       replica: which of config.data_parallel_size replicas this is; those before it are loaded already.
       progress: whether to show a bar while loading.
-      processes: the processes of a run with several, all of which load their parts of the model at the same time.
+      holders: the processes that hold this replica, all of which load their parts of it at the same time; None if this
+        process runs alone.
 
     Raises:
       ValueError: the tensors do not fit the model, the model cannot be laid out on the mesh, there is no room for KV
@@ -83,7 +83,8 @@ def assemble(
         tensor_parallel_size=config.tensor_parallel_size,
         replica=replica,
     )
-    _require_share(mesh, processes)
+    if holders is None and any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+        raise ValueError("the mesh has devices of other processes, which only an LLM can use; make an LLM on each")
     layout = lay_out(model_config, config, *platform_of(mesh.devices.flat[0]))
     model = abstract_model(model_config, layout)
     parameters = load_parameters(
@@ -102,8 +103,8 @@ def assemble(
         layout=layout,
         mesh=mesh,
         beside=beside,
-        num_alike=config.data_parallel_size - replica,
-        processes=processes,
+        num_alike=sum(jax.process_index() in ids for ids in processes_of_replicas(config)[replica:]),
+        holders=holders,
     )
     logger.info(
         "%s %s, %.1fM parameters, mesh %s on %s, %s, attention %s, weights %.0f MiB, "
@@ -121,22 +122,6 @@ def assemble(
         wrapper.kv_bytes / 2**20,
     )
     return wrapper
-
-
-def _require_share(mesh: Mesh, processes: ProcessGroup | None) -> None:
-    """Refuses a mesh over processes that are no run, or without a device of some process of the run."""
-    found = {device.process_index for device in mesh.devices.flat}
-    if processes is None:
-        if found != {jax.process_index()}:
-            raise ValueError("the mesh has devices of other processes, which only an LLM can use; make an LLM on each")
-        return
-    idle = sorted(set(range(processes.num_processes)) - found)
-    if idle:
-        num_stages, num_shards = mesh.devices.shape
-        raise ValueError(
-            f"a mesh of {num_stages} pipeline x {num_shards} tensor has no device of process "
-            f"{', '.join(map(str, idle))}; raise a parallel size, or start fewer processes"
-        )
 
 
 def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:

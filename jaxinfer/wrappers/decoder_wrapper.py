@@ -19,7 +19,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
-from jaxinfer.communication.process_group import ProcessGroup
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.kv_cache import LayerCache
@@ -27,6 +26,7 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
+from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.program_choice import ProgramChoice
@@ -91,8 +91,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
       mesh: the devices that hold the parameters.
       beside: memory to leave for a second model (the draft model), which will have as many pages on the same devices.
       num_alike: replicas that have yet to be loaded, this one included; on CPUs they share one memory.
-      processes: the other processes that hold a part of the model, with which the number of KV pages is agreed on; None
-        if there are none.
+      holders: the processes that hold the model, which agree on the number of KV pages; None if this one runs alone.
 
     Raises:
       ValueError: the KV pool does not fit into free memory.
@@ -109,7 +108,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         mesh: Mesh,
         beside: Footprint | None = None,
         num_alike: int = 1,
-        processes: ProcessGroup | None = None,
+        holders: Holders | None = None,
     ):
         self._mesh = mesh
         platform = mesh.devices.flat[0].platform
@@ -118,9 +117,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
-        self._num_pages = config.num_kv_pages or _fewest(
-            self._fitting_pages(config, model_config, layout.dtype.itemsize, beside or Footprint(), num_alike),
-            processes,
+        self._num_pages = config.num_kv_pages or self._fitting_pages(
+            config, model_config, layout.dtype.itemsize, beside or Footprint(), num_alike, holders
         )
         self._step_programs = StepPrograms(
             model,
@@ -144,7 +142,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         chosen = chosen_options(config.xla_options)
         options: dict[str, Callable[..., dict[str, bool | str]]] = {name: lambda *_: chosen for name in traces}
         options["forward"] = lambda shape: compiler_options(platform, shape.num_tokens) | chosen
-        self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=processes is not None)
+        in_order = holders is not None and holders.are_several
+        self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=in_order)
         self._choice = ProgramChoice(self._programs, self._shapes)
 
     @property
@@ -340,7 +339,13 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return self._programs.get(name, *arguments)
 
     def _fitting_pages(
-        self, config: EngineConfig, model_config: ModelConfig, itemsize: int, beside: Footprint, num_alike: int
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        itemsize: int,
+        beside: Footprint,
+        num_alike: int,
+        holders: Holders | None,
     ) -> int:
         devices = self._mesh.local_devices
         free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
@@ -349,16 +354,12 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         else:
             free -= activation_bytes(model_config, self._shapes, itemsize)
             free -= edit_bytes(self._shapes, model_config.vocab_size, num_devices=self._mesh.size)
-        return num_kv_pages(
+        fitting = num_kv_pages(
             free=free - beside.fixed_bytes,
             page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
-
-
-def _fewest(num_pages: int, processes: ProcessGroup | None) -> int:
-    """The number of pages that all processes have room for."""
-    return num_pages if processes is None else min(map(int, processes.gather("KV pages", str(num_pages))))
+        return fitting if holders is None else holders.fewest_pages(fitting)
 
 
 def _reported(num_top: int | None) -> int | None:

@@ -1,6 +1,7 @@
 """The steps of a process that follows: what the leader sends is launched here, in the order in which it comes.
 
-Owns: the thread that launches steps, the thread that reads their tokens, and the digests sent back to the leader.
+Owns: the thread that launches steps, the threads that read their tokens, and what is sent back to the leader: digests,
+or the tokens themselves where it computes none.
 Does not know: requests, why the leader sends a step.
 """
 
@@ -10,16 +11,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import Follower, Kind
+from jaxinfer.communication.follower import Follower
+from jaxinfer.communication.process_group import Kind
 from jaxinfer.communication.progress import Progress
 from jaxinfer.errors import ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.leading import ModelKey, digest
+from jaxinfer.wrappers.remote_model import pack_remote
 from jaxinfer.wrappers.step_frame import unpack_step
 
 MAX_UNREAD = 8
@@ -31,14 +34,24 @@ class _Model:
     """A model whose steps come from the leader.
 
     Args:
+      key: which.
       wrapper: runs them.
       vocab_size: of the model.
-      inside: launched steps that have not left the pipeline yet.
+      is_reporter: whether the leader gets the results of its steps from this process.
+      unread: steps that have left the pipeline.
+      inside: launched steps that have not.
     """
 
+    key: ModelKey
     wrapper: AbstractModelInferenceWrapper
     vocab_size: int
+    is_reporter: bool
+    unread: queue.Queue[_Step]
     inside: deque[tuple[int, Any]] = field(default_factory=deque)
+
+
+_Step = tuple[_Model, int, Any] | None
+"""A model, the number of its step and the step's handle; None ends the thread that reads."""
 
 
 class FollowingSteps:
@@ -57,27 +70,39 @@ class FollowingSteps:
         self._on_closed = on_closed
         self._models: dict[ModelKey, _Model] = {}
         self._received: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._unread: queue.Queue[tuple[ModelKey, _Model, int, Any]] = queue.Queue(MAX_UNREAD)
         self._num_launched = 0
-        self._waiting_since: float | None = None
+        self._waiting_since: dict[int, float] = {}  # by thread that waits for a step
         for kind in (Kind.OPEN, Kind.STEP, Kind.WARM_UP, Kind.CLOSE):
             group.handle(kind, lambda _, message: self._received.put(message))
         group.report_progress(self._progress)
-        for work in (self._launch_all, self._read_all):
-            name = f"jaxinfer-follow-{work.__name__.strip('_')}"
-            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
+        self._start_thread("launch", self._launch_all)
 
     def join(
-        self, wrapper: AbstractModelInferenceWrapper, key: ModelKey, *, vocab_size: int
+        self, wrapper: AbstractModelInferenceWrapper, key: ModelKey, process_ids: Sequence[int], *, vocab_size: int
     ) -> AbstractModelInferenceWrapper:
-        """Lets the leader run steps of a model; returns its wrapper, which nobody else may use from now on."""
-        self._models[key] = _Model(wrapper, vocab_size)
+        """Lets the leader run steps of a model; returns its wrapper, which nobody else may use from now on.
+
+        Args:
+          wrapper: runs the steps here.
+          key: the model.
+          process_ids: the processes that hold it.
+          vocab_size: of the model.
+        """
+        unread = next((model.unread for other, model in self._models.items() if other[:2] == key[:2]), None)
+        if unread is None:
+            unread = queue.Queue(MAX_UNREAD)  # one for each replica, so that none waits for the steps of another
+            self._start_thread("read", lambda: self._read_all(unread))
+        is_reporter = 0 not in process_ids and self._group.process_id == min(process_ids)
+        self._models[key] = _Model(key, wrapper, vocab_size, is_reporter, unread)
         return wrapper
 
     def drop(self, engine: int) -> None:
         """Frees what was loaded of an engine that some process could not load."""
         for key in [key for key in self._models if key.engine == engine]:
-            self._models.pop(key).wrapper.close()
+            self._close(self._models[key])
+
+    def _start_thread(self, name: str, work: Callable[[], None]) -> None:
+        threading.Thread(target=self._guarded, args=(work,), name=f"jaxinfer-follow-{name}", daemon=True).start()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -96,36 +121,48 @@ class FollowingSteps:
             key, payload = ModelKey.unpack(message.payload)
             model = self._models[key]
             if message.kind == Kind.STEP:
-                self._launch(key, model, message.number, payload)
+                self._launch(model, message.number, payload)
             elif message.kind == Kind.WARM_UP:
-                model.wrapper.warmup()
+                model.wrapper.warmup(background=payload == b"\1")
+                if model.is_reporter:
+                    self._group.send(Message(Kind.WARM, payload=key.pack()))
             else:
-                self._unread.join()
-                model.wrapper.close()
-                del self._models[key]
+                self._close(model)
                 if not any(other.engine == key.engine for other in self._models):
                     self._on_closed(key.engine)
 
-    def _launch(self, key: ModelKey, model: _Model, number: int, payload: bytes) -> None:
+    def _close(self, model: _Model) -> None:
+        model.unread.join()
+        model.wrapper.close()
+        del self._models[model.key]
+        if not any(other.unread is model.unread for other in self._models.values()):
+            model.unread.put(None)
+
+    def _launch(self, model: _Model, number: int, payload: bytes) -> None:
         wrapper = model.wrapper
         batch = unpack_step(payload, wrapper.shapes, num_pages=wrapper.num_pages, vocab_size=model.vocab_size)
         model.inside.append((number, wrapper.launch(batch)))
         self._num_launched += 1
         if len(model.inside) == wrapper.shapes.num_stages:
-            self._unread.put((key, model, *model.inside.popleft()))
+            model.unread.put((model, *model.inside.popleft()))
 
-    def _read_all(self) -> None:
-        while True:
-            key, model, number, handle = self._unread.get()
-            self._waiting_since = time.monotonic()
+    def _read_all(self, unread: queue.Queue[_Step]) -> None:
+        thread = threading.get_ident()
+        while (step := unread.get()) is not None:
+            model, number, handle = step
+            self._waiting_since[thread] = time.monotonic()
             result = model.wrapper.collect(handle)
-            self._waiting_since = None
-            if len(result.token_ids):
-                self._group.send(Message(Kind.DIGEST, number, key.pack() + digest(result.token_ids)))
-            self._unread.task_done()
+            del self._waiting_since[thread]
+            key = model.key.pack()
+            if model.is_reporter:
+                frame = pack_remote(result, num_compilations=model.wrapper.num_compilations)
+                self._group.send(Message(Kind.TOKENS, number, key + frame))
+            elif len(result.token_ids):
+                self._group.send(Message(Kind.DIGEST, number, key + digest(result.token_ids)))
+            unread.task_done()
 
     def _progress(self) -> Progress:
-        since = self._waiting_since
+        since = min(list(self._waiting_since.values()), default=None)
         return Progress(
             num_launched=self._num_launched,
             waiting_seconds=0.0 if since is None else time.monotonic() - since,

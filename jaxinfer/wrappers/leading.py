@@ -13,24 +13,27 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import Kind, Leader
-from jaxinfer.communication.progress import Progress
+from jaxinfer.communication.leader import Leader
+from jaxinfer.communication.process_group import Kind
+from jaxinfer.communication.progress import Progress, stuck
 from jaxinfer.errors import ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.remote_model import RemoteModel
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_frame import pack_step
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
 DIGEST_BYTES = 8
-_MODEL = struct.Struct("<HH")
+_MODEL = struct.Struct("<HHH")
 
 
 class ModelKey(NamedTuple):
@@ -38,10 +41,12 @@ class ModelKey(NamedTuple):
 
     Args:
       engine: number of the engine, in the order in which the run's engines were made.
+      replica: number of the replica of the engine's models.
       model: 0 for the engine's model, 1 for its draft model.
     """
 
     engine: int
+    replica: int
     model: int
 
     def pack(self) -> bytes:
@@ -64,21 +69,41 @@ class _Launched(NamedTuple):
     handle: Any
 
 
+class _Counts:
+    """Steps sent to each process so far, and launched here."""
+
+    def __init__(self) -> None:
+        self.sent: Counter[int] = Counter()
+        self.launched = 0
+
+
 class LeadingWrapper(AbstractModelInferenceWrapper):
-    """Runs steps on all processes of a run: sends each to the followers, then launches it here.
+    """Runs steps on all processes that hold a model: sends each to the followers, then launches it here.
 
     If another process fails or is lost, or has sampled other tokens, launch and collect raise ProcessLostError.
 
     Args:
-      wrapper: runs the steps on this process's devices.
+      wrapper: runs the steps on this process's devices; a RemoteModel if it has none of the model.
       key: the model.
-      group: the processes.
+      group: all processes of the run.
+      process_ids: those that hold the model.
+      counts: of the run's steps.
     """
 
-    def __init__(self, wrapper: AbstractModelInferenceWrapper, key: ModelKey, group: Leader):
+    def __init__(
+        self,
+        wrapper: AbstractModelInferenceWrapper,
+        key: ModelKey,
+        group: Leader,
+        process_ids: Sequence[int],
+        counts: _Counts,
+    ):
         self.wrapper = wrapper
+        self.process_ids = process_ids
+        self._num_digests = len(process_ids) - 1  # all but the one whose tokens the engine gets
         self._key = key
         self._group = group
+        self._counts = counts
         self._num_launched = 0
         self._waiting_since: float | None = None
         self._is_closed = False
@@ -120,13 +145,13 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
 
     def launch(self, batch: StepBatch) -> Any:
         """Sends a step to the followers and starts it here; see AbstractModelInferenceWrapper."""
-        with self._failing_together(), self._group.launching:
+        with self._failing_together(), self._group.launching(self.process_ids):
             number = self._num_launched
-            self._group.send(Message(Kind.STEP, number, self._key.pack() + pack_step(batch)))
-            self._group.num_sent += 1
+            self._send(Kind.STEP, pack_step(batch), number)
+            self._counts.sent.update(self.process_ids)
             self._num_launched += 1
             handle = self.wrapper.launch(batch)
-            self._group.num_launched += 1
+            self._counts.launched += 0 in self.process_ids
             return _Launched(number, handle)
 
     def collect(self, handle: Any) -> StepResult:
@@ -135,7 +160,7 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
             self._waiting_since = time.monotonic()
             result = self.wrapper.collect(handle.handle)
             self._waiting_since = None
-        if len(result.token_ids):
+        if len(result.token_ids) and self._num_digests:
             with self._lock:
                 self._own[handle.number] = digest(result.token_ids)
                 self._last_collected = handle.number
@@ -154,33 +179,38 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
             for number in [number for number in self._theirs if number <= self._last_collected]:
                 own, theirs = self._own.get(number), self._theirs[number]  # own is None if the engine skipped the step
                 differing = next(((other, number) for other in theirs if own not in (None, theirs[other])), differing)
-                if len(theirs) == self._group.num_processes - 1:
+                if len(theirs) == self._num_digests:
                     del self._theirs[number]
                     self._own.pop(number, None)
         if differing is not None:
             raise self._group.diverge(
-                f"process {differing[0]} has sampled other tokens than process 0 in step {differing[1]}: their weights "
-                "or devices differ"
+                f"process {differing[0]} has sampled other tokens than process {self.process_ids[0]} in step "
+                f"{differing[1]}: their weights or devices differ"
             )
 
     def warmup(self, *, background: bool = False) -> None:
-        """Compiles all programs on all processes; nothing is left to the background, where their order would differ."""
+        """Compiles the programs on all processes; with several of them nothing is left to the background, where their
+        order would differ."""
+        background = background and len(self.process_ids) == 1
         with self._failing_together():
-            self._group.send(Message(Kind.WARM_UP, payload=self._key.pack()))
-            self.wrapper.warmup()
+            self._send(Kind.WARM_UP, bytes([background]))
+            self.wrapper.warmup(background=background)
 
     def close(self) -> None:
         """Frees device memory on all processes; see AbstractModelInferenceWrapper."""
         if not self._is_closed:
             self._is_closed = True
             with contextlib.suppress(ProcessLostError):
-                self._group.send(Message(Kind.CLOSE, payload=self._key.pack()))
+                self._send(Kind.CLOSE)
         self.wrapper.close()
 
     def abandon(self) -> None:
         """Frees device memory of this process only; the others do so by themselves."""
         self._is_closed = True
         self.wrapper.close()
+
+    def _send(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
+        self._group.send_to(self.process_ids, Message(kind, number, self._key.pack() + payload))
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -202,13 +232,17 @@ class LeadingSteps:
 
     def __init__(self, group: Leader):
         self._group = group
+        self._counts = _Counts()
         self._wrappers: weakref.WeakValueDictionary[ModelKey, LeadingWrapper] = weakref.WeakValueDictionary()
         group.handle(Kind.DIGEST, self._hear_digest)
+        group.handle(Kind.TOKENS, self._hear_tokens)
+        group.handle(Kind.WARM, self._hear_warm)
         group.report_progress(self._progress)
+        group.watch(self._find_stuck)
 
-    def join(self, wrapper: AbstractModelInferenceWrapper, key: ModelKey) -> LeadingWrapper:
-        """The wrapper that runs this model's steps on all processes."""
-        self._wrappers[key] = leading = LeadingWrapper(wrapper, key, self._group)
+    def join(self, wrapper: AbstractModelInferenceWrapper, key: ModelKey, process_ids: Sequence[int]) -> LeadingWrapper:
+        """The wrapper that runs a model's steps on all processes that hold it; arguments as LeadingWrapper's."""
+        self._wrappers[key] = leading = LeadingWrapper(wrapper, key, self._group, process_ids, self._counts)
         return leading
 
     def drop(self, engine: int) -> None:
@@ -222,10 +256,42 @@ class LeadingSteps:
         if wrapper is not None:
             wrapper.hear_digest(process_id, message.number, found)
 
+    def _hear_tokens(self, process_id: int, message: Message) -> None:
+        key, frame = ModelKey.unpack(message.payload)
+        model = self._remote(key)
+        if model is not None:
+            model.hear(message.number, frame)
+
+    def _hear_warm(self, process_id: int, message: Message) -> None:
+        key, _ = ModelKey.unpack(message.payload)
+        model = self._remote(key)
+        if model is not None:
+            model.hear_warm()
+
+    def _remote(self, key: ModelKey) -> RemoteModel | None:
+        leading = self._wrappers.get(key)
+        return leading.wrapper if leading is not None and isinstance(leading.wrapper, RemoteModel) else None
+
     def _progress(self) -> Progress:
         wrappers = list(self._wrappers.values())
         return Progress(
-            num_launched=self._group.num_launched,
+            num_launched=self._counts.launched,
             waiting_seconds=max((wrapper.waiting_seconds for wrapper in wrappers), default=0.0),
             is_compiling=any(wrapper.is_compiling for wrapper in wrappers),
         )
+
+    def _find_stuck(self) -> list[int]:
+        """The processes for which the holders of some model wait in vain."""
+        own, group = self._progress(), self._group
+        for wrapper in list(self._wrappers.values()):
+            ids = wrapper.process_ids
+            progress = {process_id: group.progress_of(process_id) if process_id else own for process_id in ids}
+            found = stuck(
+                progress,
+                num_sent={process_id: self._counts.sent[process_id] for process_id in ids},
+                waiting_seconds=wrapper.waiting_seconds,
+                limit=group.patience.step,
+            )
+            if found:
+                return found
+        return []

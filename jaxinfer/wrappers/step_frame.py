@@ -1,24 +1,19 @@
 """A StepBatch as bytes, for the processes that run the same step.
 
-Owns: the layout of the bytes, which follows from the annotations of StepBatch, and the checks of what comes in.
+Owns: which numbers and arrays the bytes have, and the checks of what comes in.
 Does not know: sockets, jax, requests.
 
-A frame is a row of int32: the step's shape and settings, then for each group of arrays (StepBatch, SlotEdits,
-AllowedTokens) the sizes of its dimensions, in the order in which the annotations name them first. The arrays follow in
-the order of the fields, each filled up to a multiple of 4 bytes.
+A frame is a row of int32: the step's shape and settings, then the sizes of each group of arrays (StepBatch, SlotEdits,
+AllowedTokens). The arrays follow (see array_frame.py).
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-import typing
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from jaxinfer.wrappers.array_frame import FrameError, dims, pack_arrays, read_arrays
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
     SAMPLING_FIELDS,
@@ -37,44 +32,6 @@ _SLOTS = ("decode_slots", "chunk_slots", "prefill_slots", "logit_slots")
 _PAGES = ("decode_page_id", "chunk_pages", "page_copies")
 
 
-class FrameError(ValueError):
-    """The bytes are no step of this model."""
-
-
-@dataclass(frozen=True, slots=True)
-class _ArrayField:
-    """An array of a dataclass.
-
-    Args:
-      name: of the field.
-      dtype: of its elements.
-      dims: names of its dimensions, or numbers where they are fixed.
-    """
-
-    name: str
-    dtype: np.dtype
-    dims: tuple[str, ...]
-
-
-@functools.cache
-def _array_fields(kind: type) -> tuple[_ArrayField, ...]:
-    """The arrays of a dataclass, as its annotations describe them; those that may be None are among them."""
-    found = []
-    hints = typing.get_type_hints(kind)
-    for entry in fields(kind):
-        for hint in typing.get_args(hints[entry.name]) or (hints[entry.name],):
-            if hasattr(hint, "dim_str"):
-                found.append(_ArrayField(entry.name, np.dtype(hint.dtypes[0]), tuple(hint.dim_str.split())))
-    return tuple(found)
-
-
-@functools.cache
-def _dims(kind: type) -> tuple[str, ...]:
-    """The named dimensions of a dataclass, in the order of their first use."""
-    names = itertools.chain.from_iterable(field.dims for field in _array_fields(kind))
-    return tuple(dict.fromkeys(name for name in names if not name.isdecimal()))
-
-
 def pack_step(batch: StepBatch) -> bytes:
     """The frame of a step."""
     shape = batch.shape
@@ -91,14 +48,9 @@ def pack_step(batch: StepBatch) -> bytes:
     ]
     parts: list[bytes] = []
     for group in (batch, batch.edits, batch.allowed):
-        sizes: dict[str, int] = {}
-        for field in _array_fields(type(group)):
-            array = getattr(group, field.name)
-            if array is not None:
-                sizes.update(zip(field.dims, array.shape, strict=True))
-                data = array.tobytes()
-                parts += (data, bytes(-len(data) % _WORD))
-        head += [sizes[name] for name in _dims(type(group))]
+        sizes, data = pack_arrays(group)
+        head += sizes
+        parts.append(data)
     return np.array(head, np.int32).tobytes() + b"".join(parts)
 
 
@@ -118,7 +70,7 @@ def unpack_step(frame: bytes, shapes: StepShapes, *, num_pages: int, vocab_size:
       FrameError: the frame is too short or too long, or has a value that no step of this model has.
     """
     kinds: tuple[Any, ...] = (StepBatch, SlotEdits, AllowedTokens)
-    num_words = _NUM_SETTINGS + sum(len(_dims(kind)) for kind in kinds)
+    num_words = _NUM_SETTINGS + sum(len(dims(kind)) for kind in kinds)
     if len(frame) < num_words * _WORD:
         raise FrameError(f"a step has at least {num_words * _WORD} bytes, got {len(frame)}")
     head = np.frombuffer(frame, np.int32, num_words).tolist()
@@ -128,11 +80,8 @@ def unpack_step(frame: bytes, shapes: StepShapes, *, num_pages: int, vocab_size:
     words, offset = iter(head[_NUM_SETTINGS:]), num_words * _WORD
     groups: list[dict[str, Any]] = []
     for kind in kinds:
-        sizes = {name: next(words) for name in _dims(kind)}
-        arrays: dict[str, Any] = {}
-        for field in _array_fields(kind):
-            if field.name != "targets" or has_targets:
-                arrays[field.name], offset = _read(frame, offset, field, sizes)
+        sizes = {name: next(words) for name in dims(kind)}
+        arrays, offset = read_arrays(kind, frame, offset, sizes, missing=() if has_targets else ("targets",))
         groups.append(arrays)
     if offset != len(frame):
         raise FrameError(f"a step of these sizes has {offset} bytes, got {len(frame)}")
@@ -154,19 +103,6 @@ def unpack_step(frame: bytes, shapes: StepShapes, *, num_pages: int, vocab_size:
     )
     _check(batch, shapes, num_pages=num_pages, vocab_size=vocab_size)
     return batch
-
-
-def _read(frame: bytes, offset: int, field: _ArrayField, sizes: dict[str, int]) -> tuple[np.ndarray, int]:
-    """An array that begins at an offset, and the offset behind it."""
-    shape = [int(name) if name.isdecimal() else sizes[name] for name in field.dims]
-    count = math.prod(shape)
-    end = offset + count * field.dtype.itemsize
-    if min(shape) < 0 or end > len(frame):
-        raise FrameError(f"{field.name} of shape {shape} does not fit into a step of {len(frame)} bytes")
-    if field.dtype == bool and count and np.frombuffer(frame, np.uint8, count, offset).max() > 1:
-        raise FrameError(f"{field.name} must have bytes of 0 or 1")
-    array = np.frombuffer(frame, field.dtype, count, offset).reshape(shape)
-    return array, end + -end % _WORD
 
 
 def _check(batch: StepBatch, shapes: StepShapes, *, num_pages: int, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float32, Int32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,14 +30,14 @@ class LogprobArrays:
     """Raw log-probabilities (natural log, before edits and temperature) at M positions.
 
     Args:
-      logprob, rank: float[M], int32[M], of the sampled or scored token; rank 1 is the most likely.
-      top_ids, top_logprobs: int32[M, K], float[M, K], the K most likely tokens, best first.
+      logprob, rank: float32[M], int32[M], of the sampled or scored token; rank 1 is the most likely.
+      top_ids, top_logprobs: int32[M, K], float32[M, K], the K most likely tokens, best first.
     """
 
-    logprob: Float[np.ndarray, " M"]
+    logprob: Float32[np.ndarray, " M"]
     rank: Int32[np.ndarray, " M"]
     top_ids: Int32[np.ndarray, "M K"]
-    top_logprobs: Float[np.ndarray, "M K"]
+    top_logprobs: Float32[np.ndarray, "M K"]
 
 
 @dataclass(frozen=True, kw_only=True)

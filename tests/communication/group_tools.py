@@ -5,8 +5,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxinfer.communication import process_group
+from jaxinfer.communication.follower import Follower
+from jaxinfer.communication.leader import Leader
 from jaxinfer.communication.membership import Membership
-from jaxinfer.communication.process_group import Follower, Leader
 from jaxinfer.communication.progress import Patience
 from jaxinfer.communication.rendezvous import await_followers, find_leader
 
@@ -83,9 +84,9 @@ class Group:
         for process in self.processes:
             process._close()
 
-    def each(self, work):
-        """Calls work(process) for all processes at once; returns their results or exceptions."""
-        return at_once(*(lambda process=process: work(process) for process in self.processes))
+    def each(self, work, processes=None):
+        """Calls work(process) for all processes, or for some, at once; returns their results or exceptions."""
+        return at_once(*(lambda process=process: work(process) for process in processes or self.processes))
 
 
 def wait_until(condition, seconds=20.0):

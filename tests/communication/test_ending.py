@@ -19,7 +19,8 @@ package = types.ModuleType("jaxinfer")
 package.__path__ = [sys.argv[5]]
 sys.modules["jaxinfer"] = package
 from jaxinfer.communication.ending import EXIT_LOST, ProcessEnd, end_later
-from jaxinfer.communication.process_group import Follower, Leader
+from jaxinfer.communication.follower import Follower
+from jaxinfer.communication.leader import Leader
 from jaxinfer.communication.progress import Patience
 from group_tools import meet
 

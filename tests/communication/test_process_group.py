@@ -7,7 +7,7 @@ import pytest
 from group_tools import Group, wait_until
 
 from jaxinfer.communication.connection import Message
-from jaxinfer.communication.process_group import GatherError, Kind
+from jaxinfer.communication.process_group import GatherError, Kind, Members
 from jaxinfer.communication.progress import Progress
 from jaxinfer.errors import EngineClosedError, ProcessLostError
 
@@ -50,6 +50,43 @@ def test_together_error_on_one_process_is_raised_on_all_and_the_run_goes_on(fail
             f"process {failing} failed (loading): FileNotFoundError: no such model"
         }
         assert group.each(lambda process: process.gather("next", "x")) == [["x"] * 3] * 3
+        assert not group.lost
+
+
+SOME = Members((1, 2), task=7)
+
+
+def test_gather_among_some_is_known_to_them_and_to_the_leader_alone():
+    with Group(4) as group:
+        for round_ in range(3):
+            found = group.each(
+                lambda process, r=round_: process.gather("pages", f"{r}:{process.process_id}", among=SOME),
+                group.processes[1:3],
+            )
+            assert found == [[f"{round_}:1", f"{round_}:2"]] * 2  # before the leader has asked for it
+            assert group.processes[0].gather("pages", among=SOME) == found[0]
+        assert group.each(lambda process: process.gather("all", str(process.process_id))) == [["0", "1", "2", "3"]] * 4
+        assert not group.lost
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_together_error_among_some_is_raised_by_them_by_the_leader_and_then_by_all(failing):
+    def work(process):
+        with process.together("making"):
+            if process.process_id == 3:
+                return
+            with process.together("loading", among=SOME):
+                if process.process_id == failing:
+                    raise FileNotFoundError("no such model")
+                process.gather("pages", among=SOME)
+
+    with Group(4) as group:
+        errors = group.each(work)
+        assert isinstance(errors[failing], FileNotFoundError)
+        assert all(isinstance(error, GatherError) for error in errors[:failing] + errors[failing + 1 :])
+        assert all("process " in str(error) and "no such model" in str(error) for error in errors[:failing])
+        assert "no such model" in str(errors[3])
+        assert group.each(lambda process: process.gather("next", "x")) == [["x"] * 4] * 4
         assert not group.lost
 
 
@@ -143,7 +180,7 @@ def test_stuck_process_ends_the_run_by_the_leaders_watch():
         waiting = 0.0 if process.process_id == 1 else 9.0
         process.report_progress(lambda: Progress(num_launched=process.process_id != 1, waiting_seconds=waiting))
         if process.is_leader:
-            process.num_sent = 1
+            process.watch(lambda: [1] * (process.progress_of(2).waiting_seconds > 5.0))
 
     with Group(3, prepare=prepare, step=5.0) as group:
         wait_until(lambda: len(group.lost) == 3)

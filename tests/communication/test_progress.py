@@ -29,7 +29,14 @@ def test_stuck_names_those_for_which_the_others_wait(launched, waiting, compilin
     progress = {
         i: Progress(num_launched=launched[i], waiting_seconds=waiting[i], is_compiling=i in compiling) for i in range(3)
     }
-    assert stuck(progress, num_sent=9, limit=5) == found
+    assert stuck(progress, num_sent=dict.fromkeys(range(3), 9), waiting_seconds=0, limit=5) == found
+
+
+def test_stuck_names_the_holders_if_only_the_leader_waits():
+    idle = {1: Progress(num_launched=9), 2: Progress(num_launched=9)}
+    assert stuck(idle, num_sent={1: 9, 2: 9}, waiting_seconds=6, limit=5) == [1, 2]
+    assert stuck(idle, num_sent={1: 9, 2: 10}, waiting_seconds=6, limit=5) == [2]
+    assert stuck(idle, num_sent={1: 9, 2: 10}, waiting_seconds=4, limit=5) == []
 
 
 def test_patience_zero_is_refused():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from jaxinfer.engine.drafting import PromptLookup
 from jaxinfer.sampling_params import BeamSearchParams
-from jaxinfer.wrappers.step_frame import FrameError, pack_step, unpack_step
+from jaxinfer.wrappers.array_frame import FrameError
+from jaxinfer.wrappers.step_frame import pack_step, unpack_step
 
 STOP = frozenset(range(0, 97, 9))
 

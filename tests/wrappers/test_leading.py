@@ -21,6 +21,7 @@ from jaxinfer.wrappers.step_shapes import StepShapes
 
 VOCAB_SIZE = 97
 NUM_SLOTS = 4
+ALL = (0, 1, 2)
 
 
 class Echo(AbstractModelInferenceWrapper):
@@ -82,8 +83,8 @@ class Run(Group):
         super().__init__(num_processes, prepare=prepare)
         for number in range(1, num_processes):
             for index, wrapper in enumerate(self.models[number]):
-                self.steps[number].join(wrapper, ModelKey(0, index), vocab_size=VOCAB_SIZE)
-        self.model, self.draft = [self.steps[0].join(w, ModelKey(0, i)) for i, w in enumerate(self.models[0])]
+                self.steps[number].join(wrapper, ModelKey(0, 0, index), ALL, vocab_size=VOCAB_SIZE)
+        self.model, self.draft = [self.steps[0].join(w, ModelKey(0, 0, i), ALL) for i, w in enumerate(self.models[0])]
 
 
 def step(number):
@@ -176,7 +177,7 @@ def test_leader_whose_step_fails_ends_the_run_with_its_error():
 def test_step_that_is_none_of_the_model_ends_the_run_before_it_is_launched():
     wrong = dataclasses.replace(step(1), decode_slots=np.full(step(1).shape.num_decode, 10**6, np.int32))
     with Run() as run:
-        run.processes[0].send(Message(Kind.STEP, 0, ModelKey(0, 0).pack() + pack_step(wrong)))
+        run.processes[0].send(Message(Kind.STEP, 0, ModelKey(0, 0, 0).pack() + pack_step(wrong)))
         wait_until(lambda: len(run.lost) == 3)
         assert "failed: FrameError: " in run.lost[0]
         assert not run.logs[1] and not run.logs[2]

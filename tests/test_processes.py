@@ -155,7 +155,7 @@ REPLICAS = {  # processes, devices of each, stages x shards, replicas
     "2 processes of 2 devices, two replicas each": (2, 2, (1, 1), 4),
     "2 processes of 2 devices, a replica of two shards each": (2, 2, (1, 2), 2),
     "4 processes, replicas of two stages": (4, 1, (2, 1), 2),
-    "3 processes of 2 devices, replicas of three shards": (3, 2, (1, 3), 2),
+    "3 processes of 2 devices, replicas of three stages": (3, 2, (3, 1), 2),
 }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from jaxinfer.bench.report import draw_by_batch, format_table
-from jaxinfer.bench.session import Session, StepTimes
+from jaxinfer.bench.session import Session
+from jaxinfer.bench.timed_engine import StepTimes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,17 +1,15 @@
 """A model and an engine to be timed, with the steps of DynamicEngine called directly.
 
-Owns: opening the model (checkpoint, hub id or random weights), engine settings that fit a measurement, timing steps.
-Does not know: which benchmark uses the times.
+Owns: opening the model (checkpoint, hub id or random weights), engine settings that fit a measurement, compiling the
+programs that a measurement needs.
+Does not know: how steps are timed (timed_engine.py), which benchmark uses the times.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import jax
 from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.bench.random_weights import DeviceRandomStore, RandomStore
 from jaxinfer.bench.rehearsal import RecordingWrapper
+from jaxinfer.bench.timed_engine import TimedEngine
 from jaxinfer.bench.workload import random_prompts
 from jaxinfer.checkpoint import directory
 from jaxinfer.checkpoint.directory import DEMO
@@ -29,14 +28,8 @@ from jaxinfer.checkpoint.store import SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
-from jaxinfer.request import Request
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.step_shapes import pages_for
-
-_BATCH_BROKE = (
-    "not all {} rows decode together for as long as they are timed; raise max_model_len or num_kv_pages, or lower "
-    "batch_size, prompt_len or output_len"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,42 +99,7 @@ def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: in
     return EngineConfig(**{**fitting, **fields})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepTimes:
-    """The times of one batch.
-
-    Args:
-      prefill_s: seconds from the first launch to the first token of the last prompt, while no row decodes.
-      decode_s: seconds for one more token of every row.
-      mean_context: KV positions that a row reads in a decode step, mean over the timed steps.
-    """
-
-    prefill_s: float
-    decode_s: float
-    mean_context: float
-
-
-@dataclass(slots=True)
-class Decoding:
-    """A batch of requests whose prompts are prefilled, so that all of them decode.
-
-    Args:
-      run_steps: called with n, runs the engine until every row has n more tokens.
-      mean_len: tokens of a row so far, prompt included, mean over the rows.
-    """
-
-    run_steps: Callable[[int], None]
-    mean_len: float
-
-    def run(self, num_steps: int) -> float:
-        """Runs num_steps steps and returns the seconds of one, their mean."""
-        started = time.perf_counter()
-        self.run_steps(num_steps)
-        self.mean_len += num_steps
-        return (time.perf_counter() - started) / num_steps
-
-
-class Session:
+class Session(TimedEngine):
     """An engine with a model, ready to be timed; a context manager that frees the device.
 
     Args:
@@ -152,10 +110,8 @@ class Session:
 
     def __init__(self, model_config: ModelConfig, store: TensorStore, config: EngineConfig):
         self.model_config = model_config
-        self.config = config
         self._loaded = LoadedEngine(model_config, store, config)
-        self.engine = self._loaded.engine
-        self._ids = itertools.count()
+        super().__init__(self._loaded.engine, config, max_model_len=self._loaded.max_model_len)
 
     def __enter__(self) -> Session:
         return self
@@ -178,7 +134,7 @@ class Session:
         assert isinstance(wrapper, DecoderWrapper)  # a bench runs in one process
         recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
         rehearsed = copy.copy(self)
-        rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self._loaded.max_model_len)
+        rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self.max_model_len)
         work(rehearsed)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda program: wrapper.compiled(*program), recorder.programs))
@@ -186,91 +142,3 @@ class Session:
     def prompts(self, count: int, length: int, *seed: int) -> list[tuple[int, ...]]:
         """Random prompts of one length."""
         return random_prompts([length] * count, vocab_size=self.model_config.vocab_size, seed=seed)
-
-    def generate(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> list[list[int]]:
-        """Greedy tokens of all prompts, which run together; the end token is ignored."""
-        ids = self._add(prompts, output_len)
-        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
-        while self.engine.has_unfinished():
-            for event in self.engine.step():
-                tokens[event.request_id].append(event.token_id)
-        return list(tokens.values())
-
-    def time_steps(self, prompts: Sequence[tuple[int, ...]], num_steps: int) -> StepTimes:
-        """Times the prefill of a batch, then decode steps in which all its rows take part.
-
-        The prompts are submitted twice: first for one token only, which times the prefill, then again to decode.
-        Decoding is timed from the moment when every row has a token, so that no prefill is included. The prefix cache
-        makes the second prefill short.
-
-        Args:
-          prompts: the batch; use new prompts each time, as the prefix cache would spare known ones their prefill.
-          num_steps: decode steps to time.
-
-        Raises:
-          ValueError: rows end, wait or are preempted while they are timed, or a draft model makes steps bring several
-            tokens; the message names the settings to change.
-        """
-        started = time.perf_counter()
-        self.generate(prompts, 1)
-        prefill_s = time.perf_counter() - started
-        with self.decoding(prompts) as decoding:
-            mean_context = decoding.mean_len + (num_steps - 1) / 2
-            decode_s = decoding.run(num_steps)
-        return StepTimes(prefill_s=prefill_s, decode_s=decode_s, mean_context=mean_context)
-
-    @contextlib.contextmanager
-    def decoding(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[Decoding]:
-        """A context in which all prompts are prefilled and every row decodes; at its end they are aborted.
-
-        Raises:
-          ValueError: rows end, wait or are preempted inside, or a draft model makes steps bring several tokens; the
-            message names the settings to change.
-        """
-        if self.config.draft_model is not None:
-            raise ValueError(
-                "steps are timed one token at a time; leave draft_model out, or measure with bench throughput"
-            )
-        lengths = dict(zip(self._add(prompts, self._room(prompts)), map(len, prompts), strict=True))
-        try:
-            self._begin(lengths)
-            yield Decoding(lambda num_steps: self._decode(lengths, num_steps), sum(lengths.values()) / len(lengths))
-        finally:
-            self._abort(lengths)
-
-    def _begin(self, lengths: dict[str, int]) -> None:
-        """Runs the engine until every request has a token; adds the tokens to lengths."""
-        waiting = set(lengths)
-        while waiting:
-            if not self.engine.has_unfinished():
-                raise ValueError(_BATCH_BROKE.format(len(lengths)))
-            for event in self.engine.step():
-                waiting.discard(event.request_id)
-                lengths[event.request_id] += 1
-
-    def _decode(self, ids: Mapping[str, int], num_steps: int) -> None:
-        """Runs the engine until every row has num_steps more tokens.
-
-        With pipeline stages that takes more launches than num_steps, as each brings tokens of some rows only.
-        """
-        counts = dict.fromkeys(ids, 0)
-        while sum(counts.values()) < num_steps * len(ids):
-            if not self.engine.has_unfinished() or max(counts.values()) > min(counts.values()) + 1:
-                raise ValueError(_BATCH_BROKE.format(len(ids)))
-            for event in self.engine.step():
-                counts[event.request_id] += 1
-
-    def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
-        return max(1, self._loaded.max_model_len - max(map(len, prompts)))
-
-    def _add(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
-        ids = [f"bench-{next(self._ids)}" for _ in prompts]
-        for request_id, prompt in zip(ids, prompts, strict=True):
-            self.engine.add_request(Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens))
-        return ids
-
-    def _abort(self, ids: Mapping[str, int]) -> None:
-        for request_id in ids:
-            self.engine.abort(request_id)
-        for _ in range(2 * self.config.pipeline_parallel_size):  # results of steps launched ahead are dropped
-            self.engine.step()

@@ -20,6 +20,7 @@ import typer
 
 from jaxinfer.bench import compare as compare_bench
 from jaxinfer.bench import compare_apart as apart_bench
+from jaxinfer.bench import frames as frames_bench
 from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
 from jaxinfer.bench import kernels as kernels_bench
@@ -279,6 +280,19 @@ def kernels(
     _emit(kernels_bench, result, {"backends": backends, **large}, json_file)
     if not result.is_ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def frames(
+    rows: Annotated[int, typer.Option(min=1, help="requests that decode")] = 64,
+    step_ms: Annotated[float, typer.Option(min=0.1, help="milliseconds of a step on the simulated device")] = 5.0,
+    num_steps: Annotated[int, typer.Option(min=2, help="decode steps to time")] = 400,
+    json_file: JsonFile = "",
+) -> None:
+    """Time the sending of steps to a second process, beside a simulated device, and whether that slows it down."""
+    report.warn_if_busy()
+    result = frames_bench.measure(rows=rows, step_ms=step_ms, num_steps=num_steps)
+    _emit(frames_bench, result, {"num_steps": num_steps}, json_file)
 
 
 @app.command()

@@ -33,6 +33,7 @@ class Leader(ProcessGroup):
     ):
         super().__init__(0, len(connections) + 1, connections, patience=patience, on_lost=on_lost)
         self._given: dict[Gathering, dict[int, Entry]] = {}  # by process, until all have given theirs
+        self._failed: dict[int, Entry] = {}  # by process, until all processes know
         self._handlers |= {Kind.FAILED: self._hear_failed, Kind.VALUE: self._hear_value}
         self._launching = {process_id: threading.Lock() for process_id in self.everyone.ids}
         self._find_stuck: Callable[[], Sequence[int]] = tuple
@@ -67,16 +68,28 @@ class Leader(ProcessGroup):
         self._take(gathering, 0, entry)
 
     def _take(self, gathering: Gathering, process_id: int, entry: Entry) -> None:
-        """Takes a process's entry; the last one completes the gathering, whatever this process is at."""
-        members, number = gathering
+        """Takes a process's entry; the last one completes the gathering, whatever this process is at.
+
+        One that fails before all processes will come to no gathering among some: there its error is its entry, too.
+        """
+        complete: list[tuple[Gathering, list[Entry]]] = []
         with self.change():
-            given = self._given.setdefault(gathering, {})
-            given[process_id] = entry
-            if len(given) < len(members.ids):
-                return
-            del self._given[gathering]
-            self._gathered[gathering] = entries = [given[process_id] for process_id in members.ids]
-        self.send_to(members.ids, Message(Kind.VALUES, number, json.dumps([members, entries]).encode()))
+            self._given.setdefault(gathering, {})[process_id] = entry
+            if gathering[0] == self.everyone and entry["error"] is not None:
+                self._failed[process_id] = entry
+            for found, given in list(self._given.items()):
+                process_ids = found[0].ids
+                if found[0] != self.everyone:
+                    given |= {other: self._failed[other] for other in process_ids if other in self._failed} | given
+                if len(given) == len(process_ids):
+                    complete.append((found, [given[other] for other in process_ids]))
+            for found, entries in complete:
+                del self._given[found]
+                self._gathered[found] = entries
+                if found[0] == self.everyone:
+                    self._failed.clear()
+        for (members, number), entries in complete:
+            self.send_to(members.ids, Message(Kind.VALUES, number, json.dumps([members, entries]).encode()))
 
     def has_left(self, process_id: int) -> bool:
         """Whether a follower has taken leave."""

@@ -313,3 +313,13 @@ def test_compare_apart_trace_is_one_work_with_more_requests_than_slots(run, sess
     arguments = ("--random-weights", GQA, *LENGTHS, "--repeats", 1, "--trace", 5, "--max-num-seqs", 2)
     assert "trace of 5" in run("compare", "--apart", *arguments).stdout
     assert orders[0].max_num_seqs == 2 and [work.num_requests for work in orders[0].works] == [5]
+
+
+@pytest.mark.matrix
+def test_frames_are_sent_to_a_second_process(run, tmp_path):
+    result = run("frames", "--rows", 3, "--step-ms", 1, "--num-steps", 5, "--json", tmp_path / "frames.json")
+    found = json.loads((tmp_path / "frames.json").read_text())["result"]
+    assert found["frame_bytes"] > 3 * 4 * 4 and found["pack_us"] > 0 and found["unpack_us"] > 0
+    assert [step["run_ahead"] for step in found["steps"]] == [True, False]
+    assert all(step["alone_ms"] > 0 and step["followed_ms"] > 0 for step in found["steps"])
+    assert "followed / alone" in result.output

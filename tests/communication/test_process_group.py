@@ -90,6 +90,25 @@ def test_together_error_among_some_is_raised_by_them_by_the_leader_and_then_by_a
         assert not group.lost
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.2])
+def test_process_that_fails_before_a_gathering_among_some_does_not_keep_them_waiting(delay):
+    def work(process):
+        with process.together("making"):
+            if process.process_id < 2:
+                with process.together("loading a", among=Members((0, 1), 7)):
+                    raise ValueError("wrong")
+            time.sleep(delay)
+            with process.together("loading b", among=Members((1, 2), 7)):
+                process.gather("pages", among=Members((1, 2), 7))
+
+    with Group(3) as group:
+        errors = group.each(work)
+        assert [type(error) for error in errors] == [ValueError, ValueError, GatherError]
+        assert "ValueError: wrong" in str(errors[2])
+        assert group.each(lambda process: process.gather("next", "x")) == [["x"] * 3] * 3
+        assert not group.lost and not group.processes[0]._failed
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_lost_connection_ends_all_with_its_process_named(lost):
     with Group(3) as group:

@@ -12,11 +12,14 @@ from jaxinfer.communication.connection import Message
 from jaxinfer.communication.process_group import Kind
 from jaxinfer.errors import ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.array_frame import FrameError
 from jaxinfer.wrappers.following import FollowingSteps
 from jaxinfer.wrappers.leading import LeadingSteps, ModelKey
+from jaxinfer.wrappers.remote_model import RemoteModel
+from jaxinfer.wrappers.result_frame import pack_result, unpack_result
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_frame import pack_step
-from jaxinfer.wrappers.step_result import RowUsage, StepResult
+from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
 VOCAB_SIZE = 97
@@ -181,3 +184,93 @@ def test_step_that_is_none_of_the_model_ends_the_run_before_it_is_launched():
         wait_until(lambda: len(run.lost) == 3)
         assert "failed: FrameError: " in run.lost[0]
         assert not run.logs[1] and not run.logs[2]
+
+
+class RemoteRun(Group):
+    """A run of three processes of which 1 and 2 hold a replica, and process 0, which leads, holds none of it."""
+
+    def __init__(self):
+        self.logs = [[], []]
+        self.models = [Echo(log, "model") for log in self.logs]
+        self.closed, steps = [], {}
+
+        def prepare(process):
+            number = process.process_id
+            if process.is_leader:
+                steps[number] = LeadingSteps(process)
+            else:
+                steps[number] = FollowingSteps(process, on_opened=print, on_closed=self.closed.append)
+
+        super().__init__(3, prepare=prepare)
+        for number, wrapper in enumerate(self.models, start=1):
+            steps[number].join(wrapper, ModelKey(0, 1, 0), (1, 2), vocab_size=VOCAB_SIZE)
+        self.remote = RemoteModel(self.processes[0], self.models[0].shapes, num_pages=9, vocab_size=VOCAB_SIZE)
+        self.model = steps[0].join(self.remote, ModelKey(0, 1, 0), (1, 2))
+
+
+def test_leader_without_devices_gets_the_tokens_of_the_others():
+    alone = Echo([], "model")
+    with RemoteRun() as run:
+        run.model.warmup()
+        assert run.logs[0] == [("model", "warmup")]  # it has waited for process 1
+        waiting = []
+        for number in range(40):
+            waiting.append((run.model.launch(step(number)), alone.launch(step(number))))
+            if len(waiting) > 2:
+                handle, expected = waiting.pop(0)
+                if number % 5:  # an engine need not read a step
+                    found, expected = run.model.collect(handle), alone.collect(expected)
+                    np.testing.assert_array_equal(found.token_ids, expected.token_ids)
+        handle = run.model.launch(StepBatch.idle(run.model.shapes))
+        assert not len(run.model.collect(handle).token_ids)
+        run.model.close()
+        wait_until(lambda: run.closed == [0, 0])
+        assert run.logs[0] == run.logs[1] and len(run.logs[0]) == 1 + 41 + 1
+        assert run.model.row_usage.live > 0 and not run.remote._results
+        assert not run.lost
+
+
+def test_holder_that_samples_other_tokens_ends_the_run_of_a_leader_without_devices():
+    with RemoteRun() as run:
+        run.models[1].wrong_at = 5
+        with pytest.raises(ProcessLostError, match="process 2 has sampled other tokens than process 1 in step 5"):
+            run_steps(run.model)
+        wait_until(lambda: len(run.lost) == 3)
+
+
+def test_holder_whose_step_fails_ends_the_wait_of_a_leader_without_devices():
+    def fail(_):
+        raise ArithmeticError("a broken device")
+
+    with RemoteRun() as run:
+        run.models[0].collect = fail
+        with pytest.raises(ProcessLostError, match="process 1 of 3 failed: ArithmeticError: a broken device"):
+            run.model.collect(run.model.launch(step(1)))
+
+
+def logprobs_of(generator, count, num_top):
+    return LogprobArrays(
+        logprob=generator.random(count, np.float32),
+        rank=generator.integers(1, 9, count, np.int32),
+        top_ids=generator.integers(0, VOCAB_SIZE, (count, num_top), np.int32),
+        top_logprobs=generator.random((count, num_top), np.float32),
+    )
+
+
+@pytest.mark.parametrize(("count", "num_top", "num_scores"), [(0, None, None), (3, None, 4), (2, 5, None), (7, 0, 2)])
+def test_results_come_out_of_their_frames_as_they_were(count, num_top, num_scores):
+    generator = np.random.default_rng(count)
+    result = StepResult(
+        token_ids=generator.integers(0, VOCAB_SIZE, count, np.int32),
+        logprobs=None if num_top is None else logprobs_of(generator, count, num_top),
+        scores=None if num_scores is None else logprobs_of(generator, num_scores, 3),
+    )
+    frame = pack_result(result)
+    found = unpack_result(frame, vocab_size=VOCAB_SIZE)
+    np.testing.assert_equal(dataclasses.asdict(found), dataclasses.asdict(result))
+    for broken in (frame[:-1], frame[: len(frame) // 2], frame + b"0000", b""):
+        with pytest.raises(FrameError):
+            unpack_result(broken, vocab_size=VOCAB_SIZE)
+    if count:
+        with pytest.raises(FrameError, match=r"token_ids must be in 0\.\.0"):
+            unpack_result(frame, vocab_size=1)

@@ -55,7 +55,10 @@ def visible(data):
     return re.sub(r"<style.*?</style>|<[^>]*>", " ", data["text/html"], flags=re.DOTALL).split()
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The layouts of the mesh notebook take long to compile; test_mesh.py and test_main.py run such layouts in CI.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.matrix if name == "mesh" else ()) for name in NAMES]
+)
 def test_notebook_stored_outputs_are_those_of_a_run(name):
     run = executed(read(name))
     stored, cells = code_cells(read(name)), code_cells(run)
@@ -66,7 +69,10 @@ def test_notebook_stored_outputs_are_those_of_a_run(name):
         assert "compiled anew: 0" in text(run, "num_compilations - before")
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The layouts of the mesh notebook take long to compile; test_mesh.py and test_main.py run such layouts in CI.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.matrix if name == "mesh" else ()) for name in NAMES]
+)
 def test_notebook_stored_outputs_are_small_and_free_of_warnings_and_paths(name):
     stored = read(name)
     logs = [o.text for cell in code_cells(stored) for o in cell.outputs if o.get("name") == "stderr"]

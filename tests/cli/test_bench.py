@@ -131,6 +131,7 @@ def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_
     assert is_png(tmp_path / "plot.png")
 
 
+@pytest.mark.matrix  # CI runs the command in the rehearsal for a GPU
 def test_startup_parts_sum_to_total(run):
     result = json.loads(run("startup", "--model", GQA, "--prompt-len", 12, "--json", "-").stdout)["result"]
     for times in (result["cold"], result["warm"]):

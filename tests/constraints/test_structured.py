@@ -141,7 +141,7 @@ def test_lark_any_walk_is_a_sentence(name: str) -> None:
         assert re.fullmatch(r"[1-9][0-9]{0,3}([+-][1-9][0-9]{0,3}){0,5}\.", text)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     choices=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=5),
     name=st.sampled_from(["bytes", "gqa"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
@@ -18,7 +19,8 @@ from typing import Any
 from shared_programs import take_few_programs
 
 import jaxinfer
-from jaxinfer import LLM, BeamSearchParams, RequestOutput, SamplingParams
+from jaxinfer import LLM, AsyncLLM, BeamSearchParams, RequestOutput, SamplingParams
+from jaxinfer.api.async_llm import AsyncOutputStream
 from jaxinfer.communication.progress import Patience
 
 CLASSES = {"generate": SamplingParams, "beam_search": BeamSearchParams}
@@ -52,6 +54,21 @@ def serve(llm: LLM, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
             with closing(llm.stream(list(range(length)), params)) as stream:
                 assert all(not output.finished for output in itertools.islice(stream, 1 + length % 4))
         return outputs.result()
+
+
+async def serve_tasks(number: int, model: str, engine: dict[str, Any], call: dict[str, Any]) -> list[dict[str, Any]]:
+    """The outputs of a call whose prompts are tasks of process 0, while the others follow."""
+
+    async def last(stream: AsyncOutputStream) -> RequestOutput:
+        return [output async for output in stream][-1]
+
+    async with AsyncLLM(model, tokenizer="byte", **engine) as llm:
+        if number:
+            await llm.follow()
+            return []
+        pairs = zip(call["prompts"], call["params"], strict=True)
+        streams = [llm.generate(prompt, SamplingParams(**fields)) for prompt, fields in pairs]
+        return list(map(plain, await asyncio.gather(*map(last, streams))))
 
 
 def generate_until(llm: LLM, fault: str | None) -> None:
@@ -127,11 +144,15 @@ def main(
     fault: tuple[int, str] | None = None,
     num_random: int = 0,
     patience: dict[str, float],
+    has_tasks: bool = False,
 ) -> None:
     take_few_programs(setattr)
     jaxinfer.distributed.initialize(
         address, count, number, secret="a secret of the tests", patience=Patience(**patience)
     )
+    if has_tasks:
+        print(json.dumps({"tasks": asyncio.run(serve_tasks(number, model, engine, calls[0]))}), flush=True)
+        return
     with LLM(model, tokenizer="byte", **engine) as llm:
         found = {"calls": run_calls(llm, calls), "num_steps": llm.stats().num_steps}
         if fault is not None:

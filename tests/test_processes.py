@@ -150,6 +150,16 @@ def test_calls_of_every_kind_in_several_processes_give_what_one_gives(model, lay
     assert found[0]["kv_pages_used"] == 0
 
 
+@pytest.mark.matrix
+def test_tasks_of_process_0_get_what_one_process_gives_while_the_others_follow(few_programs):
+    calls = calls_of("llama")[:1]
+    with processes_of(2, 1, "llama", calls, engine={"tensor_parallel_size": 2}, has_tasks=True) as children:
+        assert children.codes(0, 1, seconds=200) == [0, 0], children.err(0)
+        found = found_by(children)[0]["tasks"]
+    expected, _ = alone("llama")
+    assert texts(found) == texts(expected[: len(found)]) and len(found) == len(calls[0]["prompts"])
+
+
 REPLICAS = {  # processes, devices of each, stages x shards, replicas
     "2 processes, a replica each": (2, 1, (1, 1), 2),
     "2 processes of 2 devices, two replicas each": (2, 2, (1, 1), 4),
@@ -265,14 +275,15 @@ FAULTS = {  # what the survivors say, and the seconds until it can be noticed
 @pytest.mark.matrix
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("what", FAULTS)
-def test_process_that_breaks_down_ends_the_others_within_15_seconds(what, who, few_programs):
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "data_parallel_size"])
+def test_process_that_breaks_down_ends_the_others_within_15_seconds(size, what, who, few_programs):
     message, notice = FAULTS[what]
     settings = {"fault": (who, what), "patience": {"silence": 3.0, "step": 4.0}}
-    with processes_of(2, 1, "llama", [], engine={"tensor_parallel_size": 2}, **settings) as children:
+    with processes_of(2, 1, "llama", [], engine={size: 2}, **settings) as children:
         break_down(children, who, what)
         began = time.monotonic()
         (code,) = children.codes(1 - who, seconds=notice + 15)
-        print(f"{what} of process {who}: the other ended with {code} after {time.monotonic() - began:.1f} s")
+        print(f"{size}, {what} of process {who}: the other ended with {code} after {time.monotonic() - began:.1f} s")
         assert code and message.format(who) in children.err(1 - who)
 
 

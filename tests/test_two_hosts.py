@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mesh_tools import on_mesh
+from batch_lines import requests, write
+from conftest import load_golden
+from mesh_tools import BASE, on_mesh
 from process_script import run_calls
-from processes import Children
+from processes import TESTS, Children
 from test_processes import arguments_of, assert_equal_to_one_process, calls_of, found_by
 
 from jaxinfer.communication.ending import EXIT_LOST
@@ -114,6 +116,24 @@ def test_two_hosts_give_what_one_process_gives_and_listen_on_their_own_addresses
         assert addresses[number] <= {own, f"0000000000000000FFFF0000{own}"}, addresses
     with on_mesh("llama", (1, 1), tokenizer="byte") as llm:
         assert_equal_to_one_process(found, run_calls(llm, calls))
+
+
+def test_launch_on_two_hosts_answers_a_batch_as_one_process_does(tmp_path):
+    source = write(tmp_path / "in.jsonl", requests(60))
+    flags = [word for name, value in BASE.items() for word in (f"--{name}".replace("_", "-"), value)]
+    flags += ["--model", load_golden("mesh/llama").path, "--tokenizer", "byte"]
+    program = [sys.executable, "-m", "jaxinfer"]
+    settings = {"PYTHONPATH": str(TESTS.parent), "JAXINFER_SECRET": "a secret of the tests", "XLA_FLAGS": ""}
+    with Children([*program, "batch", source, tmp_path / "alone.jsonl", *flags], **settings) as children:
+        assert children.codes(0, seconds=200) == [0], children.err(0)
+    command = ["batch", source, tmp_path / "both.jsonl", *flags, "--data-parallel-size", 2]
+    launch = [*program, "launch", "--processes", 1, "--hosts", "one,two", "--", *command]
+    with two_hosts() as hosts:
+        commands = [[*hosts.enter(number), *launch] for number in range(2)]
+        with Children(*commands, **settings) as children:
+            assert children.codes(0, 1, seconds=300) == [0, 0], [children.err(0), children.err(1)]
+    lines = [sorted((tmp_path / name).read_text().splitlines()) for name in ("alone.jsonl", "both.jsonl")]
+    assert lines[0] == lines[1] and len(lines[0]) == 60
 
 
 def test_cut_link_ends_both_hosts_with_the_other_ones_name(few_programs):

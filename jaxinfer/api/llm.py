@@ -19,21 +19,18 @@ from typing import Any, overload
 
 from jaxinfer.api.arguments import as_prompts, checked, one_each, score_params
 from jaxinfer.api.driver import Ticket
-from jaxinfer.api.loaded_engine import LoadedEngine
+from jaxinfer.api.loaded_replicas import LoadedReplicas
 from jaxinfer.api.output_stream import OutputStream
 from jaxinfer.api.provenance import find_provenance
-from jaxinfer.api.replicas import ReplicatedRunner
-from jaxinfer.api.runner import LocalRunner, Runner
+from jaxinfer.api.runner import Runner
 from jaxinfer.api.scoring import Perplexity, Window, check_windows, sliding_windows
 from jaxinfer.api.shared_engine import SharedEngine, opened
-from jaxinfer.api.shared_runners import FollowingRunner, LeadingRunner
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.distributed import LeaderRun
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
@@ -146,21 +143,14 @@ class LLM:
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
-        if shared is None:
-            parts = dict.fromkeys(range(config.data_parallel_size))
-        else:
-            parts = {part.replica: part for part in shared.replicas()}
-        replicas = [
-            LoadedEngine(model_config, store, config, replica=number, shared=part) for number, part in parts.items()
-        ]
-        self._loaded, self._replicas = replicas[0], replicas
+        loaded = LoadedReplicas(model_config, store, config, shared)
+        self._replicas, self._loaded = loaded.engines, loaded.engines[0]
         self.max_model_len = self._loaded.max_model_len
-        longest = min(loaded.longest_request for loaded in replicas)
-        self._longest_request = longest if shared is None else shared.least("the longest request", longest)
-        provenance = named()  # asks JAX for its devices, so it must come after LoadedEngine, which starts JAX
+        self._longest_request = loaded.longest_request
+        provenance = named()  # asks JAX for its devices, so it must come after LoadedReplicas, which starts JAX
         controllers = [
             TextGenerationController(
-                loaded.engine,
+                replica.engine,
                 tokenizer,
                 defaults=defaults,
                 vocab_size=model_config.vocab_size,
@@ -168,10 +158,10 @@ class LLM:
                 seed=config.seed,
                 provenance=provenance,
             )
-            for loaded in replicas
+            for replica in loaded.engines
         ]
         self._controller = controllers[0]  # prepares the requests of all replicas
-        self._runner = _make_runner(replicas, controllers, config, shared, provenance)
+        self._runner = loaded.make_runner(controllers, provenance)
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # The driver's thread must end with its LLM, also when the LLM is garbage-collected or Python exits.
@@ -608,27 +598,6 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _make_runner(
-    replicas: Sequence[LoadedEngine],
-    controllers: Sequence[TextGenerationController],
-    config: EngineConfig,
-    shared: SharedEngine | None,
-    provenance: Provenance,
-) -> Runner:
-    if shared is None:
-        return _local_runner(replicas, controllers, config)
-    if isinstance(shared.run, LeaderRun):
-        return LeadingRunner(_local_runner(replicas, controllers, config), shared.run, shared.number)
-    return FollowingRunner(replicas[0], shared.run, shared.number, provenance)
-
-
-def _local_runner(
-    replicas: Sequence[LoadedEngine], controllers: Sequence[TextGenerationController], config: EngineConfig
-) -> Runner:
-    runners = [LocalRunner(*pair) for pair in zip(replicas, controllers, strict=True)]
-    return runners[0] if len(runners) == 1 else ReplicatedRunner(runners, config)
 
 
 def _shut_down(runner: Runner, sandbox: TemplateSandbox) -> None:

@@ -63,7 +63,7 @@ class SharedReplica:
         key, process_ids = ModelKey(self.engine, self.replica, int(is_draft)), self.holders.process_ids
         if not isinstance(self.run, LeaderRun):
             return self.run.steps.join(wrapper, key, process_ids, vocab_size=model_config.vocab_size)
-        return self.run.steps.join(wrapper, key, process_ids) if process_ids != (0,) else wrapper
+        return self.run.steps.join(wrapper, key, process_ids)
 
     def join_remote(
         self, model_config: ModelConfig, config: EngineConfig, *, is_draft: bool

@@ -145,12 +145,15 @@ def follow(
     address: Annotated[str | None, typer.Option(help="host:port of process 0")] = None,
     num_processes: Annotated[int | None, typer.Option(min=2, help="processes of the run")] = None,
     process_id: Annotated[int | None, typer.Option(min=1, help="number of this process")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="share of every GPU's memory that JAX takes")
+    ] = EngineConfig.gpu_memory_utilization,
 ) -> int:
     """Lend this machine's devices to the LLMs that process 0 of a run makes, until it ends.
 
     What is not given comes from JAXINFER_ variables, Slurm, Open MPI or Kubernetes; the secret from JAXINFER_SECRET.
     """
-    distributed.initialize(address, num_processes, process_id)
+    distributed.initialize(address, num_processes, process_id, gpu_memory_utilization=gpu_memory_utilization)
     run = distributed.current_run()
     if not isinstance(run, distributed.FollowerRun):
         raise ValueError("process 0 leads the run: it runs the program that makes the LLM; follow is for the others")

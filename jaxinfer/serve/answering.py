@@ -46,7 +46,7 @@ class RequestLine:
         return digest(self.custom_id)
 
     @classmethod
-    def read(cls, line: bytes, where: str) -> RequestLine:
+    def read(cls, line: bytes | str, where: str) -> RequestLine:
         """Reads a line of JSON.
 
         Args:
@@ -162,7 +162,7 @@ def digest(custom_id: str) -> int:
     return int.from_bytes(hashlib.sha256(custom_id.encode(errors="surrogatepass")).digest()[:8], "little")
 
 
-def read_object(line: bytes, where: str) -> dict[str, Any]:
+def read_object(line: bytes | str, where: str) -> dict[str, Any]:
     """Reads a line with a JSON object.
 
     Raises:

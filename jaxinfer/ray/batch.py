@@ -82,8 +82,8 @@ def answer_lines(
             enable_true_multi_threading=True,
         ),
         fn_constructor_kwargs={
-            "model": str(model),
-            "tokenizer": None if tokenizer is None else str(tokenizer),
+            "model": _findable(model),
+            "tokenizer": None if tokenizer is None else _findable(tokenizer),
             "created": int(time.time()) if created is None else created,
             "engine": engine,
         },
@@ -117,6 +117,8 @@ def run_batch(
     """
     source = plan.source.resolve()
     places = np.fromiter(places_left(plan), np.int64)
+    if not len(places):
+        return 0
     blocks = np.array_split(places, -(-len(places) // _LINES_TO_READ))
 
     def read(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -136,6 +138,11 @@ def _num_gpus(config: EngineConfig) -> int:
         ray.init()
     size = config.data_parallel_size * config.pipeline_parallel_size * config.tensor_parallel_size
     return size if ray.cluster_resources().get("GPU") else 0
+
+
+def _findable(name: str | Path) -> str:
+    """A directory by its whole path, since actors may run in other directories; a hub id and the like as they are."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 class _Answerer:

@@ -8,6 +8,7 @@ Does not know: how steps are computed, what sockets are.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import struct
 import threading
@@ -139,7 +140,7 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
 
     @property
     def waiting_seconds(self) -> float:
-        """For how long collect has been waiting for a step; 0 if it is not."""
+        """For how long a step has been launched or waited for; 0 if there is none."""
         since = self._waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -150,16 +151,15 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
             self._send(Kind.STEP, pack_step(batch), number)
             self._counts.sent.update(self.process_ids)
             self._num_launched += 1
-            handle = self.wrapper.launch(batch)
+            with self._waiting():
+                handle = self.wrapper.launch(batch)
             self._counts.launched += 0 in self.process_ids
             return _Launched(number, handle)
 
     def collect(self, handle: Any) -> StepResult:
         """Waits for a step, and keeps a digest of its tokens; see AbstractModelInferenceWrapper."""
-        with self._failing_together():
-            self._waiting_since = time.monotonic()
+        with self._failing_together(), self._waiting():
             result = self.wrapper.collect(handle.handle)
-            self._waiting_since = None
         if len(result.token_ids) and self._num_digests:
             with self._lock:
                 self._own[handle.number] = digest(result.token_ids)
@@ -208,6 +208,12 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
         """Frees device memory of this process only; the others do so by themselves."""
         self._is_closed = True
         self.wrapper.close()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waiting_since = time.monotonic()
+        yield
+        self._waiting_since = None
 
     def _send(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
         self._group.send_to(self.process_ids, Message(kind, number, self._key.pack() + payload))
@@ -282,9 +288,10 @@ class LeadingSteps:
 
     def _find_stuck(self) -> list[int]:
         """The processes for which the holders of some model wait in vain."""
-        own, group = self._progress(), self._group
+        group = self._group
         for wrapper in list(self._wrappers.values()):
             ids = wrapper.process_ids
+            own = dataclasses.replace(self._progress(), waiting_seconds=wrapper.waiting_seconds)
             progress = {process_id: group.progress_of(process_id) if process_id else own for process_id in ids}
             found = stuck(
                 progress,

@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jaxinfer.bench.report import format_table
 from jaxinfer.bench.timed_engine import TimedEngine
 from jaxinfer.bench.workload import random_prompts
+from jaxinfer.bench.zero_wrapper import ZeroWrapper
 from jaxinfer.communication.follower import Follower
 from jaxinfer.communication.leader import Leader
 from jaxinfer.communication.membership import Membership
@@ -34,7 +33,7 @@ from jaxinfer.wrappers.following import FollowingSteps
 from jaxinfer.wrappers.leading import LeadingSteps, ModelKey
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_frame import pack_step, unpack_step
-from jaxinfer.wrappers.step_result import RowUsage, StepResult
+from jaxinfer.wrappers.step_result import StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
 _VOCAB_SIZE = 128_256
@@ -79,7 +78,7 @@ class FramesResult:
     steps: tuple[StepTime, ...]
 
 
-class SteadyDevice(AbstractModelInferenceWrapper):
+class SteadyDevice(ZeroWrapper):
     """Stands for a device all of whose steps take the same time, one after the other; every token is 0.
 
     Args:
@@ -89,49 +88,23 @@ class SteadyDevice(AbstractModelInferenceWrapper):
     """
 
     def __init__(self, config: EngineConfig, *, max_model_len: int, step_ms: float):
-        self._shapes = StepShapes(config, max_model_len=max_model_len, coarse=True)
-        self._num_pages = config.max_num_seqs * self._shapes.table_width
+        shapes = StepShapes(config, max_model_len=max_model_len, coarse=True)
+        super().__init__(shapes, config.max_num_seqs * shapes.table_width)
         self._step_s = step_ms / 1000
         self._free_at = 0.0
         self.last: StepBatch | None = None
 
-    @property
-    def shapes(self) -> StepShapes:
-        """See AbstractModelInferenceWrapper."""
-        return self._shapes
-
-    @property
-    def num_pages(self) -> int:
-        """See AbstractModelInferenceWrapper."""
-        return self._num_pages
-
-    @property
-    def row_usage(self) -> RowUsage:
-        """No rows are counted."""
-        return RowUsage(live=0, launched=0)
-
-    @property
-    def num_compilations(self) -> int:
-        """Nothing is compiled."""
-        return 0
-
     def launch(self, batch: StepBatch) -> Any:
-        """Lets the step begin when the one before has ended; returns the batch and the time of its end."""
+        """Lets the step begin when the one before has ended; the handle has the time of its end."""
         self.last = batch
         self._free_at = max(time.perf_counter(), self._free_at) + self._step_s
-        return batch, self._free_at
+        return super().launch(batch), self._free_at
 
     def collect(self, handle: Any) -> StepResult:
         """Waits until the step has ended."""
         batch, end = handle
         time.sleep(max(end - time.perf_counter(), 0.0))
-        return StepResult(token_ids=np.zeros(batch.shape.num_logits if batch.has_logits else 0, np.int32))
-
-    def warmup(self, *, background: bool = False) -> None:
-        """Nothing to compile."""
-
-    def close(self) -> None:
-        """Nothing to free."""
+        return super().collect(batch)
 
 
 def measure(*, rows: int, step_ms: float, num_steps: int) -> FramesResult:

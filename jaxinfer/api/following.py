@@ -6,11 +6,14 @@ Does not know: what the leader computes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
 from jaxinfer.api.llm import LLM
+from jaxinfer.api.shared_engine import OPENING
 from jaxinfer.communication.process_group import GatherError
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.distributed import FollowerRun
 from jaxinfer.errors import EngineClosedError
 
@@ -37,6 +40,12 @@ def follow_run(run: FollowerRun) -> bool:
         try:
             if description["model"] is None:
                 raise ValueError("process 0 has weights in memory (LLM.from_params); run its script on all processes")
+            EngineConfig(**description["engine"])
+        except Exception as error:
+            _refuse(run, error)
+            all_loaded = False
+            continue
+        try:
             llm = LLM(description["model"], tokenizer=description["tokenizer"], **description["engine"])
         except GatherError:
             continue  # another process says what is wrong; the leader may go on and make another LLM
@@ -45,3 +54,11 @@ def follow_run(run: FollowerRun) -> bool:
             all_loaded = False
             continue
         llm.close()  # makes no calls; its part of the steps goes on until the leader closes it
+
+
+def _refuse(run: FollowerRun, error: Exception) -> None:
+    """Lets the leader's LLM fail with an error of this process."""
+    logger.error("%s", error)
+    run.calls.next_opened()
+    with contextlib.suppress(type(error)), run.group.together(OPENING):
+        raise error

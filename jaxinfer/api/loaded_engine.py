@@ -53,7 +53,6 @@ class LoadedEngine:
         shared: SharedReplica | None = None,
     ):
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
-        self._page_size = config.page_size
         with contextlib.nullcontext() if shared is None else shared.holders.loading(f"loading replica {replica}"):
             self.max_model_len = context_length(config, model_config)
             draft = find_draft(config, model_config, max_model_len=self.max_model_len)
@@ -69,11 +68,6 @@ class LoadedEngine:
                 )
         drafter = _make_drafter(config, self._draft_wrapper)
         self.engine = DynamicEngine(self.wrapper, config, max_model_len=self.max_model_len, drafter=drafter)
-
-    @property
-    def longest_request(self) -> int:
-        """Tokens of prompt and output that one request can have: max_model_len, or fewer if the KV pages hold fewer."""
-        return min(self.max_model_len, self.wrapper.num_pages * self._page_size)
 
     def warmup(self, *, background: bool = False) -> None:
         """Compiles every program that a request can need; background as LLM.warmup's."""

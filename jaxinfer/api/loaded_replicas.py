@@ -44,8 +44,12 @@ class LoadedReplicas:
         self.engines = [
             LoadedEngine(model_config, store, config, replica=number, shared=part) for number, part in parts.items()
         ]
-        longest = min(loaded.longest_request for loaded in self.engines)
-        self.longest_request = longest if shared is None else shared.least("the longest request", longest)
+        num_pages = min(loaded.wrapper.num_pages for loaded in self.engines)
+        if shared is not None:
+            num_pages = shared.least("KV pages of all replicas", num_pages)
+        for loaded in self.engines:  # whichever replica gets a request, and whichever process checks it
+            loaded.engine.lower_page_limit(num_pages)
+        self.longest_request = min(self.engines[0].max_model_len, num_pages * config.page_size)
         """Tokens of prompt and output that one request can have on every replica; the same on all processes."""
 
     def make_runner(self, controllers: Sequence[TextGenerationController], provenance: Provenance) -> Runner:
@@ -60,7 +64,7 @@ class LoadedReplicas:
             return self._make_local_runner(controllers)
         if isinstance(shared.run, LeaderRun):
             return LeadingRunner(self._make_local_runner(controllers), shared.run, shared.number)
-        return FollowingRunner(self.engines[0], shared.run, shared.number, provenance)
+        return FollowingRunner(self.engines[0].stats(), shared.run, shared.number, provenance)
 
     def _make_local_runner(self, controllers: Sequence[TextGenerationController]) -> Runner:
         runners = [LocalRunner(*pair) for pair in zip(self.engines, controllers, strict=True)]

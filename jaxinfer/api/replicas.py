@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,8 +112,11 @@ class ReplicatedRunner(Runner):
 
     def drain(self, seconds: float) -> None:
         """See Runner."""
-        with ThreadPoolExecutor(len(self._replicas)) as pool:
-            list(pool.map(lambda replica: replica.drain(seconds), self._replicas))
+        deadline = time.monotonic() + seconds
+        for replica in self._replicas:
+            replica.drain(0.0)  # none takes new requests, before the first is waited for
+        for replica in self._replicas:
+            replica.drain(max(deadline - time.monotonic(), 0.0))
 
     def fail(self, error: EngineClosedError) -> None:
         """See Runner."""

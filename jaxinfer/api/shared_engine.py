@@ -29,10 +29,13 @@ from jaxinfer.wrappers.leading import ModelKey
 from jaxinfer.wrappers.remote_model import RemoteModel
 from jaxinfer.wrappers.step_shapes import StepShapes
 
+OPENING = "making the LLM"
+"""What all processes do together while an LLM is made; errors name it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedReplica:
-    """This process's part of one replica of a model, or of the leading of it.
+    """One replica of a model as this process sees it: it holds a part of it, or leads those that do.
 
     Args:
       run: the run.
@@ -79,10 +82,8 @@ class SharedReplica:
         """
         wrapper = RemoteModel(
             self.run.group,
-            StepShapes(
-                config,
-                max_model_len=context_length(config, model_config),
-                coarse=jax.devices()[0].platform == "gpu",
+            StepShapes.on_platform(
+                jax.devices()[0].platform, config, max_model_len=context_length(config, model_config)
             ),
             num_pages=config.num_kv_pages or self.holders.fewest_pages(),
             vocab_size=model_config.vocab_size,
@@ -114,12 +115,10 @@ class SharedEngine:
         found = processes_of_replicas(config)
         idle = sorted(set(group.everyone.ids) - {process_id for ids in found for process_id in ids})
         if idle:
-            what = f"a mesh of {config.pipeline_parallel_size} pipeline x {config.tensor_parallel_size} tensor"
-            if config.data_parallel_size > 1:
-                what = f"{config.data_parallel_size} replicas of {what}"
+            sizes = f"{config.data_parallel_size} x {config.pipeline_parallel_size} x {config.tensor_parallel_size}"
             raise ValueError(
-                f"{what} {'have' if config.data_parallel_size > 1 else 'has'} no device of process "
-                f"{', '.join(map(str, idle))}; raise a parallel size, or start fewer processes"
+                f"no device of process {', '.join(map(str, idle))} is needed for {sizes} (replicas x pipeline stages x "
+                "tensor shards); raise a parallel size, or start fewer processes"
             )
         parts = [
             SharedReplica(
@@ -173,7 +172,7 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
         number, text = run.calls.next_opened()
         theirs = json.loads(text)
     try:
-        with run.group.together("making the LLM"):
+        with run.group.together(OPENING):
             _require_same(description["engine"], theirs["engine"], run)
             yield SharedEngine(run=run, number=number, config=config)
     except BaseException:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jaxinfer.api.driver import Ticket
-from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.api.runner import Runner
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.distributed import FollowerRun, LeaderRun
@@ -132,18 +131,17 @@ class FollowingRunner(Runner):
     """Makes the calls that the leader makes, too, and gets their outputs from it.
 
     Args:
-      loaded: this process's part of the engine, which runs the leader's steps.
+      stats: to return until the first call has brought the leader's.
       run: the run.
       engine: number of the engine in it.
       provenance: of the outputs.
     """
 
-    def __init__(self, loaded: LoadedEngine, run: FollowerRun, engine: int, provenance: Provenance):
-        self._loaded = loaded
+    def __init__(self, stats: EngineStats, run: FollowerRun, engine: int, provenance: Provenance):
         self._run = run
         self._engine = engine
         self._provenance = provenance
-        self._stats = loaded.stats()
+        self._stats = stats
         self._is_closed = False
         run.group.attach(self)
 
@@ -167,11 +165,11 @@ class FollowingRunner(Runner):
         ]
 
     def warmup(self, *, background: bool = False) -> None:
-        """Waits until the leader's call has compiled all programs, here as well."""
+        """Waits until the leader's call has compiled its programs; this process's may still be at it."""
         self._call(_WARM_UP)
 
     def stats(self) -> EngineStats:
-        """The leader's statistics as they were at the end of the last call."""
+        """The leader's statistics as they were at the end of the last call; before it, those of the engine here."""
         return self._stats
 
     def start(

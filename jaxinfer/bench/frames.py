@@ -24,13 +24,14 @@ from jaxinfer.bench.zero_wrapper import ZeroWrapper
 from jaxinfer.communication.follower import Follower
 from jaxinfer.communication.leader import Leader
 from jaxinfer.communication.membership import Membership
+from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.progress import Patience
 from jaxinfer.communication.rendezvous import await_followers, find_leader
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.following import FollowingSteps
-from jaxinfer.wrappers.leading import LeadingSteps, ModelKey
+from jaxinfer.wrappers.leading import LeadingSteps
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_frame import pack_step, unpack_step
 from jaxinfer.wrappers.step_result import StepResult
@@ -92,7 +93,7 @@ class SteadyDevice(ZeroWrapper):
         super().__init__(shapes, config.max_num_seqs * shapes.table_width)
         self._step_s = step_ms / 1000
         self._free_at = 0.0
-        self.last: StepBatch | None = None
+        self.last = StepBatch.idle(shapes)
 
     def launch(self, batch: StepBatch) -> Any:
         """Lets the step begin when the one before has ended; the handle has the time of its end."""
@@ -136,7 +137,6 @@ def measure(*, rows: int, step_ms: float, num_steps: int) -> FramesResult:
             followed_ms = step_time(leading, config)
         steps.append(StepTime(run_ahead=run_ahead, alone_ms=alone_ms, followed_ms=followed_ms))
     batch = alone.last
-    assert batch is not None
     frame = pack_step(batch)
     return FramesResult(
         rows=rows,
@@ -161,17 +161,20 @@ def _followed(
     arguments = address, secret, config, max_model_len, step_ms
     process = multiprocessing.get_context("spawn").Process(target=_follow, args=arguments, daemon=True)
     process.start()
-    leader = Membership(address=address, num_processes=2, process_id=0, secret=secret)
-    connections, _ = await_followers(leader, versions={}, seconds=60.0, bind_host=None)
-    group = Leader(connections, patience=Patience(), on_lost=lambda error: None)
-    steps = LeadingSteps(group)
-    group.start()
-    group.settle()
-    wrapper = steps.join(device, _MODEL, _BOTH)
-    yield wrapper
-    wrapper.close()
-    group.leave()
-    process.join()
+    try:
+        leader = Membership(address=address, num_processes=2, process_id=0, secret=secret)
+        connections, _ = await_followers(leader, versions={}, seconds=60.0)
+        group = Leader(connections, patience=Patience(), on_lost=lambda error: None)
+        steps = LeadingSteps(group)
+        group.start()
+        group.settle()
+        wrapper = steps.join(device, _MODEL, _BOTH)
+        yield wrapper
+        wrapper.close()
+        group.leave()
+        process.join()
+    finally:
+        process.kill()
 
 
 def _follow(address: str, secret: str, config: EngineConfig, max_model_len: int, step_ms: float) -> None:

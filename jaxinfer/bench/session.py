@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -130,8 +130,7 @@ class Session(TimedEngine):
           work: called with a session whose engine has no model, to find out which programs the work needs. There, every
             token is 0 and all times are meaningless.
         """
-        wrapper = self._loaded.wrapper
-        assert isinstance(wrapper, DecoderWrapper)  # a bench runs in one process
+        wrapper = cast(DecoderWrapper, self._loaded.wrapper)  # a bench runs in one process
         recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
         rehearsed = copy.copy(self)
         rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self.max_model_len)

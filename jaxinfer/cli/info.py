@@ -221,7 +221,7 @@ def _mesh_facts(model_config: ModelConfig, layout: Layout, config: EngineConfig,
     """Facts of the mesh, found by tracing the step program, which needs no devices; None for one device."""
     if layout.num_stages == layout.num_shards == 1:
         return None
-    shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=platform == "gpu")
+    shapes = StepShapes.on_platform(platform, config, max_model_len=layout.max_model_len)
     cache_shape = layout.cache_shape(model_config, num_pages=2, page_size=config.page_size)
     programs = StepPrograms(
         abstract_model(model_config, layout),

@@ -44,7 +44,7 @@ class Follower(ProcessGroup):
         """Whether process 0 is at its end, and sends no more work."""
         return self._is_leader_leaving
 
-    def _give(self, gathering: Gathering, entry: Entry) -> None:
+    def _enter(self, gathering: Gathering, entry: Entry | None) -> None:
         members, number = gathering
         self.send(Message(Kind.VALUE, number, json.dumps([members, entry]).encode()))
 

@@ -33,7 +33,7 @@ class Leader(ProcessGroup):
     ):
         super().__init__(0, len(connections) + 1, connections, patience=patience, on_lost=on_lost)
         self._given: dict[Gathering, dict[int, Entry]] = {}  # by process, until all have given theirs
-        self._failed: dict[int, Entry] = {}  # by process, until all processes know
+        self._failed: dict[int, tuple[Gathering, Entry]] = {}  # by process, until all have learned of its error
         self._handlers |= {Kind.FAILED: self._hear_failed, Kind.VALUE: self._hear_value}
         self._launching = {process_id: threading.Lock() for process_id in self.everyone.ids}
         self._find_stuck: Callable[[], Sequence[int]] = tuple
@@ -64,30 +64,35 @@ class Leader(ProcessGroup):
         """Names the function that finds processes that are stuck; it is called once a second."""
         self._find_stuck = find_stuck
 
-    def _give(self, gathering: Gathering, entry: Entry) -> None:
+    def _enter(self, gathering: Gathering, entry: Entry | None) -> None:
         self._take(gathering, 0, entry)
 
-    def _take(self, gathering: Gathering, process_id: int, entry: Entry) -> None:
-        """Takes a process's entry; the last one completes the gathering, whatever this process is at.
+    def _take(self, gathering: Gathering, process_id: int, entry: Entry | None) -> None:
+        """Takes a process's entry to a gathering; the last one completes it, whatever this process is at.
 
-        One that fails before all processes will come to no gathering among some: there its error is its entry, too.
+        A process that has reported an error to everyone comes to no smaller gathering any more, until everyone has
+        learned of the error; there, the error counts as its entry.
         """
         complete: list[tuple[Gathering, list[Entry]]] = []
         with self.change():
-            self._given.setdefault(gathering, {})[process_id] = entry
-            if gathering[0] == self.everyone and entry["error"] is not None:
-                self._failed[process_id] = entry
+            if gathering in self._gathered:
+                return  # this process only wants to learn the others' values, which are all there
+            given = self._given.setdefault(gathering, {})
+            if entry is not None:
+                given[process_id] = entry
+            if gathering[0] == self.everyone and entry is not None and entry["error"] is not None:
+                self._failed[process_id] = gathering, entry
             for found, given in list(self._given.items()):
                 process_ids = found[0].ids
                 if found[0] != self.everyone:
-                    given |= {other: self._failed[other] for other in process_ids if other in self._failed} | given
+                    for other in set(process_ids) & set(self._failed):
+                        given.setdefault(other, self._failed[other][1])
                 if len(given) == len(process_ids):
                     complete.append((found, [given[other] for other in process_ids]))
             for found, entries in complete:
                 del self._given[found]
                 self._gathered[found] = entries
-                if found[0] == self.everyone:
-                    self._failed.clear()
+                self._failed = {other: failure for other, failure in self._failed.items() if failure[0] != found}
         for (members, number), entries in complete:
             self.send_to(members.ids, Message(Kind.VALUES, number, json.dumps([members, entries]).encode()))
 

@@ -44,10 +44,10 @@ def processes_of_replicas(config: EngineConfig) -> list[tuple[int, ...]]:
       ValueError: there are fewer devices than the replicas need.
     """
     found = []
-    for replica in range(config.data_parallel_size):
+    for replica in reversed(range(config.data_parallel_size)):  # the last one first: its error names all that is needed
         devices = _devices(config.pipeline_parallel_size, config.tensor_parallel_size, replica)
         found.append(tuple(sorted({device.process_index for device in devices})))
-    return found
+    return found[::-1]
 
 
 def _devices(num_stages: int, num_shards: int, replica: int) -> list[jax.Device]:

@@ -52,7 +52,7 @@ class Kind(enum.IntEnum):
     VALUE = 4
     """Follower to leader: its value in a gathering."""
     VALUES = 5
-    """Leader to follower: the values of all processes."""
+    """Leader to follower: the values of all processes of the gathering."""
     TERMINATE = 6
     """Follower to leader: this process was asked to end, and so the run should."""
     END = 7
@@ -78,7 +78,7 @@ class Kind(enum.IntEnum):
     TOKENS = 17
     """Follower to leader: what a step has sampled, for a leader that has no part of the model."""
     WARM = 18
-    """Follower to such a leader: all programs of a model are compiled."""
+    """Follower to such a leader: the programs of a model are compiled that WARM_UP asked for."""
 
 
 @runtime_checkable
@@ -122,7 +122,7 @@ class GatherError(RuntimeError):
 
     Args:
       text: what went wrong.
-      members: the processes that know.
+      members: the processes that get this error.
     """
 
     def __init__(self, text: str, members: Members | None = None):
@@ -299,15 +299,15 @@ class ProcessGroup(ABC):
         members = among or self.everyone
         gathering = members, self._num_gathered[members]
         self._num_gathered[members] += 1
-        if self.process_id in members.ids:
-            self._give(gathering, {"topic": topic, "value": value, "error": error})
+        is_member = self.process_id in members.ids
+        self._enter(gathering, {"topic": topic, "value": value, "error": error} if is_member else None)
         others = ", ".join(str(process_id) for process_id in members.ids if process_id != self.process_id)
         self.wait_for(lambda: gathering in self._gathered, f"process {others} ({topic})")
         return _values(members, self._gathered.pop(gathering))
 
     @abstractmethod
-    def _give(self, gathering: Gathering, entry: Entry) -> None:
-        """Adds this process's entry to a gathering."""
+    def _enter(self, gathering: Gathering, entry: Entry | None) -> None:
+        """Adds this process's entry to a gathering; None if it only wants to learn the others' values."""
 
     def agree(self, topic: str, value: str) -> None:
         """Makes sure that a value is the same on all processes, each of which has to call this.

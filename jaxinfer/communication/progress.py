@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from jaxinfer.communication.connection import ConnectionLostError
+from jaxinfer.communication.model_key import ModelKey
 
-_PROGRESS = struct.Struct("<Qd?")
+_COMPILING = struct.Struct("<?")
+_MODEL = struct.Struct("<HHHQd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,22 +43,34 @@ class Patience:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a process is, as its heartbeat says.
+class ModelProgress:
+    """How far a process is with the steps of a model.
 
     Args:
       num_launched: steps launched so far.
-      waiting_seconds: for how long it has been waiting for a step to end; 0 if it is not.
-      is_compiling: whether it compiles or loads, which may take long.
+      waiting_seconds: for how long it has been waiting for a step to be launched or to end; 0 if it is not.
     """
 
     num_launched: int = 0
     waiting_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a process is, as its heartbeat says.
+
+    Args:
+      is_compiling: whether it compiles, which may take long.
+      models: how far it is with each model of which it holds a part.
+    """
+
     is_compiling: bool = False
+    models: Mapping[ModelKey, ModelProgress] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """The payload of a heartbeat."""
-        return _PROGRESS.pack(self.num_launched, self.waiting_seconds, self.is_compiling)
+        entries = (_MODEL.pack(*key, model.num_launched, model.waiting_seconds) for key, model in self.models.items())
+        return _COMPILING.pack(self.is_compiling) + b"".join(entries)
 
     @classmethod
     def unpack(cls, payload: bytes) -> Progress:
@@ -65,26 +79,47 @@ class Progress:
         Raises:
           ConnectionLostError: it is none.
         """
-        if len(payload) != _PROGRESS.size:
+        if len(payload) % _MODEL.size != _COMPILING.size:
             raise ConnectionLostError("received a heartbeat of a wrong size")
-        num_launched, waiting_seconds, is_compiling = _PROGRESS.unpack(payload)
-        return cls(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
+        models = {
+            ModelKey(*key): ModelProgress(num_launched=num_launched, waiting_seconds=waiting_seconds)
+            for *key, num_launched, waiting_seconds in _MODEL.iter_unpack(payload[_COMPILING.size :])
+        }
+        return cls(is_compiling=_COMPILING.unpack_from(payload)[0], models=models)
 
 
-def stuck(
-    progress: Mapping[int, Progress], *, num_sent: Mapping[int, int], waiting_seconds: float, limit: float
-) -> list[int]:
-    """The processes of those that hold a model for which all others wait in vain; none if nobody has waited too long.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Awaited:
+    """A model as the leader sees it.
 
     Args:
-      progress: how far each of these processes is.
-      num_sent: steps that the leader has sent to each.
-      waiting_seconds: for how long the leader has been waiting for a step of this model.
+      holders: the processes that hold it.
+      num_sent: steps that the leader has sent to them.
+      waiting_seconds: for how long the leader has been waiting for one; 0 if it is not.
+    """
+
+    holders: Sequence[int]
+    num_sent: int
+    waiting_seconds: float
+
+
+def stuck(progress: Mapping[int, Progress], models: Mapping[ModelKey, Awaited], *, limit: float) -> list[int]:
+    """The processes for which others wait in vain; none if nobody has waited too long.
+
+    Args:
+      progress: how far each process is.
+      models: all models of the run.
       limit: seconds that a step may take while no process compiles.
     """
-    late = [number for number, entry in progress.items() if entry.waiting_seconds > limit]
-    if not (late or waiting_seconds > limit) or any(entry.is_compiling for entry in progress.values()):
+    if any(entry.is_compiling for entry in progress.values()):
         return []
-    behind = {number: num_sent[number] - entry.num_launched for number, entry in progress.items()}
-    most = max(behind.values())
-    return [number for number, steps in behind.items() if steps == most > 0] or late or list(progress)
+    found: list[int] = []
+    for key, model in models.items():
+        reports = {number: progress[number].models.get(key, ModelProgress()) for number in model.holders}
+        late = [number for number, report in reports.items() if report.waiting_seconds > limit]
+        if late or model.waiting_seconds > limit:
+            least = min(report.num_launched for report in reports.values())
+            if least < model.num_sent:  # others wait for what these have not even launched
+                return [number for number, report in reports.items() if report.num_launched == least]
+            found = found or late or list(model.holders)
+    return found

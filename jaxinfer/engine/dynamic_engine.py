@@ -169,6 +169,10 @@ class DynamicEngine:
         self._draft_tokens = 0
         self._accepted_draft_tokens = 0
 
+    def lower_page_limit(self, num_pages: int) -> None:
+        """Refuses requests that need more than so many KV pages, for another replica may have no more."""
+        self._scheduler.limits.lower_pages(num_pages)
+
     def check_request(self, request: Request, *, beam_width: int = 1) -> None:
         """Refuses what add_request or add_beam_search would refuse, without queueing anything.
 

@@ -26,6 +26,10 @@ class RequestLimits:
         self._max_model_len = max_model_len
         self._is_models_own = config.max_model_len is None
 
+    def lower_pages(self, num_pages: int) -> None:
+        """Refuses from now on what needs more pages, although the pool may have them."""
+        self._num_pages = min(num_pages, self._num_pages)
+
     def max_total_len(self, request: Request) -> int:
         """The length at which a request ends, in tokens of prompt and output together."""
         return min(len(request.prompt_token_ids) + request.max_tokens, self._max_model_len)

@@ -34,7 +34,8 @@ answered, those of the others keep the engine busy."""
 _LINES_TO_READ = 1024
 """Lines that one task reads from the file of requests."""
 _PLACE, _TEXT = "data", "text"
-"""Columns: where a line begins in the file of requests (from_numpy names it so), and a line (as read_text names it)."""
+"""Columns: where a line begins in the file of requests (from_numpy names it so), and a line, as bytes or text (as
+read_text names it)."""
 
 
 def answer_lines(
@@ -85,7 +86,7 @@ def answer_lines(
             "model": _findable(model),
             "tokenizer": None if tokenizer is None else _findable(tokenizer),
             "created": int(time.time()) if created is None else created,
-            "engine": engine,
+            "engine": engine | {"draft_model": config.draft_model and _findable(config.draft_model)},
         },
         num_gpus=_num_gpus(config) if num_gpus is None else num_gpus,
     )
@@ -121,8 +122,8 @@ def run_batch(
         return 0
     blocks = np.array_split(places, -(-len(places) // _LINES_TO_READ))
 
-    def read(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {_TEXT: [line_at(source, place).decode() for place in batch[_PLACE].tolist()]}
+    def read(batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        return {_TEXT: [line_at(source, place) for place in batch[_PLACE].tolist()]}
 
     dataset = answer_lines(ray.data.from_numpy(blocks).map_batches(read), model, created=plan.created, **others)
     dataset.context.enable_progress_bars = False

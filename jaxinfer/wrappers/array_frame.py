@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-_WORD = 4
+WORD = 4
+"""Bytes of a number, to a multiple of which arrays are filled up."""
 
 
 class FrameError(ValueError):
-    """The bytes are no step of this model."""
+    """The bytes are no such frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def pack_arrays(group: Any) -> tuple[list[int], bytes]:
         if array is not None:
             sizes.update(zip(field.dims, array.shape, strict=True))
             data = array.tobytes()
-            parts += (data, bytes(-len(data) % _WORD))
+            parts += (data, bytes(-len(data) % WORD))
     return [sizes[name] for name in dims(type(group))], b"".join(parts)
 
 
@@ -104,8 +105,8 @@ def _read(frame: bytes, offset: int, field: ArrayField, sizes: Mapping[str, int]
     count = math.prod(shape)
     end = offset + count * field.dtype.itemsize
     if min(shape) < 0 or end > len(frame):
-        raise FrameError(f"{field.name} of shape {shape} does not fit into a step of {len(frame)} bytes")
+        raise FrameError(f"{field.name} of shape {shape} does not fit into a frame of {len(frame)} bytes")
     if field.dtype == bool and count and np.frombuffer(frame, np.uint8, count, offset).max() > 1:
         raise FrameError(f"{field.name} must have bytes of 0 or 1")
     array = np.frombuffer(frame, field.dtype, count, offset).reshape(shape)
-    return array, end + -end % _WORD
+    return array, end + -end % WORD

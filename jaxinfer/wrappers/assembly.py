@@ -78,6 +78,7 @@ def assemble(
     """
     enable_persistent_cache()
     chosen_options(config.xla_options)  # a mistake is noticed before anything is loaded
+    holders_of_replicas = processes_of_replicas(config)  # too few devices are noticed, too
     mesh = make_mesh(
         pipeline_parallel_size=config.pipeline_parallel_size,
         tensor_parallel_size=config.tensor_parallel_size,
@@ -103,7 +104,7 @@ def assemble(
         layout=layout,
         mesh=mesh,
         beside=beside,
-        num_alike=sum(jax.process_index() in ids for ids in processes_of_replicas(config)[replica:]),
+        num_alike=sum(jax.process_index() in ids for ids in holders_of_replicas[replica:]),
         holders=holders,
     )
     logger.info(
@@ -132,7 +133,7 @@ def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
     """
     device = jax.devices()[0]
     layout = lay_out(model_config, config, *platform_of(device))
-    shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=device.platform == "gpu")
+    shapes = StepShapes.on_platform(device.platform, config, max_model_len=layout.max_model_len)
     itemsize = layout.dtype.itemsize
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
     num_devices = layout.num_stages * layout.num_shards

@@ -112,7 +112,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     ):
         self._mesh = mesh
         platform = mesh.devices.flat[0].platform
-        self._shapes = StepShapes(config, max_model_len=layout.max_model_len, coarse=platform == "gpu")
+        self._shapes = StepShapes.on_platform(platform, config, max_model_len=layout.max_model_len)
         self._vocab_size = model_config.vocab_size
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)

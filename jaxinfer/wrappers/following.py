@@ -17,11 +17,12 @@ from typing import Any
 
 from jaxinfer.communication.connection import Message
 from jaxinfer.communication.follower import Follower
+from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.process_group import Kind
-from jaxinfer.communication.progress import Progress
+from jaxinfer.communication.progress import ModelProgress, Progress
 from jaxinfer.errors import ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.leading import ModelKey, digest
+from jaxinfer.wrappers.leading import digest
 from jaxinfer.wrappers.remote_model import pack_remote
 from jaxinfer.wrappers.step_frame import unpack_step
 
@@ -29,7 +30,7 @@ MAX_UNREAD = 8
 """Steps that may wait to be read, at most: with too many, processes that share a mesh would deadlock."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class _Model:
     """A model whose steps come from the leader.
 
@@ -40,6 +41,8 @@ class _Model:
       is_reporter: whether the leader gets the results of its steps from this process.
       unread: steps that have left the pipeline.
       inside: launched steps that have not.
+      num_launched: steps launched so far.
+      waiting_since: when this process began to wait for a step that it reads now; None if it reads none.
     """
 
     key: ModelKey
@@ -48,6 +51,15 @@ class _Model:
     is_reporter: bool
     unread: queue.Queue[_Step]
     inside: deque[tuple[int, Any]] = field(default_factory=deque)
+    num_launched: int = 0
+    waiting_since: float | None = None
+
+    @property
+    def progress(self) -> ModelProgress:
+        """How far this process is with the model's steps."""
+        since = self.waiting_since
+        waiting_seconds = 0.0 if since is None else time.monotonic() - since
+        return ModelProgress(num_launched=self.num_launched, waiting_seconds=waiting_seconds)
 
 
 _Step = tuple[_Model, int, Any] | None
@@ -70,8 +82,6 @@ class FollowingSteps:
         self._on_closed = on_closed
         self._models: dict[ModelKey, _Model] = {}
         self._received: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._num_launched = 0
-        self._waiting_since: dict[int, float] = {}  # by thread that waits for a step
         for kind in (Kind.OPEN, Kind.STEP, Kind.WARM_UP, Kind.CLOSE):
             group.handle(kind, lambda _, message: self._received.put(message))
         group.report_progress(self._progress)
@@ -88,7 +98,7 @@ class FollowingSteps:
           process_ids: the processes that hold it.
           vocab_size: of the model.
         """
-        unread = next((model.unread for other, model in self._models.items() if other[:2] == key[:2]), None)
+        unread = next((model.unread for other, model in list(self._models.items()) if other[:2] == key[:2]), None)
         if unread is None:
             unread = queue.Queue(MAX_UNREAD)  # one for each replica, so that none waits for the steps of another
             self._start_thread("read", lambda: self._read_all(unread))
@@ -98,7 +108,7 @@ class FollowingSteps:
 
     def drop(self, engine: int) -> None:
         """Frees what was loaded of an engine that some process could not load."""
-        for key in [key for key in self._models if key.engine == engine]:
+        for key in [key for key in list(self._models) if key.engine == engine]:
             self._close(self._models[key])
 
     def _start_thread(self, name: str, work: Callable[[], None]) -> None:
@@ -125,34 +135,33 @@ class FollowingSteps:
             elif message.kind == Kind.WARM_UP:
                 model.wrapper.warmup(background=payload == b"\1")
                 if model.is_reporter:
-                    self._group.send(Message(Kind.WARM, payload=key.pack()))
+                    self._group.send(Message(Kind.WARM, model.wrapper.num_compilations, key.pack()))
             else:
                 self._close(model)
-                if not any(other.engine == key.engine for other in self._models):
+                if not any(other.engine == key.engine for other in list(self._models)):
                     self._on_closed(key.engine)
 
     def _close(self, model: _Model) -> None:
         model.unread.join()
         model.wrapper.close()
         del self._models[model.key]
-        if not any(other.unread is model.unread for other in self._models.values()):
+        if not any(other.unread is model.unread for other in list(self._models.values())):
             model.unread.put(None)
 
     def _launch(self, model: _Model, number: int, payload: bytes) -> None:
         wrapper = model.wrapper
         batch = unpack_step(payload, wrapper.shapes, num_pages=wrapper.num_pages, vocab_size=model.vocab_size)
         model.inside.append((number, wrapper.launch(batch)))
-        self._num_launched += 1
+        model.num_launched += 1
         if len(model.inside) == wrapper.shapes.num_stages:
             model.unread.put((model, *model.inside.popleft()))
 
     def _read_all(self, unread: queue.Queue[_Step]) -> None:
-        thread = threading.get_ident()
         while (step := unread.get()) is not None:
             model, number, handle = step
-            self._waiting_since[thread] = time.monotonic()
+            model.waiting_since = time.monotonic()
             result = model.wrapper.collect(handle)
-            del self._waiting_since[thread]
+            model.waiting_since = None
             key = model.key.pack()
             if model.is_reporter:
                 frame = pack_remote(result, num_compilations=model.wrapper.num_compilations)
@@ -162,9 +171,8 @@ class FollowingSteps:
             unread.task_done()
 
     def _progress(self) -> Progress:
-        since = min(list(self._waiting_since.values()), default=None)
+        models = list(self._models.values())
         return Progress(
-            num_launched=self._num_launched,
-            waiting_seconds=0.0 if since is None else time.monotonic() - since,
-            is_compiling=any(model.wrapper.is_compiling for model in list(self._models.values())),
+            is_compiling=any(model.wrapper.is_compiling for model in models),
+            models={model.key: model.progress for model in models},
         )

@@ -14,7 +14,7 @@ from jaxinfer.communication.process_group import Members, ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class Holders:
-    """The processes that hold a replica; the leader of the run, which is told of it, may be none of them.
+    """The processes that hold a replica. The leader of the run may be none of them; it then learns what they agree on.
 
     Args:
       group: all processes of the run.

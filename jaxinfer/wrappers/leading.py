@@ -8,13 +8,10 @@ Does not know: how steps are computed, what sockets are.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import struct
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +20,10 @@ from jaxtyping import Int32
 
 from jaxinfer.communication.connection import Message
 from jaxinfer.communication.leader import Leader
+from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.process_group import Kind
-from jaxinfer.communication.progress import Progress, stuck
-from jaxinfer.errors import ProcessLostError
+from jaxinfer.communication.progress import Awaited, ModelProgress, Progress, stuck
+from jaxinfer.errors import EngineClosedError, ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.remote_model import RemoteModel
 from jaxinfer.wrappers.step_batch import StepBatch
@@ -34,30 +32,6 @@ from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
 DIGEST_BYTES = 8
-_MODEL = struct.Struct("<HHH")
-
-
-class ModelKey(NamedTuple):
-    """Which model a message is about.
-
-    Args:
-      engine: number of the engine, in the order in which the run's engines were made.
-      replica: number of the replica of the engine's models.
-      model: 0 for the engine's model, 1 for its draft model.
-    """
-
-    engine: int
-    replica: int
-    model: int
-
-    def pack(self) -> bytes:
-        """The first bytes of a message about this model."""
-        return _MODEL.pack(*self)
-
-    @classmethod
-    def unpack(cls, payload: bytes) -> tuple[ModelKey, bytes]:
-        """The model that a message is about, and the rest of the message."""
-        return cls(*_MODEL.unpack_from(payload)), payload[_MODEL.size :]
 
 
 def digest(token_ids: Int32[np.ndarray, " M"]) -> bytes:
@@ -70,14 +44,6 @@ class _Launched(NamedTuple):
     handle: Any
 
 
-class _Counts:
-    """Steps sent to each process so far, and launched here."""
-
-    def __init__(self) -> None:
-        self.sent: Counter[int] = Counter()
-        self.launched = 0
-
-
 class LeadingWrapper(AbstractModelInferenceWrapper):
     """Runs steps on all processes that hold a model: sends each to the followers, then launches it here.
 
@@ -88,7 +54,6 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
       key: the model.
       group: all processes of the run.
       process_ids: those that hold the model.
-      counts: of the run's steps.
     """
 
     def __init__(
@@ -97,15 +62,13 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
         key: ModelKey,
         group: Leader,
         process_ids: Sequence[int],
-        counts: _Counts,
     ):
         self.wrapper = wrapper
         self.process_ids = process_ids
         self._num_digests = len(process_ids) - 1  # all but the one whose tokens the engine gets
         self._key = key
         self._group = group
-        self._counts = counts
-        self._num_launched = 0
+        self._num_sent = self._num_launched = 0
         self._waiting_since: float | None = None
         self._is_closed = False
         self._lock = threading.Lock()
@@ -139,21 +102,26 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
         return self.wrapper.is_compiling
 
     @property
-    def waiting_seconds(self) -> float:
-        """For how long a step has been launched or waited for; 0 if there is none."""
+    def progress(self) -> ModelProgress:
+        """How far this process is with the model's steps."""
         since = self._waiting_since
-        return 0.0 if since is None else time.monotonic() - since
+        waiting_seconds = 0.0 if since is None else time.monotonic() - since
+        return ModelProgress(num_launched=self._num_launched, waiting_seconds=waiting_seconds)
+
+    @property
+    def awaited(self) -> Awaited:
+        """How far the processes that hold the model should be."""
+        return Awaited(holders=self.process_ids, num_sent=self._num_sent, waiting_seconds=self.progress.waiting_seconds)
 
     def launch(self, batch: StepBatch) -> Any:
         """Sends a step to the followers and starts it here; see AbstractModelInferenceWrapper."""
         with self._failing_together(), self._group.launching(self.process_ids):
-            number = self._num_launched
+            number = self._num_sent
             self._send(Kind.STEP, pack_step(batch), number)
-            self._counts.sent.update(self.process_ids)
-            self._num_launched += 1
+            self._num_sent += 1
             with self._waiting():
                 handle = self.wrapper.launch(batch)
-            self._counts.launched += 0 in self.process_ids
+            self._num_launched += 1
             return _Launched(number, handle)
 
     def collect(self, handle: Any) -> StepResult:
@@ -191,6 +159,8 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
     def warmup(self, *, background: bool = False) -> None:
         """Compiles the programs on all processes; with several of them nothing is left to the background, where their
         order would differ."""
+        if self._is_closed:
+            raise EngineClosedError("the LLM was closed")
         background = background and len(self.process_ids) == 1
         with self._failing_together():
             self._send(Kind.WARM_UP, bytes([background]))
@@ -238,7 +208,6 @@ class LeadingSteps:
 
     def __init__(self, group: Leader):
         self._group = group
-        self._counts = _Counts()
         self._wrappers: weakref.WeakValueDictionary[ModelKey, LeadingWrapper] = weakref.WeakValueDictionary()
         group.handle(Kind.DIGEST, self._hear_digest)
         group.handle(Kind.TOKENS, self._hear_tokens)
@@ -248,7 +217,7 @@ class LeadingSteps:
 
     def join(self, wrapper: AbstractModelInferenceWrapper, key: ModelKey, process_ids: Sequence[int]) -> LeadingWrapper:
         """The wrapper that runs a model's steps on all processes that hold it; arguments as LeadingWrapper's."""
-        self._wrappers[key] = leading = LeadingWrapper(wrapper, key, self._group, process_ids, self._counts)
+        self._wrappers[key] = leading = LeadingWrapper(wrapper, key, self._group, process_ids)
         return leading
 
     def drop(self, engine: int) -> None:
@@ -272,33 +241,21 @@ class LeadingSteps:
         key, _ = ModelKey.unpack(message.payload)
         model = self._remote(key)
         if model is not None:
-            model.hear_warm()
+            model.hear_warm(num_compilations=message.number)
 
     def _remote(self, key: ModelKey) -> RemoteModel | None:
         leading = self._wrappers.get(key)
         return leading.wrapper if leading is not None and isinstance(leading.wrapper, RemoteModel) else None
 
     def _progress(self) -> Progress:
-        wrappers = list(self._wrappers.values())
+        wrappers = list(self._wrappers.items())
         return Progress(
-            num_launched=self._counts.launched,
-            waiting_seconds=max((wrapper.waiting_seconds for wrapper in wrappers), default=0.0),
-            is_compiling=any(wrapper.is_compiling for wrapper in wrappers),
+            is_compiling=any(wrapper.is_compiling for _, wrapper in wrappers),
+            models={key: wrapper.progress for key, wrapper in wrappers},
         )
 
     def _find_stuck(self) -> list[int]:
-        """The processes for which the holders of some model wait in vain."""
         group = self._group
-        for wrapper in list(self._wrappers.values()):
-            ids = wrapper.process_ids
-            own = dataclasses.replace(self._progress(), waiting_seconds=wrapper.waiting_seconds)
-            progress = {process_id: group.progress_of(process_id) if process_id else own for process_id in ids}
-            found = stuck(
-                progress,
-                num_sent={process_id: self._counts.sent[process_id] for process_id in ids},
-                waiting_seconds=wrapper.waiting_seconds,
-                limit=group.patience.step,
-            )
-            if found:
-                return found
-        return []
+        others = {number: group.progress_of(number) for number in group.everyone.ids if number != group.process_id}
+        models = {key: wrapper.awaited for key, wrapper in list(self._wrappers.items())}
+        return stuck({group.process_id: self._progress()} | others, models, limit=group.patience.step)

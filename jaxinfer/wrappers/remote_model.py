@@ -7,6 +7,8 @@ Does not know: how steps get there, what sockets are.
 from __future__ import annotations
 
 import struct
+import weakref
+from dataclasses import dataclass
 
 from jaxinfer.communication.process_group import ProcessGroup
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
@@ -17,6 +19,13 @@ from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
 _COMPILATIONS = struct.Struct("<i")
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Step:
+    """A launched step; result is None until it has come."""
+
+    result: StepResult | None
 
 
 class RemoteModel(AbstractModelInferenceWrapper):
@@ -35,7 +44,8 @@ class RemoteModel(AbstractModelInferenceWrapper):
         self._vocab_size = vocab_size
         self._in_flight = InFlight(shapes)
         self._num_launched = self._num_warm = self._num_asked = self._num_compilations = 0
-        self._results: dict[int, StepResult] = {}
+        self._steps: weakref.WeakValueDictionary[int, _Step] = weakref.WeakValueDictionary()
+        self._early: dict[int, StepResult] = {}  # results that came before launch had returned
 
     @property
     def shapes(self) -> StepShapes:
@@ -57,24 +67,23 @@ class RemoteModel(AbstractModelInferenceWrapper):
         """Programs that the process which sends results has compiled until it sent the last ones."""
         return self._num_compilations
 
-    def launch(self, batch: StepBatch) -> int:
-        """Counts a step, which the other processes launch."""
+    def launch(self, batch: StepBatch) -> _Step:
+        """Counts a step, which the other processes launch; if its handle is dropped, so are its results."""
         self._in_flight.count_rows(self._in_flight.enter(StepHandle(batch)))
-        self._num_launched += 1
-        return self._num_launched - 1
+        with self._group.change():
+            number = self._num_launched
+            self._num_launched += 1
+            self._steps[number] = step = _Step(self._early.pop(number, None))
+        return step
 
-    def collect(self, handle: int) -> StepResult:
+    def collect(self, handle: _Step) -> StepResult:
         """Waits for the results of a step; see AbstractModelInferenceWrapper.
 
         Raises:
           ProcessLostError: the run has failed.
         """
-        self._group.wait_for(lambda: handle in self._results)
-        with self._group.change():
-            result = self._results.pop(handle)
-            for number in [number for number in self._results if number < handle]:  # those that nobody has read
-                del self._results[number]
-        return result
+        self._group.wait_for(lambda: handle.result is not None)
+        return handle.result  # pyrefly: ignore[bad-return]
 
     def hear(self, number: int, frame: bytes) -> None:
         """Takes note of the results of a step, as pack_remote has packed them.
@@ -85,11 +94,15 @@ class RemoteModel(AbstractModelInferenceWrapper):
         (num_compilations,) = _COMPILATIONS.unpack_from(frame)
         result = unpack_result(frame[_COMPILATIONS.size :], vocab_size=self._vocab_size)
         with self._group.change():
-            self._results[number] = result
             self._num_compilations = num_compilations
+            step = self._steps.get(number)
+            if step is not None:
+                step.result = result
+            elif number >= self._num_launched:
+                self._early[number] = result
 
     def warmup(self, *, background: bool = False) -> None:
-        """Waits until the other processes have compiled their programs.
+        """Waits until the process that sends results has compiled its programs.
 
         Raises:
           ProcessLostError: the run has failed.
@@ -98,10 +111,11 @@ class RemoteModel(AbstractModelInferenceWrapper):
         asked = self._num_asked
         self._group.wait_for(lambda: self._num_warm >= asked)
 
-    def hear_warm(self) -> None:
-        """Takes note that the other processes have compiled their programs."""
+    def hear_warm(self, *, num_compilations: int) -> None:
+        """Takes note that the process that sends results has compiled its programs, so many in all."""
         with self._group.change():
             self._num_warm += 1
+            self._num_compilations = num_compilations
 
     def close(self) -> None:
         """Does nothing: this process holds no memory."""

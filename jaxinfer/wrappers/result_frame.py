@@ -13,10 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxinfer.wrappers.array_frame import FrameError, dims, pack_arrays, read_arrays
+from jaxinfer.wrappers.array_frame import WORD, FrameError, dims, pack_arrays, read_arrays
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 
-_WORD = 4
 _LOGPROBS = ("logprobs", "scores")
 _NUM_WORDS = 1 + len(_LOGPROBS) * (1 + len(dims(LogprobArrays)))
 
@@ -45,10 +44,10 @@ def unpack_result(frame: bytes, *, vocab_size: int) -> StepResult:
     Raises:
       FrameError: the frame is too short or too long, or has a value that no result has.
     """
-    if len(frame) < _NUM_WORDS * _WORD:
-        raise FrameError(f"results have at least {_NUM_WORDS * _WORD} bytes, got {len(frame)}")
+    if len(frame) < _NUM_WORDS * WORD:
+        raise FrameError(f"results have at least {_NUM_WORDS * WORD} bytes, got {len(frame)}")
     words = iter(np.frombuffer(frame, np.int32, _NUM_WORDS).tolist())
-    arrays, offset = read_arrays(StepResult, frame, _NUM_WORDS * _WORD, _sizes(StepResult, words))
+    arrays, offset = read_arrays(StepResult, frame, _NUM_WORDS * WORD, _sizes(StepResult, words))
     logprobs: dict[str, LogprobArrays] = {}
     for name in _LOGPROBS:
         has_any, sizes = next(words), _sizes(LogprobArrays, words)

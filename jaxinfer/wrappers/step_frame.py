@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.wrappers.array_frame import FrameError, dims, pack_arrays, read_arrays
+from jaxinfer.wrappers.array_frame import WORD, FrameError, dims, pack_arrays, read_arrays
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
     SAMPLING_FIELDS,
@@ -27,7 +27,6 @@ from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 _VARIANTS = tuple(SamplerVariant)
 _NONE = -1
 _NUM_SETTINGS = 9
-_WORD = 4
 _SLOTS = ("decode_slots", "chunk_slots", "prefill_slots", "logit_slots")
 _PAGES = ("decode_page_id", "chunk_pages", "page_copies")
 
@@ -71,13 +70,13 @@ def unpack_step(frame: bytes, shapes: StepShapes, *, num_pages: int, vocab_size:
     """
     kinds: tuple[Any, ...] = (StepBatch, SlotEdits, AllowedTokens)
     num_words = _NUM_SETTINGS + sum(len(dims(kind)) for kind in kinds)
-    if len(frame) < num_words * _WORD:
-        raise FrameError(f"a step has at least {num_words * _WORD} bytes, got {len(frame)}")
+    if len(frame) < num_words * WORD:
+        raise FrameError(f"a step has at least {num_words * WORD} bytes, got {len(frame)}")
     head = np.frombuffer(frame, np.int32, num_words).tolist()
     num_decode, num_prefill, row_len, num_logits, scored, variant, num_top, edited, has_targets = head[:_NUM_SETTINGS]
     if not 0 <= variant < len(_VARIANTS):
         raise FrameError(f"a sampler's number must be in 0..{len(_VARIANTS) - 1}, got {variant}")
-    words, offset = iter(head[_NUM_SETTINGS:]), num_words * _WORD
+    words, offset = iter(head[_NUM_SETTINGS:]), num_words * WORD
     groups: list[dict[str, Any]] = []
     for kind in kinds:
         sizes = {name: next(words) for name in dims(kind)}

@@ -108,6 +108,11 @@ class StepShapes:
             self._scored_rows = _powers(4, 4, self.max_prefill)
             self._logit_rows = _powers(1, 2, _power_of_two(max_logits))
 
+    @classmethod
+    def on_platform(cls, platform: str, config: EngineConfig, *, max_model_len: int) -> StepShapes:
+        """The shapes for devices of a platform: the coarse list for "gpu", the fine one for others."""
+        return cls(config, max_model_len=max_model_len, coarse=platform == "gpu")
+
     def shape(
         self,
         *,

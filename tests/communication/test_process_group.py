@@ -91,6 +91,27 @@ def test_together_error_among_some_is_raised_by_them_by_the_leader_and_then_by_a
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.2])
+def test_process_that_fails_before_the_gathering_that_the_leader_waits_for_is_named(delay):
+    alone = Members((1,), 7)
+
+    def work(process):
+        with process.together("making"):
+            if process.is_leader:
+                time.sleep(0.2 - delay)
+                process.gather("pages", among=alone)
+            else:
+                time.sleep(delay)
+                raise ValueError("wrong")
+
+    with Group(2) as group:
+        errors = group.each(work)
+        assert [type(error) for error in errors] == [GatherError, ValueError]
+        assert "process 1 failed" in str(errors[0]) and "ValueError: wrong" in str(errors[0])
+        assert group.each(lambda process: process.gather("next", "x")) == [["x"] * 2] * 2
+        assert not group.lost and not group.processes[0]._given
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2])
 def test_process_that_fails_before_a_gathering_among_some_does_not_keep_them_waiting(delay):
     def work(process):
         with process.together("making"):
@@ -196,10 +217,9 @@ def test_leave_does_not_wait_for_a_process_that_is_lost():
 
 def test_stuck_process_ends_the_run_by_the_leaders_watch():
     def prepare(process):
-        waiting = 0.0 if process.process_id == 1 else 9.0
-        process.report_progress(lambda: Progress(num_launched=process.process_id != 1, waiting_seconds=waiting))
+        process.report_progress(lambda: Progress(is_compiling=process.process_id == 2))
         if process.is_leader:
-            process.watch(lambda: [1] * (process.progress_of(2).waiting_seconds > 5.0))
+            process.watch(lambda: [1] * process.progress_of(2).is_compiling)
 
     with Group(3, prepare=prepare, step=5.0) as group:
         wait_until(lambda: len(group.lost) == 3)

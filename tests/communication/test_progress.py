@@ -4,13 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.communication.progress import Patience, Progress, stuck
+from jaxinfer.communication.connection import ConnectionLostError
+from jaxinfer.communication.model_key import ModelKey
+from jaxinfer.communication.progress import Awaited, ModelProgress, Patience, Progress, stuck
+
+KEYS = st.builds(ModelKey, *[st.integers(0, 2**16 - 1)] * 3)
+MODELS = st.builds(ModelProgress, num_launched=st.integers(0, 2**63), waiting_seconds=st.floats(0, 1e6))
+FIRST, SECOND = ModelKey(0, 0, 0), ModelKey(0, 1, 0)
 
 
-@given(st.integers(0, 2**63), st.floats(0, 1e6), st.booleans())
-def test_progress_comes_out_of_its_message_as_it_was(num_launched, waiting_seconds, is_compiling):
-    progress = Progress(num_launched=num_launched, waiting_seconds=waiting_seconds, is_compiling=is_compiling)
+@given(st.builds(Progress, is_compiling=st.booleans(), models=st.dictionaries(KEYS, MODELS, max_size=5)))
+def test_progress_comes_out_of_its_message_as_it_was(progress):
     assert Progress.unpack(progress.pack()) == progress
+    with pytest.raises(ConnectionLostError):
+        Progress.unpack(progress.pack() + b"00")
+
+
+def progress_of(launched, waiting, *, key=FIRST, compiling=False):
+    return Progress(is_compiling=compiling, models={key: ModelProgress(num_launched=launched, waiting_seconds=waiting)})
 
 
 @pytest.mark.parametrize(
@@ -26,17 +37,26 @@ def test_progress_comes_out_of_its_message_as_it_was(num_launched, waiting_secon
     ],
 )
 def test_stuck_names_those_for_which_the_others_wait(launched, waiting, compiling, found):
-    progress = {
-        i: Progress(num_launched=launched[i], waiting_seconds=waiting[i], is_compiling=i in compiling) for i in range(3)
-    }
-    assert stuck(progress, num_sent=dict.fromkeys(range(3), 9), waiting_seconds=0, limit=5) == found
+    progress = {i: progress_of(launched[i], waiting[i], compiling=i in compiling) for i in range(3)}
+    models = {FIRST: Awaited(holders=(0, 1, 2), num_sent=9, waiting_seconds=waiting[0])}
+    assert stuck(progress, models, limit=5) == found
 
 
 def test_stuck_names_the_holders_if_only_the_leader_waits():
-    idle = {1: Progress(num_launched=9), 2: Progress(num_launched=9)}
-    assert stuck(idle, num_sent={1: 9, 2: 9}, waiting_seconds=6, limit=5) == [1, 2]
-    assert stuck(idle, num_sent={1: 9, 2: 10}, waiting_seconds=6, limit=5) == [2]
-    assert stuck(idle, num_sent={1: 9, 2: 10}, waiting_seconds=4, limit=5) == []
+    progress = {0: Progress(), 1: progress_of(9, 0), 2: progress_of(9, 0)}
+    for num_sent, waiting, found in ((9, 6, [1, 2]), (10, 6, [1, 2]), (10, 4, [])):
+        models = {FIRST: Awaited(holders=(1, 2), num_sent=num_sent, waiting_seconds=waiting)}
+        assert stuck(progress, models, limit=5) == found
+
+
+def test_stuck_names_no_process_whose_other_model_waits_for_somebody_else():
+    both = progress_of(9, 0).models | progress_of(4, 6, key=SECOND).models
+    progress = {0: progress_of(9, 0), 1: Progress(models=both), 2: progress_of(3, 0, key=SECOND)}
+    models = {
+        FIRST: Awaited(holders=(0, 1), num_sent=9, waiting_seconds=6),  # behind the second on the devices of process 1
+        SECOND: Awaited(holders=(1, 2), num_sent=4, waiting_seconds=6),
+    }
+    assert stuck(progress, models, limit=5) == [2]
 
 
 def test_patience_zero_is_refused():

@@ -119,6 +119,17 @@ def test_engine_prompt_too_long_names_the_limit_that_can_be_moved(asked, message
         engine.check_request(request("a", range(32)))
 
 
+def test_engine_refuses_what_another_replica_has_too_few_pages_for():
+    engine, _ = make_engine(max_model_len=64, page_size=8, num_kv_pages=8)
+    engine.check_request(request("a", range(30), 20))
+    engine.lower_page_limit(6)
+    with pytest.raises(RequestTooLongError, match="needs 7 KV pages for 50 tokens, the pool has 6"):
+        engine.check_request(request("a", range(30), 20))
+    engine.lower_page_limit(8)
+    with pytest.raises(RequestTooLongError, match="the pool has 6"):
+        engine.add_request(request("a", range(30), 20))
+
+
 def test_engine_output_ends_at_max_model_len():
     engine, _ = make_engine(max_model_len=32, page_size=8, num_kv_pages=8)
     events = run_all(engine, [request(0, [1] * 30, 500)], want_events=True)

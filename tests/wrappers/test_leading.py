@@ -9,13 +9,14 @@ from group_tools import Group, wait_until
 
 from jaxinfer import EngineConfig
 from jaxinfer.communication.connection import Message
+from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.process_group import Kind
-from jaxinfer.errors import ProcessLostError
+from jaxinfer.errors import EngineClosedError, ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.array_frame import FrameError
 from jaxinfer.wrappers.following import FollowingSteps
-from jaxinfer.wrappers.leading import LeadingSteps, ModelKey
-from jaxinfer.wrappers.remote_model import RemoteModel
+from jaxinfer.wrappers.leading import LeadingSteps
+from jaxinfer.wrappers.remote_model import RemoteModel, pack_remote
 from jaxinfer.wrappers.result_frame import pack_result, unpack_result
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_frame import pack_step
@@ -226,8 +227,20 @@ def test_leader_without_devices_gets_the_tokens_of_the_others():
         run.model.close()
         wait_until(lambda: run.closed == [0, 0])
         assert run.logs[0] == run.logs[1] and len(run.logs[0]) == 1 + 41 + 1
-        assert run.model.row_usage.live > 0 and not run.remote._results
+        assert run.model.row_usage.live > 0
+        del handle, waiting, found
+        assert not run.remote._steps and not run.remote._early
+        with pytest.raises(EngineClosedError):
+            run.model.warmup()
         assert not run.lost
+
+
+def test_results_that_come_before_launch_has_returned_are_kept():
+    with RemoteRun() as run:
+        tokens = StepResult(token_ids=np.array([5], np.int32))
+        run.remote.hear(0, pack_remote(tokens, num_compilations=3))
+        np.testing.assert_array_equal(run.remote.collect(run.remote.launch(step(1))).token_ids, [5])
+        assert run.remote.num_compilations == 3
 
 
 def test_holder_that_samples_other_tokens_ends_the_run_of_a_leader_without_devices():

@@ -289,10 +289,11 @@ def test_process_that_breaks_down_ends_the_others_within_15_seconds(size, what, 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("who", [0, 1])
-def test_sigterm_of_any_process_ends_all_with_code_0(who, few_programs):
-    with processes_of(2, 1, "llama", [], engine={"tensor_parallel_size": 2}, fault=(who, "SIGTERM")) as children:
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "data_parallel_size"])
+def test_sigterm_of_any_process_ends_all_with_code_0(size, who, few_programs):
+    with processes_of(2, 1, "llama", [], engine={size: 2}, fault=(who, "SIGTERM")) as children:
         break_down(children, who, "SIGTERM")
         began = time.monotonic()
         assert children.codes(0, 1, seconds=60) == [0, 0], [children.err(0), children.err(1)]
-        print(f"SIGTERM of process {who}: all ended with 0 after {time.monotonic() - began:.1f} s")
+        print(f"{size}, SIGTERM of process {who}: all ended with 0 after {time.monotonic() - began:.1f} s")
         assert "Traceback" not in children.err(0) + children.err(1)

@@ -109,7 +109,7 @@ def check_equals_plain_decoding(layout, fields):
     ("layout", "fields"),
     [
         pytest.param((1, 1), TIGHT, marks=MATRIX),
-        ((2, 2), {"max_num_batched_tokens": 64}),
+        ((2, 1), {"max_num_batched_tokens": 64}),
         pytest.param((4, 2), {"max_num_batched_tokens": 64, "enable_prefix_caching": False}, marks=MATRIX),
         pytest.param((1, 1), {"run_ahead": False}, marks=MATRIX),
         pytest.param((1, 1), {"max_num_batched_tokens": 64}, marks=MATRIX),

@@ -117,9 +117,12 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
-        self._num_pages = config.num_kv_pages or self._fitting_pages(
-            config, model_config, layout.dtype.itemsize, beside or Footprint(), num_alike, holders
-        )
+        if config.num_kv_pages is None:
+            itemsize = layout.dtype.itemsize
+            fitting = self._fitting_pages(config, model_config, itemsize, beside or Footprint(), num_alike)
+            self._num_pages = fitting if holders is None else holders.fewest_pages(fitting)
+        else:
+            self._num_pages = config.num_kv_pages
         self._step_programs = StepPrograms(
             model,
             shapes=self._shapes,
@@ -339,13 +342,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return self._programs.get(name, *arguments)
 
     def _fitting_pages(
-        self,
-        config: EngineConfig,
-        model_config: ModelConfig,
-        itemsize: int,
-        beside: Footprint,
-        num_alike: int,
-        holders: Holders | None,
+        self, config: EngineConfig, model_config: ModelConfig, itemsize: int, beside: Footprint, num_alike: int
     ) -> int:
         devices = self._mesh.local_devices
         free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
@@ -354,12 +351,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         else:
             free -= activation_bytes(model_config, self._shapes, itemsize)
             free -= edit_bytes(self._shapes, model_config.vocab_size, num_devices=self._mesh.size)
-        fitting = num_kv_pages(
+        return num_kv_pages(
             free=free - beside.fixed_bytes,
             page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,
             useful_pages=config.max_num_seqs * self._shapes.table_width,
         )
-        return fitting if holders is None else holders.fewest_pages(fitting)
 
 
 def _reported(num_top: int | None) -> int | None:

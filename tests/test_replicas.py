@@ -8,7 +8,9 @@ import time
 import pytest
 from mesh_tools import MODELS, on_mesh, run
 
-from jaxinfer import EngineClosedError, SamplingParams
+from jaxinfer import EngineClosedError, EngineConfig, SamplingParams
+from jaxinfer.api.replicas import ReplicatedRunner
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -127,3 +129,28 @@ def test_cancelled_and_closed_replicas_leave_nothing_behind():
 def test_too_few_devices_for_the_replicas_says_so():
     with pytest.raises(ValueError, match="5 replicas of a mesh of 1 pipeline x 2 tensor need 10 devices, found 8"):
         on_mesh("llama", (1, 2), data_parallel_size=5)
+
+
+def test_replicas_refuse_what_the_smallest_one_has_too_few_pages_for(monkeypatch):
+    fitting = iter([9, 7])
+    monkeypatch.setattr(DecoderWrapper, "_fitting_pages", lambda *_: next(fitting))
+    with on_mesh("llama", (1, 1), data_parallel_size=2, num_kv_pages=None) as llm:
+        assert [loaded.wrapper.num_pages for loaded in llm._replicas] == [9, 7]
+        with pytest.raises(ValueError, match="needs 8 KV pages for 60 tokens, the pool has 7"):
+            llm.generate([1] * 50, SamplingParams(max_tokens=10))
+        assert llm._longest_request == 7 * 8
+
+
+def test_drain_closes_all_replicas_to_new_requests_before_it_waits_for_the_first():
+    asked = []
+
+    class Replica:
+        def __init__(self, name):
+            self.name = name
+
+        def drain(self, seconds):
+            asked.append((self.name, seconds))
+
+    ReplicatedRunner([Replica("a"), Replica("b")], EngineConfig()).drain(5.0)
+    assert asked[:2] == [("a", 0.0), ("b", 0.0)]
+    assert [name for name, _ in asked[2:]] == ["a", "b"] and 0 < asked[3][1] <= asked[2][1] <= 5

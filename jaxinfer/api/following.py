@@ -15,7 +15,7 @@ from jaxinfer.api.shared_engine import OPENING
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.distributed import FollowerRun
-from jaxinfer.errors import EngineClosedError
+from jaxinfer.errors import EngineClosedError, ProcessLostError
 
 logger = logging.getLogger("jaxinfer")
 
@@ -35,6 +35,8 @@ def follow_run(run: FollowerRun) -> bool:
     while True:
         try:
             description = json.loads(run.calls.peek_opened())
+        except ProcessLostError:
+            raise
         except EngineClosedError:
             return all_loaded
         try:
@@ -49,6 +51,8 @@ def follow_run(run: FollowerRun) -> bool:
             llm = LLM(description["model"], tokenizer=description["tokenizer"], **description["engine"])
         except GatherError:
             continue  # another process says what is wrong; the leader may go on and make another LLM
+        except ProcessLostError:
+            raise
         except Exception as error:
             logger.error("%s", error)
             all_loaded = False

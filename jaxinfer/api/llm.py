@@ -490,8 +490,8 @@ class LLM:
           background: if True, returns as soon as there are programs enough for every request, on a GPU at most 24 at
             the default settings, and compiles the others in background threads. Until a step's own program is ready,
             a larger one runs in its stead, which takes longer and gives the same tokens, as far as rounding allows.
-            Where several processes hold a model together, all programs are compiled before it returns, since every
-            process has to compile them in the same order.
+            Where several processes hold a model together, nothing is left to the background, since every process has
+            to compile the same programs in the same order.
         """
         self._runner.warmup(background=background)
 

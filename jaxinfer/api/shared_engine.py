@@ -178,6 +178,8 @@ def opened(config: EngineConfig, *, model: str | Path | None, tokenizer: object)
     except BaseException:
         run.steps.drop(number)
         raise
+    finally:
+        run.group.forget(number)
 
 
 def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) -> None:

@@ -32,7 +32,6 @@ class Leader(ProcessGroup):
         on_lost: Callable[[ProcessLostError], None],
     ):
         super().__init__(0, len(connections) + 1, connections, patience=patience, on_lost=on_lost)
-        self._given: dict[Gathering, dict[int, Entry]] = {}  # by process, until all have given theirs
         self._failed: dict[int, tuple[Gathering, Entry]] = {}  # by process, until all have learned of its error
         self._handlers |= {Kind.FAILED: self._hear_failed, Kind.VALUE: self._hear_value}
         self._launching = {process_id: threading.Lock() for process_id in self.everyone.ids}

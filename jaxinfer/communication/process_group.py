@@ -122,7 +122,7 @@ class GatherError(RuntimeError):
 
     Args:
       text: what went wrong.
-      members: the processes that get this error.
+      members: the processes that took part in the gathering and get this error.
     """
 
     def __init__(self, text: str, members: Members | None = None):
@@ -173,6 +173,7 @@ class ProcessGroup(ABC):
         self._listeners: weakref.WeakSet[_LossListener] = weakref.WeakSet()
         self._engines: weakref.WeakSet[Endable] = weakref.WeakSet()
         self._num_gathered: Counter[Members] = Counter()
+        self._given: dict[Gathering, dict[int, Entry]] = {}  # on the leader: by process, until all have given theirs
         self._gathered: dict[Gathering, list[Entry]] = {}
         self._silence = max(patience.silence, _START_SECONDS)
         self._telling: list[threading.Thread] = []
@@ -304,6 +305,15 @@ class ProcessGroup(ABC):
         others = ", ".join(str(process_id) for process_id in members.ids if process_id != self.process_id)
         self.wait_for(lambda: gathering in self._gathered, f"process {others} ({topic})")
         return _values(members, self._gathered.pop(gathering))
+
+    def forget(self, task: int) -> None:
+        """Drops what is left of a task's gatherings, of which there will be no more."""
+        with self.change():
+            for kept in (self._gathered, self._given):
+                for gathering in [gathering for gathering in kept if gathering[0].task == task]:
+                    del kept[gathering]
+            for members in [members for members in self._num_gathered if members.task == task]:
+                del self._num_gathered[members]
 
     @abstractmethod
     def _enter(self, gathering: Gathering, entry: Entry | None) -> None:

@@ -7,6 +7,7 @@ Does not know: sockets, threads.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class ModelProgress:
 
     Args:
       num_launched: steps launched so far.
-      waiting_seconds: for how long it has been waiting for a step to be launched or to end; 0 if it is not.
+      waiting_seconds: for how long it has been launching a step, or waiting for one to end; 0 if it does neither.
     """
 
     num_launched: int = 0
@@ -61,7 +62,7 @@ class Progress:
 
     Args:
       is_compiling: whether it compiles, which may take long.
-      models: how far it is with each model of which it holds a part.
+      models: how far it is with each model of which it holds a part, or that it leads.
     """
 
     is_compiling: bool = False
@@ -109,17 +110,36 @@ def stuck(progress: Mapping[int, Progress], models: Mapping[ModelKey, Awaited], 
     Args:
       progress: how far each process is.
       models: all models of the run.
-      limit: seconds that a step may take while no process compiles.
+      limit: seconds that a step may take while no process compiles that the step could wait for.
     """
-    if any(entry.is_compiling for entry in progress.values()):
-        return []
-    found: list[int] = []
+    late: dict[ModelKey, list[int]] = {}  # by model that somebody waits for: who waits
+    behind: dict[ModelKey, list[int]] = {}  # and who has not even launched what the others wait for
     for key, model in models.items():
         reports = {number: progress[number].models.get(key, ModelProgress()) for number in model.holders}
-        late = [number for number, report in reports.items() if report.waiting_seconds > limit]
-        if late or model.waiting_seconds > limit:
+        found = [number for number, report in reports.items() if report.waiting_seconds > limit]
+        is_compiling = any(progress[number].is_compiling for number in _connected(model.holders, models))
+        if (found or model.waiting_seconds > limit) and not is_compiling:
             least = min(report.num_launched for report in reports.values())
-            if least < model.num_sent:  # others wait for what these have not even launched
-                return [number for number, report in reports.items() if report.num_launched == least]
-            found = found or late or list(model.holders)
+            late[key] = found or list(model.holders)
+            behind[key] = [
+                number for number, report in reports.items() if report.num_launched == least < model.num_sent
+            ]
+    # Whoever waits for another model's step may be behind for no other reason.
+    reasons = [
+        number
+        for key, numbers in behind.items()
+        for number in numbers
+        if not any(number in late[other] for other in late if other != key)
+    ]
+    waiting = [number for key, numbers in late.items() if not behind[key] for number in numbers]
+    return sorted({*(reasons or waiting or itertools.chain.from_iterable(behind.values()))})
+
+
+def _connected(holders: Sequence[int], models: Mapping[ModelKey, Awaited]) -> set[int]:
+    """The processes that hold a model or, from one model to the next, share a process with one that does."""
+    found = set(holders)
+    while (
+        more := {number for model in models.values() if found & set(model.holders) for number in model.holders} - found
+    ):
+        found |= more
     return found

@@ -27,7 +27,7 @@ class RequestLimits:
         self._is_models_own = config.max_model_len is None
 
     def lower_pages(self, num_pages: int) -> None:
-        """Refuses from now on what needs more pages, although the pool may have them."""
+        """Refuses from now on what needs more pages, although the pool may have them: not every replica's has."""
         self._num_pages = min(num_pages, self._num_pages)
 
     def max_total_len(self, request: Request) -> int:

@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from jaxinfer.api.llm import LLM
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.engine.drafting import PROMPT_LOOKUP
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.serve import answering
 from jaxinfer.serve.answering import RequestLine
@@ -33,6 +34,8 @@ _BLOCKS_AT_A_TIME = 4
 answered, those of the others keep the engine busy."""
 _LINES_TO_READ = 1024
 """Lines that one task reads from the file of requests."""
+_NO_FOLDERS = (DEMO, "byte", PROMPT_LOOKUP)
+"""Names that never mean a folder."""
 _PLACE, _TEXT = "data", "text"
 """Columns: where a line begins in the file of requests (from_numpy names it so), and a line, as bytes or text (as
 read_text names it)."""
@@ -142,8 +145,8 @@ def _num_gpus(config: EngineConfig) -> int:
 
 
 def _findable(name: str | Path) -> str:
-    """A directory by its whole path, since actors may run in other directories; a hub id and the like as they are."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    """A directory by its whole path, since actors may run in other directories; any other name as it is."""
+    return str(Path(name).resolve()) if name not in _NO_FOLDERS and Path(name).is_dir() else str(name)
 
 
 class _Answerer:

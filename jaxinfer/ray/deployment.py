@@ -24,7 +24,8 @@ from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.serve.answering import prepare_request
-from jaxinfer.serve.openai import CHAT, TEXT, error_body
+from jaxinfer.serve.openai import CHAT, TEXT, ChatRequest, TextRequest, error_body
+from jaxinfer.text.preparation import Submission
 
 
 @serve.deployment(max_ongoing_requests=256)
@@ -32,7 +33,8 @@ class LLMServer:
     """Answers requests of OpenAI's API over HTTP, and generates for other deployments.
 
     Over HTTP it takes POST /v1/chat/completions and /v1/completions, without streams. Other deployments call `generate`
-    and `answer` through its handle. It counts as unhealthy, and Ray starts it again, when its engine has stopped.
+    and `answer` through its handle. It counts as unhealthy, and Ray starts it again, when its engine has stopped; with
+    data_parallel_size, when all of them have.
 
     Args:
       model, tokenizer, **engine: as LLM's.
@@ -69,9 +71,11 @@ class LLMServer:
             body = await request.json()
             if not isinstance(body, dict):
                 raise ValueError(f"the body must be an object, got {body!r:.80}")
-            return JSONResponse(await self.answer(url, body))
-        except (TypeError, ValueError, ImportError) as error:
+            prepared = await self._prepare(url, body)
+        except (TypeError, ValueError, ImportError, RecursionError) as error:
             return JSONResponse(error_body(error), 400)
+        try:
+            return JSONResponse(await self._run(*prepared))
         except (RequestFailedError, EngineClosedError) as error:
             return JSONResponse(error_body(error), 500)
 
@@ -87,7 +91,13 @@ class LLMServer:
           RequestFailedError: it failed.
           EngineClosedError: the engine has stopped.
         """
-        request, submission = await asyncio.to_thread(prepare_request, self._llm.llm, url, body)
+        return await self._run(*await self._prepare(url, body))
+
+    async def _prepare(self, url: str, body: Mapping[str, Any]) -> tuple[ChatRequest | TextRequest, Submission]:
+        """In a thread, since templates take time."""
+        return await asyncio.to_thread(prepare_request, self._llm.llm, url, body)
+
+    async def _run(self, request: ChatRequest | TextRequest, submission: Submission) -> dict[str, Any]:
         output = await self._llm.run(submission)
         return request.answer(output, name=uuid.uuid4().hex, created=int(time.time()))
 

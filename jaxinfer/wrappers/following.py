@@ -42,7 +42,8 @@ class _Model:
       unread: steps that have left the pipeline.
       inside: launched steps that have not.
       num_launched: steps launched so far.
-      waiting_since: when this process began to wait for a step that it reads now; None if it reads none.
+      launching_since: when the thread that launches came to a step that it has not done with; None if there is none.
+      waiting_since: when the thread that reads began to wait for a step; None if it does not.
     """
 
     key: ModelKey
@@ -52,13 +53,14 @@ class _Model:
     unread: queue.Queue[_Step]
     inside: deque[tuple[int, Any]] = field(default_factory=deque)
     num_launched: int = 0
+    launching_since: float | None = None
     waiting_since: float | None = None
 
     @property
     def progress(self) -> ModelProgress:
         """How far this process is with the model's steps."""
-        since = self.waiting_since
-        waiting_seconds = 0.0 if since is None else time.monotonic() - since
+        found = [since for since in (self.launching_since, self.waiting_since) if since is not None]
+        waiting_seconds = time.monotonic() - min(found) if found else 0.0
         return ModelProgress(num_launched=self.num_launched, waiting_seconds=waiting_seconds)
 
 
@@ -129,9 +131,13 @@ class FollowingSteps:
                 self._on_opened(message)
                 continue
             key, payload = ModelKey.unpack(message.payload)
+            if message.kind == Kind.WARM_UP and key not in self._models:
+                continue  # one thread of the leader closed the engine, while another one asked for this
             model = self._models[key]
             if message.kind == Kind.STEP:
+                model.launching_since = time.monotonic()
                 self._launch(model, message.number, payload)
+                model.launching_since = None
             elif message.kind == Kind.WARM_UP:
                 model.wrapper.warmup(background=payload == b"\1")
                 if model.is_reporter:

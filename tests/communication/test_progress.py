@@ -51,12 +51,26 @@ def test_stuck_names_the_holders_if_only_the_leader_waits():
 
 def test_stuck_names_no_process_whose_other_model_waits_for_somebody_else():
     both = progress_of(9, 0).models | progress_of(4, 6, key=SECOND).models
-    progress = {0: progress_of(9, 0), 1: Progress(models=both), 2: progress_of(3, 0, key=SECOND)}
+    for num_sent in (9, 10):  # the first model's step waits on the devices of process 1, or for its thread
+        progress = {0: progress_of(num_sent, 0), 1: Progress(models=both), 2: progress_of(3, 0, key=SECOND)}
+        models = {
+            FIRST: Awaited(holders=(0, 1), num_sent=num_sent, waiting_seconds=6),
+            SECOND: Awaited(holders=(1, 2), num_sent=4, waiting_seconds=6),
+        }
+        assert stuck(progress, models, limit=5) == [2]
+    hanging = progress | {2: progress_of(4, 6, key=SECOND)}  # all have launched the second model's step
+    assert stuck(hanging, models, limit=5) == [1, 2]
+
+
+def test_stuck_waits_only_for_compilations_that_a_step_could_wait_for():
+    progress = {0: Progress(), 1: progress_of(3, 6), 2: progress_of(9, 0, key=SECOND, compiling=True)}
     models = {
-        FIRST: Awaited(holders=(0, 1), num_sent=9, waiting_seconds=6),  # behind the second on the devices of process 1
-        SECOND: Awaited(holders=(1, 2), num_sent=4, waiting_seconds=6),
+        FIRST: Awaited(holders=(1,), num_sent=4, waiting_seconds=6),
+        SECOND: Awaited(holders=(2,), num_sent=9, waiting_seconds=0),
     }
-    assert stuck(progress, models, limit=5) == [2]
+    assert stuck(progress, models, limit=5) == [1]
+    models[ModelKey(1, 0, 0)] = Awaited(holders=(1, 2), num_sent=0, waiting_seconds=0)
+    assert stuck(progress, models, limit=5) == []
 
 
 def test_patience_zero_is_refused():

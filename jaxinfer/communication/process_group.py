@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxinfer.communication.connection import Connection, ConnectionLostError, Message
 from jaxinfer.communication.progress import Patience, Progress
-from jaxinfer.errors import ProcessLostError
+from jaxinfer.errors import EngineClosedError, ProcessLostError
 
 logger = logging.getLogger(__name__)
 
@@ -365,8 +365,10 @@ class ProcessGroup(ABC):
         Returns:
           The error that every thread of this process gets.
         """
+        # That an engine was closed is no first reason: whoever closed it may have failed, and waits here as well.
+        patience = 2 if isinstance(reason, EngineClosedError) else 1
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None, _BLAME_SECONDS)
+            self._changed.wait_for(lambda: self._error is not None, patience * _BLAME_SECONDS)
         return self._error or self._lose(
             f"process {self.process_id} of {self.num_processes} failed: {type(reason).__name__}: {reason}"
         )

@@ -164,6 +164,13 @@ def test_fail_names_the_process_that_is_lost_if_that_is_the_reason():
         assert str(error).startswith("process 1 of 2 was lost")
 
 
+def test_fail_names_the_process_that_failed_rather_than_one_whose_engine_it_closed():
+    with Group(2) as group:
+        reasons = [ArithmeticError("bad luck"), EngineClosedError("process 0 has closed the LLM")]
+        errors = group.each(lambda process: process.fail(reasons[process.process_id]))
+        assert {str(error) for error in errors} == {"process 0 of 2 failed: ArithmeticError: bad luck"}
+
+
 def test_lost_run_ends_waiting_threads_and_later_calls():
     with Group(2) as group:
         leader, follower = group.processes

@@ -26,7 +26,7 @@ class Patience:
     Args:
       rendezvous: until all processes of the run have connected.
       silence: until a process that is not heard of counts as lost.
-      step: until a step that has not ended on some process counts as stuck, while no process compiles.
+      step: until a step that has not ended on some process counts as stuck, since a process has last compiled.
       drain: until running requests are cut off when the run is asked to end.
       grace: from the loss of a process until the survivors' interpreters end, in which their threads raise.
     """
@@ -110,7 +110,8 @@ def stuck(progress: Mapping[int, Progress], models: Mapping[ModelKey, Awaited], 
     Args:
       progress: how far each process is.
       models: all models of the run.
-      limit: seconds that a step may take while no process compiles that the step could wait for.
+      limit: seconds that a step may take while no process compiles that the step could wait for (is_compiling has to be
+        true for so long after a compilation as well, if a step may wait for several).
     """
     late: dict[ModelKey, list[int]] = {}  # by model that somebody waits for: who waits
     behind: dict[ModelKey, list[int]] = {}  # and who has not even launched what the others wait for

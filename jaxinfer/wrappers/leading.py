@@ -8,6 +8,7 @@ Does not know: how steps are computed, what sockets are.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
 import time
@@ -209,6 +210,7 @@ class LeadingSteps:
     def __init__(self, group: Leader):
         self._group = group
         self._wrappers: weakref.WeakValueDictionary[ModelKey, LeadingWrapper] = weakref.WeakValueDictionary()
+        self._compiled_at: dict[int, float] = {}  # when each process was last seen to compile
         group.handle(Kind.DIGEST, self._hear_digest)
         group.handle(Kind.TOKENS, self._hear_tokens)
         group.handle(Kind.WARM, self._hear_warm)
@@ -255,7 +257,15 @@ class LeadingSteps:
         )
 
     def _find_stuck(self) -> list[int]:
-        group = self._group
+        group, limit, now = self._group, self._group.patience.step, time.monotonic()
         others = {number: group.progress_of(number) for number in group.everyone.ids if number != group.process_id}
+        progress = {group.process_id: self._progress()} | others
+        self._compiled_at |= {number: now for number, entry in progress.items() if entry.is_compiling}
+        for (
+            number,
+            compiled_at,
+        ) in self._compiled_at.items():  # a step may wait for several programs, one after the other
+            is_compiling = now - compiled_at < limit
+            progress[number] = dataclasses.replace(progress[number], is_compiling=is_compiling)
         models = {key: wrapper.awaited for key, wrapper in list(self._wrappers.items())}
-        return stuck({group.process_id: self._progress()} | others, models, limit=group.patience.step)
+        return stuck(progress, models, limit=limit)

@@ -1,6 +1,7 @@
 """Steps that the leader launches are launched by all processes, in its order, and what differs ends the run."""
 
 import dataclasses
+import time
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxinfer import EngineConfig
 from jaxinfer.communication.connection import Message
 from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.process_group import Kind
+from jaxinfer.communication.progress import ModelProgress, Progress
 from jaxinfer.errors import EngineClosedError, ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.array_frame import FrameError
@@ -71,7 +73,7 @@ class Echo(AbstractModelInferenceWrapper):
 class Run(Group):
     """A run of three processes with an engine and its draft model; `logs` has what each process has done."""
 
-    def __init__(self, num_processes=3, num_stages=1):
+    def __init__(self, num_processes=3, num_stages=1, **patience):
         self.logs = [[] for _ in range(num_processes)]
         self.models = [[Echo(log, name, num_stages) for name in ("model", "draft")] for log in self.logs]
         self.closed = []
@@ -84,7 +86,7 @@ class Run(Group):
             else:
                 self.steps[number] = FollowingSteps(process, on_opened=print, on_closed=self.closed.append)
 
-        super().__init__(num_processes, prepare=prepare)
+        super().__init__(num_processes, prepare=prepare, **patience)
         for number in range(1, num_processes):
             for index, wrapper in enumerate(self.models[number]):
                 self.steps[number].join(wrapper, ModelKey(0, 0, index), ALL, vocab_size=VOCAB_SIZE)
@@ -176,6 +178,19 @@ def test_leader_whose_step_fails_ends_the_run_with_its_error():
         with pytest.raises(ProcessLostError, match="process 0 of 3 failed: ArithmeticError: a broken device"):
             run_steps(run.model)
         wait_until(lambda: len(run.lost) == 3)
+
+
+def test_step_that_waits_for_one_program_after_the_other_is_not_stuck(monkeypatch):
+    with Run(step=0.6) as run:
+        process, find_stuck = run.processes[0], run.steps[0]._find_stuck
+        process.watch(tuple)  # this test asks itself
+        waiting = Progress(models={ModelKey(0, 0, 0): ModelProgress(waiting_seconds=9)})
+        for is_compiling in (True, False, True, False):
+            seen = dataclasses.replace(waiting, is_compiling=is_compiling)
+            monkeypatch.setattr(process, "progress_of", lambda _, seen=seen: seen)
+            assert find_stuck() == []
+        time.sleep(0.7)
+        assert find_stuck() == [1, 2]
 
 
 def test_step_that_is_none_of_the_model_ends_the_run_before_it_is_launched():

@@ -261,10 +261,8 @@ class LeadingSteps:
         others = {number: group.progress_of(number) for number in group.everyone.ids if number != group.process_id}
         progress = {group.process_id: self._progress()} | others
         self._compiled_at |= {number: now for number, entry in progress.items() if entry.is_compiling}
-        for (
-            number,
-            compiled_at,
-        ) in self._compiled_at.items():  # a step may wait for several programs, one after the other
+        # A step may wait for several programs, which are compiled one after the other.
+        for number, compiled_at in self._compiled_at.items():
             is_compiling = now - compiled_at < limit
             progress[number] = dataclasses.replace(progress[number], is_compiling=is_compiling)
         models = {key: wrapper.awaited for key, wrapper in list(self._wrappers.items())}

@@ -9,10 +9,12 @@ from jaxinfer.api.llm import LLM
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
+from jaxinfer.interventions import BoundIntervention, Intervention, intervention
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
 from jaxinfer.request import Request, TokenEvent
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
+from jaxinfer.sites import Site, Sites
 
 __version__ = version("jaxinfer")
 
@@ -20,12 +22,14 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "BeamSearchParams",
+    "BoundIntervention",
     "CompletionOutput",
     "DynamicEngine",
     "EngineClosedError",
     "EngineConfig",
     "EngineStats",
     "GenerationRecord",
+    "Intervention",
     "Logprob",
     "ModelConfig",
     "ModelFamily",
@@ -34,8 +38,11 @@ __all__ = [
     "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
+    "Site",
+    "Sites",
     "TokenEvent",
     "distributed",
     "generate",
+    "intervention",
     "register_model",
 ]

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
+
 from jaxinfer.records.codec import JsonRecord
 from jaxinfer.records.html import OutputView, TokenView, render
 from jaxinfer.records.provenance import Provenance
@@ -51,6 +54,9 @@ class CompletionOutput:
       stop_reason: the stop string or stop token id that ended the text; None if an end token of the checkpoint did.
       seed: the seed of this sample's noise.
       score: for beam search, log-probability / length ** length_penalty; None for samples.
+      captures: float32[tokens, dims] by site, the values that SamplingParams.capture asked for, whatever the mesh, the
+        chunks and the drafts; None while the text grows. The last token of a text was sampled but never went through
+        the model, so it has no values.
     """
 
     index: int
@@ -63,6 +69,7 @@ class CompletionOutput:
     stop_reason: str | int | None
     seed: int
     score: float | None = None
+    captures: Mapping[str, Float32[np.ndarray, "J ..."]] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,12 +165,18 @@ class RequestOutput:
     def record(self) -> GenerationRecord:
         """What is needed to generate this output again; its to_json() is one line of JSON.
 
+        Captures are not part of it.
+
         Raises:
-          ValueError: no LLM made this output.
+          ValueError: no LLM made this output, or it was made with interventions, which are functions.
         """
         params = self.sampling_params
         if self.provenance is None:
             raise ValueError("only outputs of an LLM have a record, this one has no provenance")
+        if params is not None:
+            if params.interventions:
+                raise ValueError("an output with interventions has no record: functions cannot be written down")
+            params = dataclasses.replace(params, capture=None, capture_tokens="all")
         return GenerationRecord(
             provenance=self.provenance,
             prompt=self.prompt,
@@ -174,10 +187,18 @@ class RequestOutput:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer as a dict of plain values, for JSON, without sampling parameters and provenance (see record)."""
-        answer = dataclasses.asdict(self)
+        """The answer as a dict of plain values, for JSON, without parameters, provenance (see record) and captures."""
+        plain = dataclasses.replace(
+            self,
+            outputs=tuple(dataclasses.replace(output, captures=None) for output in self.outputs),
+            sampling_params=None,
+            provenance=None,
+        )
+        answer = dataclasses.asdict(plain)
         for name in ("sampling_params", "beam_search_params", "provenance"):
             del answer[name]
+        for output in answer["outputs"]:
+            del output["captures"]
         return answer
 
     @property
@@ -199,6 +220,11 @@ class RequestOutput:
     def logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
         """Log-probabilities of the first sample; None unless they were asked for."""
         return self.outputs[0].logprobs
+
+    @property
+    def captures(self) -> Mapping[str, Float32[np.ndarray, "J ..."]] | None:
+        """Captured values of the first sample by site, float32[tokens, dims]; None unless they were asked for."""
+        return self.outputs[0].captures
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -10,8 +10,11 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxinfer.captured_values import CapturedValues
 from jaxinfer.config.validation import require_int
 from jaxinfer.constraints.constraint import TokenConstraint
+from jaxinfer.interventions import Hook
+from jaxinfer.sites import Site, TokenSpan
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
@@ -47,6 +50,19 @@ class LogitEdits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Capture:
+    """Which values inside the model a request keeps.
+
+    Args:
+      sites: where.
+      span: the positions of the tokens.
+    """
+
+    sites: tuple[Site, ...]
+    span: TokenSpan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One generation request, as token ids and numbers, without text.
 
@@ -62,6 +78,8 @@ class Request:
       priority: lower runs first.
       edits: how its logits are changed; None leaves them.
       constraint: which tokens may come; None allows all.
+      capture: which values inside the model are kept; None for none.
+      hooks: interventions on values inside the model.
     """
 
     request_id: str
@@ -78,6 +96,8 @@ class Request:
     priority: int = 0
     edits: LogitEdits | None = None
     constraint: TokenConstraint | None = None
+    capture: Capture | None = None
+    hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -88,6 +108,11 @@ class Request:
     def min_tokens(self) -> int:
         """How many new tokens must come before an end token may."""
         return 0 if self.edits is None else self.edits.min_tokens
+
+    @property
+    def num_unchanged(self) -> int:
+        """Leading positions that no hook changes, so that their keys and values are those of the same plain text."""
+        return min((hook.span.start for hook in self.hooks), default=2**31)
 
     @property
     def is_edited(self) -> bool:
@@ -122,6 +147,7 @@ class TokenEvent:
         asked for them; else None.
       finish_reason: set on the request's last token.
       num_cached_tokens: prompt tokens that came from the prefix cache.
+      captured: what the request has captured so far; None unless it captures.
     """
 
     request_id: str
@@ -130,3 +156,4 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    captured: CapturedValues | None = None

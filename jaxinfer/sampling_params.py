@@ -15,7 +15,9 @@ from typing import Any, Literal
 from jaxinfer.config.keywords import names_nearest_field
 from jaxinfer.config.validation import require_bool, require_float, require_int
 from jaxinfer.constraints.structured_output import StructuredOutput
+from jaxinfer.interventions import BoundIntervention
 from jaxinfer.request import MAX_LOGPROBS, LogitEdits
+from jaxinfer.sites import Tokens, require_tokens
 
 EarlyStopping = bool | Literal["never"]
 MAX_SAMPLES = 16_384
@@ -55,6 +57,13 @@ def _require_structured(name: str, value: object) -> StructuredOutput:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a StructuredOutput or a mapping of its fields, got {value!r}")
     return StructuredOutput(**{str(key): entry for key, entry in value.items()})
+
+
+def _require_interventions(name: str, value: object) -> tuple[BoundIntervention, ...]:
+    entries = (value,) if isinstance(value, BoundIntervention) else value
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, BoundIntervention) for entry in entries):
+        raise TypeError(f"{name} must be a sequence of what Intervention.at returns, got {value!r}")
+    return tuple(entries)
 
 
 def _require_early_stopping(name: str, value: object) -> EarlyStopping:
@@ -107,6 +116,12 @@ class SamplingParams:
       prompt_logprobs: report the same for each token of the prompt, 0 .. 20.
       truncate_prompt_tokens: keep only the last k tokens of the prompt, >= 1.
       priority: requests with a lower number run first.
+      capture: names or patterns of sites inside the model (llm.sites() lists them), such as "layers.*.residual", whose
+        values the output brings along in `captures`.
+      capture_tokens: of which tokens: "all", "prompt", "last" (the prompt's last one), "generated", or a slice of
+        positions in prompt and output, in which negative numbers count from the end of the prompt.
+      interventions: what is done to values inside the model, each made by Intervention.at; several at one site are
+        called in this order.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
@@ -136,6 +151,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     priority: int = 0
+    capture: Sequence[str] | None = None
+    capture_tokens: Tokens = "all"
+    interventions: Sequence[BoundIntervention] | None = None
 
     def __post_init__(self) -> None:
         keep, keep_unless_none = partial(_keep, self), partial(_keep_unless_none, self)
@@ -166,6 +184,9 @@ class SamplingParams:
             keep_unless_none(name, require_int, 0, MAX_LOGPROBS)
         keep_unless_none("truncate_prompt_tokens", require_int, 1)
         keep("priority", require_int, -(2**31), 2**31 - 1)
+        keep_unless_none("capture", _require_strings)
+        keep("capture_tokens", require_tokens)
+        keep_unless_none("interventions", _require_interventions)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

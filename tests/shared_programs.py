@@ -17,7 +17,7 @@ from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
-PROGRAMS = ("forward", "sample", "sample_edited", "score", "edit", "allow", "logits", "copy")
+PROGRAMS = ("forward", "tapped", "place", "sample", "sample_edited", "score", "edit", "allow", "logits", "copy")
 
 
 def share_programs() -> None:

@@ -37,6 +37,7 @@ from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.provenance import Provenance
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
+from jaxinfer.sites import Sites
 from jaxinfer.text.chat_template import ChatRenderer, ChatTemplates, as_conversations, read_chat_templates
 from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.text.preparation import Prompt, Submission
@@ -214,6 +215,7 @@ class LLM:
         submissions = [
             self._controller.prepare(prompt, entry) for prompt, entry in zip(prompt_list, params, strict=True)
         ]
+        self._controller.check_captures(submissions)
         outputs = self._runner.run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
@@ -371,6 +373,7 @@ class LLM:
             self._prepare_chat(prompt, entry, is_default=sampling_params is None)
             for prompt, entry in zip(prompts, params, strict=True)
         ]
+        self._controller.check_captures(submissions)
         outputs = self._runner.run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
@@ -498,6 +501,18 @@ class LLM:
     def stats(self) -> EngineStats:
         """Returns how many requests run and wait, how many KV pages are used, and counts of all work so far."""
         return self._runner.stats()
+
+    def sites(self) -> Sites:
+        """The places inside the model whose values can be captured and changed; print it for names and shapes.
+
+        Raises:
+          ValueError: the LLM has none, since several processes hold its model.
+
+        Example:
+          out = llm.generate("In the beginning", SamplingParams(capture=["layers.3.residual"]))
+          out.captures["layers.3.residual"].shape  # tokens, hidden size
+        """
+        return self._loaded.engine.sites
 
     def follow(self) -> None:
         """Takes part in what process 0 computes until that closes this LLM; for the other processes of a run.

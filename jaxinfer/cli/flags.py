@@ -28,6 +28,8 @@ from jaxinfer.sampling_params import SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)
 """Both classes have a field `seed`; the flag sets that of the first class, SamplingParams, as in generate()."""
+IN_PYTHON_ONLY = {"capture", "capture_tokens", "interventions"}
+"""Fields without a flag, since they hold functions or make arrays."""
 _OF_THE_CHECKPOINT = {entry.name for entry in dataclasses.fields(GenerationDefaults)}
 """Names of the fields of GenerationDefaults. The sampling fields among them (temperature, top_k, top_p) come from the
 checkpoint's generation_config.json if no flag is given."""
@@ -124,6 +126,8 @@ def _options(settings: Sequence[type], defaults: Mapping[str, Any]) -> dict[str,
     for one in settings:
         hints, texts = typing.get_type_hints(one), field_help(one)
         for entry in dataclasses.fields(one):
+            if entry.name in IN_PYTHON_ONLY:
+                continue
             text = texts[entry.name] + _default_help(one, entry, defaults)
             option = _parameter(entry.name, _flag_type(hints[entry.name]), text, one.__name__)
             options.setdefault(entry.name, option)

@@ -265,7 +265,7 @@ def batch(
     remark(f"{plan.num_lines:,} requests, {len(plan.done):,} answered already")
     if not plan.num_left:
         return 0
-    arguments = {"model": model or DEMO, "tokenizer": tokenizer, **dataclasses.asdict(config)}
+    arguments: dict[str, Any] = {"model": model or DEMO, "tokenizer": tokenizer, **dataclasses.asdict(config)}
     # The delay keeps the bar from the screen until the first answer.
     with tqdm(total=plan.num_lines, initial=len(plan.done), unit="request", disable=None, delay=1e-9) as bar:
         if ray is None:

@@ -61,6 +61,12 @@ def tensor_shard() -> Int[Array, ""]:
     return lax.axis_index(TENSOR)
 
 
+@jax.named_scope("gather_shards")
+def gather_shards(x: Shaped[Array, "T P ..."]) -> Shaped[Array, "T W ..."]:
+    """Concatenates the parts of all tensor shards along axis 1, in their order."""
+    return x if lax.axis_size(TENSOR) == 1 else lax.all_gather(x, TENSOR, axis=1, tiled=True)
+
+
 @jax.named_scope("gather_candidates")
 def gather_candidates(x: Shaped[Array, "R K"]) -> Shaped[Array, "R J"]:
     """Concatenates the K candidates per row of all vocabulary slices along axis 1, in the order of the slices."""

@@ -47,6 +47,8 @@ class EngineConfig:
       seed: the seeds of requests without a seed are derived from it.
       xla_options: options of the XLA compiler by name, such as {"xla_gpu_graph_min_graph_size": 2}, beside the engine's
         own, which they override. None for no others.
+      max_research_bytes: limit of what captures and interventions take: the captures of all requests of one call on the
+        host, those of one step on the devices, and the parameters of one intervention there.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
@@ -70,12 +72,18 @@ class EngineConfig:
     num_draft_tokens: int = 4
     seed: int = 0
     xla_options: Mapping[str, bool | int | float | str] | None = None
+    max_research_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
-        lowest |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+        lowest |= {
+            "max_research_bytes": 0,
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "data_parallel_size": 1,
+        }
         for name, low in lowest.items():
             object.__setattr__(self, name, require_int(name, getattr(self, name), low))
         for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():

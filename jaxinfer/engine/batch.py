@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxinfer.engine.schedule import PrefillChunk, Schedule
 from jaxinfer.engine.sequence import SequenceState
+from jaxinfer.engine.step_taps import TapPlanner
 from jaxinfer.request import EditKind, LogitEdits, Request
 from jaxinfer.wrappers.step_batch import (
     NO_TARGET,
@@ -28,7 +29,12 @@ from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 NO_EDITS = LogitEdits()
 
 
-def make_batch(schedule: Schedule, shapes: StepShapes, masks: Mapping[int, np.ndarray] | None = None) -> StepBatch:
+def make_batch(
+    schedule: Schedule,
+    shapes: StepShapes,
+    masks: Mapping[int, np.ndarray] | None = None,
+    taps: TapPlanner | None = None,
+) -> StepBatch:
     """The arrays of a schedule, in the smallest shape that holds it.
 
     The logit rows are in the order of Schedule.sampled.
@@ -38,6 +44,7 @@ def make_batch(schedule: Schedule, shapes: StepShapes, masks: Mapping[int, np.nd
       shapes: the shapes of steps.
       masks: by slot, uint32[ceil(V / 32)], the allowed tokens of the constrained sequences that are sampled with the
         step's launch (StepBatch.allowed).
+      taps: plans what the step captures and changes at the sites of the model; None for nothing.
     """
     blocks = [block for chunk in schedule.prefills for block in _blocks(chunk)]
     sampled, scored = schedule.sampled, any(chunk.scored for chunk in schedule.prefills)
@@ -63,6 +70,7 @@ def make_batch(schedule: Schedule, shapes: StepShapes, masks: Mapping[int, np.nd
         edited=any(request.is_edited for request in requests),
         edits=_slot_edits([chunk for chunk in schedule.prefills if chunk.num_sampled]),
         allowed=_allowed_tokens(masks or {}),
+        taps=None if taps is None else taps.plan(schedule, shape),
     )
 
 

@@ -84,7 +84,7 @@ class DraftModel:
         most = max((len(chunk.drafts) for chunk in wanted), default=0)
         for number in range(most):
             going_on = [chunk for chunk in wanted if len(chunk.drafts) > number]
-            rows = tuple(DecodeRow(chunk.sequence, chunk.slot, None) for chunk in going_on)
+            rows = tuple(DecodeRow(chunk.sequence, chunk.slot, None, chunk.start + number) for chunk in going_on)
             step = Schedule(rows, ()) if number else Schedule((), tuple(map(self._missing, going_on)))
             unread.append(self._launch(step))
             if len(unread) > MAX_UNREAD:

@@ -7,8 +7,9 @@ Does not know: text, models, devices. Counterpart of Megatron's DynamicInference
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,12 @@ from jaxinfer.engine.ending import start_constraint
 from jaxinfer.engine.schedule import SamplingRows, Schedule
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import SequenceState
+from jaxinfer.engine.step_taps import TapPlanner, failed_hooks, keep_captures
 from jaxinfer.errors import INTERRUPTS
+from jaxinfer.interventions import HookKind
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
+from jaxinfer.sites import Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 
@@ -105,10 +109,11 @@ class FailedRequest:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A launched step."""
+    """A launched step, and the kinds of its hooks."""
 
     handle: Any
     schedule: Schedule
+    hook_kinds: tuple[HookKind, ...]
 
 
 class DynamicEngine:
@@ -152,6 +157,8 @@ class DynamicEngine:
             max_model_len=max_model_len,
             plan_drafts=None if drafter is None else self._plan_drafts,
         )
+        self._taps = TapPlanner(wrapper.shapes)
+        self._max_research_bytes = config.max_research_bytes
         self._num_stages = wrapper.shapes.num_stages
         self._max_num_seqs = config.max_num_seqs
         # A sequence with drafts is not scheduled again before its tokens are read. Running ahead would therefore only
@@ -184,7 +191,37 @@ class DynamicEngine:
           ValueError: as add_request and add_beam_search.
         """
         self._check_room(request, beam_width=beam_width)
+        self._check_taps(request)
         start_constraint(request)
+
+    @property
+    def sites(self) -> Sites:
+        """The sites of the model, at which requests can capture and change values.
+
+        Raises:
+          ValueError: the model has none, as in a run of several processes.
+        """
+        return self._wrapper.sites
+
+    def check_capture_bytes(self, requests: Iterable[Request]) -> None:
+        """Refuses requests whose captures may together take more memory on the host than max_research_bytes.
+
+        Raises:
+          ValueError: they exceed it if every request becomes as long as it may.
+        """
+        num_bytes = sum(map(self._capture_bytes, requests))
+        if num_bytes > self._max_research_bytes:
+            raise ValueError(
+                f"the captures could take {num_bytes / 2**30:.2f} GiB, the limit of a call is "
+                f"{self._max_research_bytes / 2**30:.2f} GiB; name fewer sites or tokens, pass fewer prompts a call or "
+                f"raise max_research_bytes"
+            )
+
+    def _capture_bytes(self, request: Request) -> int:
+        if request.capture is None:
+            return 0
+        num_tokens = len(request.capture.span.within(0, self._scheduler.limits.max_total_len(request) - 1))
+        return num_tokens * sum(math.prod(site.dims) for site in request.capture.sites) * np.dtype(np.float32).itemsize
 
     def add_request(self, request: Request, *, prefix_source: str | None = None) -> None:
         """Queues a request.
@@ -198,6 +235,7 @@ class DynamicEngine:
             its constraint allows no first token.
         """
         self._check_room(request)
+        self._check_taps(request)
         self._sequences[request.request_id] = self._scheduler.add(
             request,
             prefix_source=None if prefix_source is None else self._sequences.get(prefix_source),
@@ -247,8 +285,10 @@ class DynamicEngine:
             if self._drafter is not None:
                 schedule = self._drafter.complete(schedule)
             rows_to_sample = self._sampled_with(schedule)
-            handle = self._wrapper.launch(make_batch(schedule, self._wrapper.shapes, self._masks(rows_to_sample)))
-            self._in_flight.append(_InFlight(handle, schedule))
+            masks = self._masks(rows_to_sample)
+            batch = make_batch(schedule, self._wrapper.shapes, masks, self._taps)
+            kinds = () if batch.taps is None else batch.taps.kinds
+            self._in_flight.append(_InFlight(self._wrapper.launch(batch), schedule, kinds))
             self._num_steps += bool(schedule)
             self._end_failed(rows_to_sample)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
@@ -327,6 +367,13 @@ class DynamicEngine:
             )
         self._scheduler.limits.check(request, num_sequences=beam_width)
 
+    def _check_taps(self, request: Request) -> None:
+        if request.capture is not None:
+            self._wrapper.check_captures(request.capture.sites)
+            self.check_capture_bytes([request])
+        for hook in request.hooks:
+            self._wrapper.check_hook(hook.kind)
+
     def _plan_drafts(self, sequence: SequenceState, most: int) -> Sequence[int]:
         if self._drafter is None or sequence.request.request_id in self._searches:
             return ()
@@ -368,6 +415,11 @@ class DynamicEngine:
         if result.scores is not None:
             _keep_scores(step.schedule, result.scores)
         token_ids = result.token_ids.tolist()
+        if result.captures is not None:
+            keep_captures(step.schedule, token_ids, result.captures, self._wrapper)
+            for sequence, error in failed_hooks(step.schedule, token_ids, result.captures, step.hook_kinds):
+                self._scheduler.finish(sequence, "abort")
+                self._fail(sequence, error)
         events, row = [], 0
         for rows in step.schedule.sampled:
             # A sequence may have finished after this step was launched; its token is dropped.
@@ -422,6 +474,7 @@ class DynamicEngine:
                 prompt_logprobs=scores if i == 0 else None,
                 finish_reason=sequence.finish_reason if i == num_new - 1 else None,
                 num_cached_tokens=sequence.num_cached_tokens or 0,
+                captured=sequence.captured,
             )
             for i in range(num_new)
         ]

@@ -23,6 +23,7 @@ class DecodeRow:
       sequence: the sequence.
       slot: its slot when the step was scheduled.
       new_page: (index in its page table, page) if the token begins a new page, else None.
+      position: index of the token in its text.
     """
 
     num_sampled: ClassVar[int] = 1
@@ -30,6 +31,7 @@ class DecodeRow:
     sequence: SequenceState
     slot: int
     new_page: tuple[int, int] | None
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,11 @@ class PrefillChunk:
 SamplingRows = DecodeRow | PrefillChunk
 """What samples in a step: num_sampled logit rows, one after the other. drafts[i] is the guess for what row i samples;
 the last row has no guess."""
+
+
+def num_right(drafts: Sequence[int], sampled: Sequence[int]) -> int:
+    """How many of the drafts are what was sampled in their places, up to the first wrong one."""
+    return next((i for i, draft in enumerate(drafts) if draft != sampled[i]), len(drafts))
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+from jaxinfer.captured_values import CapturedValues
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.ending import end_reason, start_constraint
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.request_limits import RequestLimits
-from jaxinfer.engine.schedule import Schedule
+from jaxinfer.engine.schedule import Schedule, num_right
 from jaxinfer.engine.sequence import NO_SLOT, SequenceState
 from jaxinfer.engine.sequence_pages import SequencePages
 from jaxinfer.engine.step_plan import StepPlan
@@ -118,6 +119,7 @@ class Scheduler:
             num_top=request.logprobs if num_top is None else num_top,
             is_host_fed=is_host_fed,
             constraint=start_constraint(request),
+            captured=None if request.capture is None else CapturedValues(request.capture.sites, request.capture.span),
         )
         if (
             prefix_source is not None
@@ -186,11 +188,11 @@ class Scheduler:
         if not drafts:
             self._append(sequence, sampled[0])
             return 1
-        num_right = next((i for i, draft in enumerate(drafts) if draft != sampled[i]), len(drafts))
-        if num_right < len(drafts) and sequence.slot != NO_SLOT:
-            sequence.num_computed_tokens = len(sequence.token_ids) + num_right
+        right = num_right(drafts, sampled)
+        if right < len(drafts) and sequence.slot != NO_SLOT:
+            sequence.num_computed_tokens = len(sequence.token_ids) + right
         num_new = 0
-        while num_new <= num_right and sequence.finish_reason is None:
+        while num_new <= right and sequence.finish_reason is None:
             self._append(sequence, sampled[num_new])
             num_new += 1
         if sequence.slot != NO_SLOT:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxinfer.captured_values import CapturedValues
 from jaxinfer.constraints.constraint import ConstraintState
 from jaxinfer.request import FinishReason, Request, TokenLogprobs
 
@@ -48,6 +49,7 @@ class SequenceState:
       num_skipped: how often younger requests have overtaken this one while it waited.
       prompt_logprobs: log-probabilities of the prompt's tokens from the second on, as far as read.
       constraint: tells which tokens may come next; None allows all.
+      captured: the values inside the model that are kept, as far as read; None if the request captures none.
       finish_reason: why the sequence ended; None before.
       error: the exception of its constraint, if one ended it.
     """
@@ -73,6 +75,7 @@ class SequenceState:
     num_skipped: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     constraint: ConstraintState | None = None
+    captured: CapturedValues | None = None
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
 
@@ -101,14 +104,17 @@ class SequenceState:
 
     @property
     def num_reusable(self) -> int:
-        """How many leading tokens may come from the prefix cache.
+        """How many leading tokens need not be computed if their keys and values are there already.
 
         The last token has to be computed, since the next one is sampled after it. Prompt positions that have yet to
-        give a log-probability have to be computed as well.
+        give a log-probability, and tokens whose values are to be captured, have to be computed as well.
         """
-        if self.request.prompt_logprobs is None or self.num_scored >= len(self.request.prompt_token_ids) - 1:
-            return len(self.token_ids) - 1
-        return self.num_scored
+        limit = len(self.token_ids) - 1
+        if self.request.prompt_logprobs is not None and self.num_scored < len(self.request.prompt_token_ids) - 1:
+            limit = self.num_scored
+        if self.captured is not None and self.captured.wanted(self.captured.end, limit):
+            limit = self.captured.end
+        return limit
 
     def compute_to(self, end: int, *, num_sampled: int, step: int) -> None:
         """Records that a step computes the tokens before position `end` and samples num_sampled, the last at `end`."""

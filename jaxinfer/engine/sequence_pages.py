@@ -61,7 +61,8 @@ class SequencePages:
         if not self._caching:
             return Prefix(0, ())
         self._extend_hashes(sequence, len(sequence.token_ids) // self._page_size)
-        pages = self.allocator.find(sequence.page_hashes[: sequence.num_reusable // self._page_size])
+        num_reusable = min(sequence.num_reusable, sequence.request.num_unchanged)
+        pages = self.allocator.find(sequence.page_hashes[: num_reusable // self._page_size])
         return Prefix(len(pages) * self._page_size, pages)
 
     def num_taken(self, sequence: SequenceState, prefix: Prefix) -> int:
@@ -112,12 +113,14 @@ class SequencePages:
         """Offers the sequence's new full pages to the prefix cache.
 
         A page is offered when its tokens have been read and the steps that compute it are launched. The device runs
-        launches in order, so a sequence that finds the page reads it after it was written.
+        launches in order, so a sequence that finds the page reads it after it was written. A page with tokens that an
+        intervention may change is never offered.
         """
         if not self._caching:
             return
-        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // self._page_size
-        if num_full == sequence.num_published:
+        num_plain = min(sequence.num_computed_tokens, len(sequence.token_ids), sequence.request.num_unchanged)
+        num_full = num_plain // self._page_size
+        if num_full <= sequence.num_published:
             return
         self._extend_hashes(sequence, num_full)
         while sequence.num_published < num_full:

@@ -45,7 +45,7 @@ class StepPlan:
 
     def add_decode(self, sequence: SequenceState, new_page: tuple[int, int] | None) -> None:
         """Adds a decode row; new_page as in DecodeRow. The budget has been charged for it when the plan was made."""
-        self._decodes.append(DecodeRow(sequence, sequence.slot, new_page))
+        self._decodes.append(DecodeRow(sequence, sequence.slot, new_page, sequence.num_computed_tokens))
 
     def add_last_token(self, sequence: SequenceState, drafts: Sequence[int]) -> None:
         """Adds a chunk of a sequence's last token with drafts after it; like a decode row, the token is paid for."""

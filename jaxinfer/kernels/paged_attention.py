@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.kernels.pallas import paged_attention_pallas, segmented_attention_pallas
-from jaxinfer.kernels.reference import paged_attention_reference
+from jaxinfer.kernels.reference import attention_weights_reference, paged_attention_reference
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.kernels.xla import paged_attention_xla
 
@@ -166,6 +166,43 @@ def segmented_attention(
         )
         attended.append(found.reshape(rows.shape))
     return jnp.concatenate(attended)
+
+
+def segmented_weights(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P K C H"],
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "T N S"]:
+    """The attention weights of all tokens of a step over the positions of their rows, for looking at.
+
+    No backend keeps them, so they are computed anew, whichever backend computes the attention itself.
+
+    Args:
+      q, k_pages, segments, scale, window, softcap: as segmented_attention's.
+
+    Returns:
+      Float32[T, N, S], S positions of the longest row that a page table can hold; zeros for padding queries.
+    """
+    found, start = [], 0
+    for segment in segments:
+        rows = q[start : start + segment.num_tokens]
+        start += segment.num_tokens
+        weights = attention_weights_reference(
+            rows.reshape(-1, segment.num_queries, *q.shape[1:]),
+            k_pages,
+            segment.page_table,
+            segment.kv_len,
+            segment.q_len,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )  # [R, N, Q, S]
+        found.append(weights.swapaxes(1, 2).reshape(segment.num_tokens, q.shape[1], -1))
+    return jnp.concatenate(found)
 
 
 def _check(num_heads: int, num_kv_heads: int, window: int | Int[Array, ""] | None, backend: str) -> None:

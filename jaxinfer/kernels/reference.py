@@ -33,17 +33,35 @@ def paged_attention_reference(
 
     Source: Vaswani et al. 2017, section 3.2.1; sinks as in transformers' `gpt_oss/modeling_gpt_oss.py`.
     """
+    weights = attention_weights_reference(
+        q, k_pages, page_table, kv_len, q_len, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+    values = _gathered(v_pages, page_table, kv_len, num_heads=q.shape[2])
+    return jnp.einsum("rnqs,rsnh->rqnh", weights, values, precision=jax.lax.Precision.HIGHEST).astype(q.dtype)
+
+
+def attention_weights_reference(
+    q: Float[Array, "R Q N H"],
+    k_pages: Float[Array, "P K C H"],
+    page_table: Int[Array, "R W"],
+    kv_len: Int[Array, " R"],
+    q_len: Int[Array, " R"],
+    *,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "R N Q S"]:
+    """The weights with which each query takes the values of all positions.
+
+    Args: as paged_attention_reference's.
+
+    Returns:
+        Float32[R, N, Q, S], S = W * C; zeros where a query sees nothing.
+    """
     num_queries, num_heads = q.shape[1:3]
-    num_kv_heads, page_size = k_pages.shape[1:3]
-    position = jnp.arange(page_table.shape[1] * page_size)  # [S]
+    position = jnp.arange(page_table.shape[1] * k_pages.shape[2])  # [S]
     live = position < kv_len[:, None]  # [R, S]
-
-    def gathered(pages: Float[Array, "P K C H"]) -> Float[Array, "R S N H"]:
-        rows = pages[page_table].astype(jnp.float32).swapaxes(2, 3)  # [R, W, C, K, H]
-        rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])  # [R, S, K, H]
-        rows = jnp.where(live[:, :, None, None], rows, 0.0)  # 0 * NaN is NaN: values need the mask too
-        return jnp.repeat(rows, num_heads // num_kv_heads, axis=2)
-
     query = jnp.arange(num_queries)
     query_position = (kv_len - q_len)[:, None] + query  # [R, Q]
     visible = live[:, None, :] & (position <= query_position[..., None])  # [R, Q, S]
@@ -51,8 +69,8 @@ def paged_attention_reference(
         visible &= position > query_position[..., None] - window
     visible &= (query < q_len[:, None])[..., None]
 
-    highest = jax.lax.Precision.HIGHEST
-    score = jnp.einsum("rqnh,rsnh->rnqs", q.astype(jnp.float32), gathered(k_pages), precision=highest) * scale
+    keys = _gathered(k_pages, page_table, kv_len, num_heads=num_heads)
+    score = jnp.einsum("rqnh,rsnh->rnqs", q.astype(jnp.float32), keys, precision=jax.lax.Precision.HIGHEST) * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
     score = jnp.where(visible[:, None], score, -jnp.inf)
@@ -61,5 +79,15 @@ def paged_attention_reference(
     top = jnp.maximum(top, sink)
     weight = jnp.exp(score - top)
     total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
-    weight = jnp.where(total > 0, weight / total, 0.0)
-    return jnp.einsum("rnqs,rsnh->rqnh", weight, gathered(v_pages), precision=highest).astype(q.dtype)
+    return jnp.where(total > 0, weight / total, 0.0)
+
+
+def _gathered(
+    pages: Float[Array, "P K C H"], page_table: Int[Array, "R W"], kv_len: Int[Array, " R"], *, num_heads: int
+) -> Float[Array, "R S N H"]:
+    """The keys or values of each row's positions, for every query head; zeros from kv_len on."""
+    rows = pages[page_table].astype(jnp.float32).swapaxes(2, 3)  # [R, W, C, K, H]
+    rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])  # [R, S, K, H]
+    live = jnp.arange(rows.shape[1]) < kv_len[:, None]
+    rows = jnp.where(live[:, :, None, None], rows, 0.0)  # 0 * NaN is NaN: values need the mask too
+    return jnp.repeat(rows, num_heads // pages.shape[1], axis=2)

@@ -6,7 +6,7 @@ Does not know: how attention is computed (kernels/ does), nor which requests the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.kernels.paged_attention import segmented_attention
+from jaxinfer.kernels.paged_attention import segmented_attention, segmented_weights
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers import kv_cache, rope
@@ -23,6 +23,7 @@ from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.residual import Norm, Stream, settled
+from jaxinfer.layers.taps import NO_TAPS, SiteTaps, block_input, block_output
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +36,14 @@ class TokenBatch:
       pages, offsets: int32[T], the page and the offset in it where each token's key and value are stored. Padding
         tokens have the dump page.
       segments: the segments, in the order in which their tokens are concatenated.
+      taps: what happens at the sites of the model.
     """
 
     positions: Int[Array, " T"]
     pages: Int[Array, " T"]
     offsets: Int[Array, " T"]
     segments: tuple[Segment, ...]
+    taps: SiteTaps = field(default=NO_TAPS, metadata={"static": True})
 
     @property
     def live(self) -> Bool[Array, " T"]:
@@ -82,6 +85,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads // num_shards
         self.num_kv_heads = config.num_kv_heads * kv_copies // num_shards
+        self.kv_copies = kv_copies
         self.windows = windows
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.softcap = config.attention_softcap
@@ -131,6 +135,7 @@ class Attention(nnx.Module):
         *,
         norm: Norm | None = None,
         post_norm: Norm | None = None,
+        taps: SiteTaps = NO_TAPS,
     ) -> tuple[Stream, LayerCache]:
         """Writes the tokens' keys and values to the cache, then lets every token attend to its row's cached positions.
 
@@ -141,15 +146,24 @@ class Attention(nnx.Module):
           rotary: cos and sin of every token's angles; None for no rotation.
           norm: applied to x before the block; None for none.
           post_norm: applied to the block's output before it is added to x; None for none.
+          taps: of the layer. Sites: "attention.input" [T, D], after the norm; "attention.queries" [T, N, H] and
+            "attention.keys", "attention.values" [T, K, H], as projected, before head norms and rotation;
+            "attention.probs" [T, N, S], recomputed from the cache; "attention.heads" [T, N, H], each head's result;
+            "attention.output" [T, D], what is added to x.
 
         Returns:
           x + post_norm(attention(norm(x))), equal on all shards, and the written cache. The cache is written in place
           where its arrays are donated.
         """
         x, fed, norm = settled(stream, norm)
-        queries, cache = self._prepared(
-            self.qkv(fed, norm=norm).reshape(x.shape[0], -1, self.head_dim), cache, batch, rotary
-        )
+        fed, norm = block_input(taps, "attention.input", fed, norm)
+        heads = self._tapped(self.qkv(fed, norm=norm).reshape(x.shape[0], -1, self.head_dim), taps)
+        queries, cache = self._prepared(heads, cache, batch, rotary)
+        if taps.touches("attention.probs"):
+            weights = segmented_weights(
+                queries, cache.keys, batch.segments, scale=self.scale, window=self._window(), softcap=self.softcap
+            )
+            taps("attention.probs", weights, is_sharded=True)
         attended = segmented_attention(
             queries,
             cache.keys,
@@ -160,7 +174,24 @@ class Attention(nnx.Module):
             softcap=self.softcap,
             backend=self.backend,
         )
-        return self.out(attended.reshape(x.shape[0], -1), residual=x, norm=post_norm), cache
+        attended = taps("attention.heads", attended, is_sharded=True).reshape(x.shape[0], -1)
+        return self.out(attended, residual=x, norm=post_norm, tap=block_output(taps, "attention.output")), cache
+
+    def _tapped(self, heads: Float[Array, "T M H"], taps: SiteTaps) -> Float[Array, "T M H"]:
+        """The fused product after its three sites."""
+        if not taps.touches("attention.queries", "attention.keys", "attention.values"):
+            return heads
+        queries, keys, values = self._split(heads)
+        parts = [
+            taps("attention.queries", queries, is_sharded=True),
+            taps("attention.keys", keys, is_sharded=True, copies=self.kv_copies),
+            taps("attention.values", values, is_sharded=True, copies=self.kv_copies),
+        ]
+        return jnp.concatenate(parts, axis=1)
+
+    def _split(self, heads: Float[Array, "T M H"]) -> list[Float[Array, "T N H"]]:
+        """Queries, keys and values of the fused product."""
+        return jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
 
     def _prepared(
         self, heads: Float[Array, "T M H"], cache: LayerCache, batch: TokenBatch, rotary: rope.RotaryTables | None
@@ -179,7 +210,7 @@ class Attention(nnx.Module):
                 heads, cache.keys, cache.values, pages=batch.pages, offsets=batch.offsets, rotary=rotary, norm=norm
             )
             return queries, LayerCache(keys=keys, values=values)
-        queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        queries, keys, values = self._split(heads)
         if query_norm is not None and key_norm is not None:
             queries, keys = self._normalised(queries, query_norm), self._normalised(keys, key_norm)
         if rotary is not None:

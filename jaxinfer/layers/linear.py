@@ -205,7 +205,12 @@ class RowParallelLinear(nnx.Module):
         self.backend = backend
 
     def __call__(
-        self, x: Float[Array, "T I"], *, residual: Float[Array, "T O"] | None = None, norm: Norm | None = None
+        self,
+        x: Float[Array, "T I"],
+        *,
+        residual: Float[Array, "T O"] | None = None,
+        norm: Norm | None = None,
+        tap: Callable[[Array], Array] | None = None,
     ) -> Stream:
         """Maps this shard's [T, in / tp] to the full [T, out], equal on all shards.
 
@@ -213,10 +218,11 @@ class RowParallelLinear(nnx.Module):
           x: this shard's features.
           residual: added at the end; None for nothing.
           norm: applied to the product before the residual is added; None for none.
+          tap: what happens to the sum over shards, after the norm and before the residual is added; None for nothing.
         """
         bias = None if self.bias is None else self.bias[0]
         # Whether the residual is added right after the product, with nothing in between.
-        is_last = num_shards() == 1 and norm is None
+        is_last = num_shards() == 1 and norm is None and tap is None
         if self.backend == "pallas" and x.shape[0] == 1:
             if is_last:
                 return one_row_linear(x, self.weight[0], bias=bias, residual=residual)
@@ -228,6 +234,7 @@ class RowParallelLinear(nnx.Module):
         y = sum_over_tensor(y)
         y = y if bias is None else y + bias
         y = y if norm is None else norm(y)
+        y = y if tap is None else tap(y)
         if residual is None:
             return y
         # A product of many rows on one device adds the residual itself (cuBLAS can).

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear, gated
 from jaxinfer.layers.residual import Norm, Stream, settled
+from jaxinfer.layers.taps import NO_TAPS, SiteTaps, block_input, block_output
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -54,11 +55,29 @@ class GatedMLP(nnx.Module):
         self.gate_up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size), FusedPart(ffn_size)), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(self, stream: Stream, *, norm: Norm | None = None, post_norm: Norm | None = None) -> Stream:
-        """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
+    def __call__(
+        self,
+        stream: Stream,
+        *,
+        norm: Norm | None = None,
+        post_norm: Norm | None = None,
+        taps: SiteTaps = NO_TAPS,
+    ) -> Stream:
+        """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out.
+
+        Sites of the layer's taps: "mlp.input" [T, D], after the norm; "mlp.gate" [T, F], after the activation;
+        "mlp.neurons" [T, F], what goes into the last product; "mlp.output" [T, D], what is added to x.
+        """
         x, fed, norm = settled(stream, norm)
-        hidden = self.gate_up(fed, norm=norm, gate=ACTIVATIONS[self.activation])
-        return self.down(hidden, residual=x, norm=post_norm)
+        fed, norm = block_input(taps, "mlp.input", fed, norm)
+        activation = ACTIVATIONS[self.activation]
+        if taps.touches("mlp.gate"):
+            gate_up = self.gate_up(fed, norm=norm)
+            hidden = gated(gate_up, lambda gate: taps("mlp.gate", activation(gate), is_sharded=True))
+        else:
+            hidden = self.gate_up(fed, norm=norm, gate=activation)
+        hidden = taps("mlp.neurons", hidden, is_sharded=True)
+        return self.down(hidden, residual=x, norm=post_norm, tap=block_output(taps, "mlp.output"))
 
 
 class MLP(nnx.Module):
@@ -85,7 +104,21 @@ class MLP(nnx.Module):
         self.up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size),), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
-    def __call__(self, stream: Stream, *, norm: Norm | None = None, post_norm: Norm | None = None) -> Stream:
-        """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out."""
+    def __call__(
+        self,
+        stream: Stream,
+        *,
+        norm: Norm | None = None,
+        post_norm: Norm | None = None,
+        taps: SiteTaps = NO_TAPS,
+    ) -> Stream:
+        """Returns x + post_norm(mlp(norm(x))), where x is the residual stream and a norm that is None is left out.
+
+        Sites of the layer's taps: GatedMLP's; "mlp.gate" and "mlp.neurons" are the same here.
+        """
         x, fed, norm = settled(stream, norm)
-        return self.down(ACTIVATIONS[self.activation](self.up(fed, norm=norm)), residual=x, norm=post_norm)
+        fed, norm = block_input(taps, "mlp.input", fed, norm)
+        hidden = ACTIVATIONS[self.activation](self.up(fed, norm=norm))
+        for site in ("mlp.gate", "mlp.neurons"):
+            hidden = taps(site, hidden, is_sharded=True)
+        return self.down(hidden, residual=x, norm=post_norm, tap=block_output(taps, "mlp.output"))

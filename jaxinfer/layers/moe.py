@@ -20,6 +20,7 @@ from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.pallas_experts import expert_groups
 from jaxinfer.layers.linear import FusedPart, gated, project
 from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.layers.taps import NO_TAPS, SiteTaps
 
 _FEW = 8
 """If an expert gets fewer tokens than this on average, expert_loop multiplies tokens one by one, else in blocks."""
@@ -63,9 +64,14 @@ class MixtureOfExperts(nnx.Module):
         self.gate_up = experts(ffn_size, size, 2)
         self.down = experts(size, ffn_size, 1)
 
-    def __call__(self, x: Float[Array, "T D"], live: Bool[Array, " T"]) -> Float[Array, "T D"]:
-        """Maps [T, D] to [T, D]; tokens that are not live (padding) cost no expert and come out as zeros."""
-        shares, expert_ids = self._routes(x)
+    def __call__(
+        self, x: Float[Array, "T D"], live: Bool[Array, " T"], taps: SiteTaps = NO_TAPS
+    ) -> Float[Array, "T D"]:
+        """Maps [T, D] to [T, D]; tokens that are not live (padding) cost no expert and come out as zeros.
+
+        Site of the layer's taps: "mlp.router" [T, E], the probabilities of all experts before any is chosen.
+        """
+        shares, expert_ids = self._routes(x, taps)
         local = expert_ids - tensor_shard() * self.num_local
         here = (local >= 0) & (local < self.num_local) & live[:, None]
         gate_up = self.gate_up[0].reshape(self.num_local, -1, x.shape[1])
@@ -81,10 +87,10 @@ class MixtureOfExperts(nnx.Module):
         )
         return sum_over_tensor(y.astype(x.dtype))
 
-    def _routes(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    def _routes(self, x: Float[Array, "T D"], taps: SiteTaps) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
         """The K most likely experts of every token, and the factor (share) of each one's output."""
         probabilities = nnx.softmax(project(x, self.router[0]).astype(jnp.float32), axis=-1)
-        shares, expert_ids = lax.top_k(probabilities, self.num_chosen)
+        shares, expert_ids = lax.top_k(taps("mlp.router", probabilities), self.num_chosen)
         if self.normalise:
             shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
         return shares, expert_ids

@@ -26,6 +26,7 @@ from jaxinfer.layers.moe import MixtureOfExperts
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.residual import Norm, Stream, added, settled, total
 from jaxinfer.layers.rope import RotaryTables
+from jaxinfer.layers.taps import NO_TAPS, SiteTaps, block_input
 from jaxinfer.models.layout import Layout
 
 
@@ -83,6 +84,7 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache,
         batch: TokenBatch,
         rotary: RotaryTables | None,
+        taps: SiteTaps,
     ) -> tuple[Stream, LayerCache]:
         """Runs this stage's layer; returns the new residual stream and the written cache.
 
@@ -91,15 +93,19 @@ class DecoderLayer(nnx.Module):
           cache: this layer's keys and values.
           batch: the tokens of the step.
           rotary: cos and sin of every token's angles; None for no rotation.
+          taps: the layer's. Its own site is "residual" [T, D], the stream behind the layer; blocks have others.
         """
         stream, cache = self.attention(
-            stream, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm
+            stream, cache, batch, rotary, norm=self.attention_norm, post_norm=self.attention_post_norm, taps=taps
         )
         if isinstance(self.mlp, MixtureOfExperts):
             x, fed, norm = settled(stream, self.mlp_norm)
-            y = _normalised(self.mlp(_normalised(fed, norm), batch.live), self.mlp_post_norm)
-            return added(x, y, backend=self.mlp.backend), cache
-        return self.mlp(stream, norm=self.mlp_norm, post_norm=self.mlp_post_norm), cache
+            fed, norm = block_input(taps, "mlp.input", fed, norm)
+            y = _normalised(self.mlp(_normalised(fed, norm), batch.live, taps), self.mlp_post_norm)
+            stream = added(x, taps("mlp.output", y), backend=self.mlp.backend)
+        else:
+            stream = self.mlp(stream, norm=self.mlp_norm, post_norm=self.mlp_post_norm, taps=taps)
+        return (taps("residual", total(stream)) if taps.touches("residual") else stream), cache
 
 
 class TransformerDecoder(nnx.Module):
@@ -154,7 +160,8 @@ class TransformerDecoder(nnx.Module):
         """Runs this stage's layers.
 
         Equal layers are traced and lowered once, as a function that is called for each of them. For 30 layers, that
-        takes a quarter of the time. XLA inlines the calls before it optimises the program.
+        takes a quarter of the time. XLA inlines the calls before it optimises the program. With taps, which differ from
+        layer to layer and keep what they see, every layer is traced by itself.
 
         Args:
           x: residual stream.
@@ -167,12 +174,16 @@ class TransformerDecoder(nnx.Module):
 
         @functools.partial(jax.jit, static_argnums=0)
         def run_layer(structure: nnx.GraphDef, parameters: nnx.State, *arguments: Any) -> tuple[Stream, LayerCache]:
-            return nnx.merge(structure, parameters)(*arguments)
+            return nnx.merge(structure, parameters)(*arguments, NO_TAPS)
 
         rotary, written = self._rotary(batch.positions), []
         stream: Stream = x
-        for layer, cache in zip(self.layers, caches, strict=True):
-            stream, cache = run_layer(*nnx.split(layer), stream, cache, batch, rotary(layer.attention.windows))
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            arguments = (stream, cache, batch, rotary(layer.attention.windows))
+            if batch.taps.are_active:
+                stream, cache = layer(*arguments, batch.taps.layer(index))
+            else:
+                stream, cache = run_layer(*nnx.split(layer), *arguments)
             written.append(cache)
         return total(stream), written
 

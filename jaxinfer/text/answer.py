@@ -7,13 +7,15 @@ Does not know: the engine, how threads are started, where requests come from.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Literal
 
+from jaxinfer.captured_values import joined_along_tokens
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.errors import RequestFailedError
-from jaxinfer.outputs import Logprob, RequestMetrics, RequestOutput
+from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.records.provenance import Provenance
 from jaxinfer.request import TokenEvent, TokenLogprobs
 from jaxinfer.text.completion import GrowingCompletion, as_logprobs
@@ -89,6 +91,8 @@ class GrowingAnswer:
             self._num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self._found_in_prompt = event.prompt_logprobs
+        if event.captured is not None:
+            self.completions[index].captured = event.captured
         if self.submission.params.max_tokens == 0:  # the engine samples at least one token, which is not part of it
             self.finish("length")
             return
@@ -132,7 +136,7 @@ class GrowingAnswer:
         # is_finished is read before the tokens: if it is True, all tokens are there (see GrowingCompletion).
         is_finished, submission = self.is_finished, self.submission
         try:
-            outputs = tuple(completion.output() for completion in self.completions)
+            outputs = self._with_captures_of_prompt([completion.output() for completion in self.completions])
             prompt_logprobs = self._read_prompt_logprobs()
         except Exception as error:
             self.error = error
@@ -154,6 +158,21 @@ class GrowingAnswer:
             beam_search_params=submission.beam_search,
             provenance=self._provenance,
         )
+
+    def _with_captures_of_prompt(self, outputs: Sequence[CompletionOutput]) -> tuple[CompletionOutput, ...]:
+        """The texts, with the prompt's captures, which the first one alone has, put in front of those of the others."""
+        request = self.submission.requests[0]
+        if request.capture is None or outputs[0].captures is None:
+            return tuple(outputs)
+        num_shared = len(request.capture.span.within(0, len(request.prompt_token_ids)))
+        of_prompt = {name: values[:num_shared] for name, values in outputs[0].captures.items()}
+
+        def completed(output: CompletionOutput) -> CompletionOutput:
+            own = output.captures or {}
+            joined = {name: joined_along_tokens(of_prompt[name], values) for name, values in own.items()}
+            return dataclasses.replace(output, captures=joined or None)
+
+        return (outputs[0], *map(completed, outputs[1:]))
 
     def _read_prompt_logprobs(self) -> PromptLogprobs | None:
         """Log-probabilities of the prompt's tokens, converted to Logprob objects at the first call."""

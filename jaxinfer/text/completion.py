@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+
+from jaxinfer.captured_values import CapturedValues
 from jaxinfer.outputs import CompletionOutput, Logprob
 from jaxinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import SamplingParams
@@ -156,6 +159,8 @@ class GrowingCompletion:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self.token_ids: list[int] = []
+        self.captured: CapturedValues | None = None
+        """What the engine has captured; set before the first token is added."""
         self._index = index
         self._params = params
         self._tokenizer = tokenizer
@@ -214,7 +219,15 @@ class GrowingCompletion:
             stop_reason=None if reason is None else self._stop_reason,
             seed=self.request.seed,
             score=self._score,
+            captures=None if reason is None else self._captures,
         )
+
+    @cached_property
+    def _captures(self) -> dict[str, np.ndarray] | None:
+        """The captured values of the finished text; its last token was sampled and never went through the model."""
+        if self.captured is None:
+            return None
+        return self.captured.arrays(len(self.request.prompt_token_ids) + max(len(self.token_ids), 1) - 1)
 
     @cached_property
     def _growing_text(self) -> GrowingText | None:

@@ -9,6 +9,8 @@ It is the counterpart of Megatron's TextGenerationController.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.errors import INTERRUPTS
@@ -52,7 +54,12 @@ class TextGenerationController:
         self._defaults = defaults
         self._provenance = provenance
         self._preparation = Preparation(
-            tokenizer, defaults=defaults, vocab_size=vocab_size, max_model_len=max_model_len, seed=seed
+            tokenizer,
+            defaults=defaults,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            seed=seed,
+            find_sites=lambda: engine.sites,
         )
         # The engine's request id -> the answer it belongs to, and the index of its text in that answer.
         self._places: dict[str, tuple[GrowingAnswer, int]] = {}
@@ -101,6 +108,14 @@ class TextGenerationController:
         self._engine.check_request(submission.requests[0], beam_width=params.beam_width)
         return submission
 
+    def check_captures(self, submissions: Sequence[Submission]) -> None:
+        """Refuses submissions that together may capture more than the host is to hold.
+
+        Raises:
+          ValueError: their captures exceed max_research_bytes.
+        """
+        self._engine.check_capture_bytes([request for entry in submissions for request in entry.requests])
+
     def submit(self, submission: Submission) -> GrowingAnswer:
         """Starts a prepared submission.
 
@@ -117,7 +132,7 @@ class TextGenerationController:
             provenance=self._provenance,
         )
         requests, params = submission.requests, submission.params
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
+        if params.max_tokens == 0 and params.prompt_logprobs is None and params.capture is None:
             answer.finish("length")
             return answer
         try:

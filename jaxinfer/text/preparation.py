@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,8 +21,10 @@ from jaxinfer.constraints.bad_words import BadWords
 from jaxinfer.constraints.constraint import AllOf, TokenConstraint, TokenSet
 from jaxinfer.constraints.structured import GrammarCompiler
 from jaxinfer.constraints.structured_output import StructuredOutput
-from jaxinfer.request import Request
+from jaxinfer.interventions import Hook, bound_hooks
+from jaxinfer.request import Capture, Request
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
+from jaxinfer.sites import Sites, token_span
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 from jaxinfer.tokenizer.vocabulary import token_bytes
 
@@ -58,6 +60,7 @@ class Preparation:
       vocab_size: the model's; prompt ids must be below it.
       max_model_len: tokens of prompt and output together that a request may have.
       seed: for a request without a seed of its own, one is derived from this and the request's number.
+      find_sites: returns the sites of the model; called only for requests that name some.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Preparation:
         vocab_size: int,
         max_model_len: int,
         seed: int,
+        find_sites: Callable[[], Sites],
     ):
+        self._find_sites = find_sites
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -105,11 +110,17 @@ class Preparation:
             priority=params.priority,
             edits=params.edits,
             constraint=self._constraint(params),
+            capture=self._capture(params, len(token_ids)),
+            hooks=self._hooks(params, len(token_ids)),
         )
         self._check_edits(params, first)
         others = (
             dataclasses.replace(
-                first, request_id=f"{number}.{index}", seed=self._hash(f"{seed}:{index}"), prompt_logprobs=None
+                first,
+                request_id=f"{number}.{index}",
+                seed=self._hash(f"{seed}:{index}"),
+                prompt_logprobs=None,
+                capture=_of_the_output(first),
             )
             for index in range(1, params.n)
         )
@@ -161,6 +172,17 @@ class Preparation:
                 f"min_tokens {params.min_tokens} holds back all of allowed_token_ids, which are stop tokens; allow more"
             )
 
+    def _capture(self, params: SamplingParams, prompt_len: int) -> Capture | None:
+        if params.capture is None:
+            return None
+        sites = {site.name: site for pattern in params.capture for site in self._find_sites().find(pattern)}
+        return Capture(sites=tuple(sites.values()), span=token_span(params.capture_tokens, prompt_len=prompt_len))
+
+    def _hooks(self, params: SamplingParams, prompt_len: int) -> tuple[Hook, ...]:
+        if not params.interventions:
+            return ()
+        return bound_hooks(params.interventions, self._find_sites(), prompt_len=prompt_len)
+
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         own = frozenset(params.stop_token_ids or ())
         return own if params.ignore_eos else own | self.eos_token_ids
@@ -206,6 +228,15 @@ class Preparation:
     def _hash(text: str) -> int:
         """A seed in 0 .. 2**63 - 1, the same for the same text."""
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def _of_the_output(request: Request) -> Capture | None:
+    """What another sample of a prompt captures: the output alone, since the first sample has captured the prompt."""
+    capture = request.capture
+    if capture is None:
+        return None
+    start = max(capture.span.start, len(request.prompt_token_ids))
+    return dataclasses.replace(capture, span=dataclasses.replace(capture.span, start=start))
 
 
 def _text(prompt: Prompt) -> str | None:

@@ -7,8 +7,14 @@ Does not know: jax, models; a wrapper for tests can be a few lines of numpy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float, Float32
+
+from jaxinfer.interventions import HookKind
+from jaxinfer.sites import Site, Sites
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
@@ -49,6 +55,35 @@ class AbstractModelInferenceWrapper(ABC):
     def is_compiling(self) -> bool:
         """Whether a program is being compiled now, for which a step may have to wait."""
         return False
+
+    @property
+    def sites(self) -> Sites:
+        """The sites at which StepBatch.taps can capture and change values.
+
+        Raises:
+          ValueError: the wrapper has none, as in a run of several processes.
+        """
+        raise ValueError(
+            "captures and interventions work where one process holds the whole model, this engine has none"
+        )
+
+    def check_captures(self, sites: Sequence[Site]) -> None:
+        """Refuses captures that could take too much memory on the devices.
+
+        Raises:
+          ValueError: the values of one step exceed the limit.
+        """
+
+    def check_hook(self, kind: HookKind) -> None:
+        """Refuses an intervention that cannot be part of a step.
+
+        Raises:
+          ValueError: it cannot be traced, gives another shape, or takes too much memory.
+        """
+
+    def head_logits(self, hidden: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "M V"]:
+        """The logits of values that were captured at "final_norm"; waits for the device."""
+        raise ValueError("this engine has no sites")
 
     @abstractmethod
     def launch(self, batch: StepBatch) -> Any:

@@ -9,6 +9,7 @@ instead of 80. A third program scores the tokens of prompts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from jaxinfer.communication.collectives import share_from_last_stage
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers.attention import TokenBatch
 from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
+from jaxinfer.layers.taps import HookTable, SiteTaps, TapPlan, Taps
 from jaxinfer.models.registry import Decoder
+from jaxinfer.sites import EMBEDDING, FINAL_NORM
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decode_state import DecodeState, advanced, with_changes
 from jaxinfer.wrappers.pipeline import Flight, LogitRows, Ring, SegmentRows
@@ -41,6 +44,27 @@ class LeavingBatch:
     hidden: Float[Array, "M D"]
     rows: LogitRows
     prompts: Float[Array, "T D"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepHooks:
+    """What the taps of a step need, for one shard.
+
+    Args:
+      plan: what happens at the sites.
+      tables: the parameters of its hooks.
+      rows: int32[J, R + P], for each of its hooks the row of each decode and prefill row in the hook's table.
+    """
+
+    plan: TapPlan
+    tables: list[HookTable]
+    rows: Int[Array, "J N"]
+
+    def taps(self, shape: StepInputs, positions: Int[Array, " T"]) -> Taps:
+        """The taps of all tokens of a step."""
+        num_decode = shape.decode_slots.shape[0]
+        of_prompts = jnp.repeat(self.rows[:, num_decode:], shape.row_len, axis=1)
+        return Taps(self.plan, self.tables, jnp.concatenate([self.rows[:, :num_decode], of_prompts], axis=1), positions)
 
 
 class DecoderStep(nnx.Module):
@@ -65,13 +89,15 @@ class DecoderStep(nnx.Module):
         inputs: StepInputs,
         *,
         scored: bool = False,
-    ) -> tuple[DecodeState, list[LayerCache], Ring | None, LeavingBatch]:
+        hooks: StepHooks | None = None,
+    ) -> tuple[DecodeState, list[LayerCache], Ring | None, LeavingBatch, Taps | None]:
         """Runs one tick of the pipeline: a batch enters, and every batch in flight moves on by one stage.
 
         With one stage, the batch that enters is also the one that leaves.
 
         Returns:
-          The new state, the written caches, the ring, and the batch that leaves the last stage.
+          The new state, the written caches, the ring, the batch that leaves the last stage, and what the taps of the
+          batch in this stage have found; None without hooks.
         """
         state = with_changes(state, inputs)
         flight = self._flight(state, inputs)
@@ -79,14 +105,22 @@ class DecoderStep(nnx.Module):
         positions = self._tokens(flight, inputs.row_len).positions
         token_ids = jnp.concatenate([state.last_token[inputs.decode_slots], inputs.prefill_tokens.ravel()])
         ring, here, x = pipeline.enter(ring, flight, self.model.embed(token_ids, positions))
-        x, caches = self.model.run_layers(x, caches, self._tokens(here, inputs.row_len))
+        batch = self._tokens(here, inputs.row_len)
+        found = None if hooks is None else hooks.taps(inputs, batch.positions)
+        taps = SiteTaps(found)
+        batch = batch if found is None else dataclasses.replace(batch, taps=taps)
+        x, caches = self.model.run_layers(taps(EMBEDDING, x), caches, batch)
         ring, rows = pipeline.leave(ring, flight, x)
-        hidden = self._for_head(x[self._token_index(rows.index, inputs)])
-        prompts = self._for_head(x[inputs.decode_slots.shape[0] :]) if scored else None
-        return state, caches, ring, LeavingBatch(hidden=hidden, rows=rows, prompts=prompts)
+        is_normed = taps.touches(FINAL_NORM)
+        x = taps(FINAL_NORM, self.model.final_norm(x)) if is_normed else x
 
-    def _for_head(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.model.final_norm(share_from_last_stage(x))
+        def for_head(x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+            shared = share_from_last_stage(x)
+            return shared if is_normed else self.model.final_norm(shared)
+
+        hidden = for_head(x[self._token_index(rows.index, inputs)])
+        prompts = for_head(x[inputs.decode_slots.shape[0] :]) if scored else None
+        return state, caches, ring, LeavingBatch(hidden=hidden, rows=rows, prompts=prompts), found
 
     def _flight(self, state: DecodeState, inputs: StepInputs) -> Flight:
         """What the stages and the sampler will have to know of the entering batch, read from the present state."""

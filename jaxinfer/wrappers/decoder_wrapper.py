@@ -17,25 +17,29 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.interventions import HookKind
 from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
+from jaxinfer.sites import Site, Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.program_choice import ProgramChoice
-from jaxinfer.wrappers.programs import ProgramCache
+from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
+from jaxinfer.wrappers.sample_step import SCORE_BLOCK
 from jaxinfer.wrappers.step_batch import NO_TARGET, AllowedTokens, SlotEdits, StepBatch
 from jaxinfer.wrappers.step_inputs import pack_inputs
 from jaxinfer.wrappers.step_programs import HeadInputs, StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
+from jaxinfer.wrappers.tapping import Tapping, TapUpload
 from jaxinfer.wrappers.xla_options import chosen_options, compiler_options, tuned_alike
 
 _LAUNCHING = threading.Lock()
@@ -57,11 +61,13 @@ class _Tick:
     Args:
       shape: the shape of the forward program.
       copy, forward: programs of StepPrograms; copy is None if there is nothing to copy.
+      taps: what the forward program takes for its taps; None for a plain one.
     """
 
     shape: StepShape
     copy: _Call | None
     forward: _Call
+    taps: TapUpload | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +140,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._edited_slots: set[int] = set()
         traces = {
             "forward": self._step_programs.forward,
+            "tapped": self._step_programs.tapped,
+            "place": self._step_programs.place,
             "sample": self._step_programs.sample,
             "logits": self._step_programs.logits,
             "copy": self._step_programs.copy,
@@ -145,9 +153,18 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         chosen = chosen_options(config.xla_options)
         options: dict[str, Callable[..., dict[str, bool | str]]] = {name: lambda *_: chosen for name in traces}
         options["forward"] = lambda shape: compiler_options(platform, shape.num_tokens) | chosen
+        options["tapped"] = lambda shape, _: compiler_options(platform, shape.num_tokens) | chosen
         in_order = holders is not None and holders.are_several
         self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=in_order)
         self._choice = ProgramChoice(self._programs, self._shapes)
+        self._tapping = Tapping(
+            self._programs,
+            self._step_programs,
+            self._shapes,
+            num_layers=model_config.num_layers,
+            vocab_size=model_config.vocab_size,
+            max_bytes=config.max_research_bytes,
+        )
 
     @property
     def shapes(self) -> StepShapes:
@@ -209,10 +226,13 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """Lets a step into the pipeline, moves the others on, and gets the programs for that; runs nothing yet."""
         shape = self._choice.shape(self._in_flight.enter(handle))
         self._in_flight.count_rows(shape)
+        taps = self._tapping.upload(self._in_flight, shape)
+        forward: ProgramKey = ("forward", shape) if taps is None else ("tapped", shape, taps.plan)
         return _Tick(
             shape=shape,
             copy=self._plan_copies() if self._in_flight.num_page_copies else None,
-            forward=_Call(self._programs.get("forward", shape), pack_inputs(handle.batch, shape, self._shapes)),
+            forward=_Call(self._programs.get(*forward), pack_inputs(handle.batch, shape, self._shapes)),
+            taps=taps,
         )
 
     def _plan_copies(self) -> _Call:
@@ -224,9 +244,14 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         arrays = self._arrays
         if tick.copy is not None:
             arrays.caches = tick.copy.program(arrays.caches, tick.copy.words)
-        arrays.state, arrays.caches, arrays.ring, head_inputs = tick.forward.program(
-            arrays.leaves, arrays.state, arrays.caches, arrays.ring, tick.forward.words
+        arguments = (arrays.leaves, arrays.state, arrays.caches, arrays.ring, tick.forward.words)
+        if tick.taps is None:
+            arrays.state, arrays.caches, arrays.ring, head_inputs = tick.forward.program(*arguments)
+            return head_inputs
+        arrays.state, arrays.caches, arrays.ring, head_inputs, found = tick.forward.program(
+            *arguments, tick.taps.rows, list(tick.taps.tables)
         )
+        self._tapping.keep(found, tick.taps, self._in_flight, tick.shape)
         return head_inputs
 
     def _plan_exit(self, batch: StepBatch, shape: StepShape, allowed: AllowedTokens) -> _Exit:
@@ -293,10 +318,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         batch = handle.batch
         words = np.asarray(handle.result)  # with the next line, the one place where the host reads the device
         scores = None if handle.scores is None else _logprobs(np.asarray(handle.scores))
+        captures = self._tapping.read(handle)
         if not batch.has_logits:
-            return StepResult(token_ids=np.zeros(0, np.int32), scores=scores)
+            return StepResult(token_ids=np.zeros(0, np.int32), scores=scores, captures=captures)
         logprobs = None if batch.num_top is None else _logprobs(words[:, 1:])
-        return StepResult(token_ids=words[:, 0], logprobs=logprobs, scores=scores)
+        return StepResult(token_ids=words[:, 0], logprobs=logprobs, scores=scores, captures=captures)
 
     def logits(self, batch: StepBatch) -> Float[np.ndarray, "M V"]:
         """Computes a batch like launch, but returns the float32 logits of its logit rows and samples nothing.
@@ -308,6 +334,33 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             shape, hidden = self._advance(StepBatch.idle(self._shapes))
         program = self._programs.get("logits", shape.num_logits)
         return np.asarray(program(self._arrays.head_leaves, hidden))[: batch.shape.num_logits, : self._vocab_size]
+
+    @property
+    def sites(self) -> Sites:
+        """See the protocol; the model is traced at the first use."""
+        return self._tapping.sites
+
+    def check_captures(self, sites: Sequence[Site]) -> None:
+        """See the protocol."""
+        self._tapping.check_captures(sites)
+
+    def check_hook(self, kind: HookKind) -> None:
+        """See the protocol."""
+        self._tapping.check_hook(kind)
+
+    def head_logits(self, hidden: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "M V"]:
+        """See the protocol."""
+        blocks = []
+        for start in range(0, len(hidden), SCORE_BLOCK):
+            block = hidden[start : start + SCORE_BLOCK]
+            size = 1 << (len(block) - 1).bit_length()
+            padded = np.zeros((size, block.shape[1]), block.dtype)
+            padded[: len(block)] = block
+            program = self._programs.get("logits", size)
+            with _LAUNCHING:
+                logits = program(self._arrays.head_leaves, padded)
+            blocks.append(np.asarray(logits)[: len(block), : self._vocab_size])
+        return np.concatenate(blocks)
 
     def _advance(self, batch: StepBatch) -> tuple[StepShape, jax.Array]:
         """Runs a tick that samples nothing; returns its shape and the hidden states of the step that leaves."""
@@ -332,6 +385,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def close(self) -> None:
         """Frees weights, KV pages and state; the wrapper cannot be used afterwards."""
+        self._tapping.close()
         for array in self._arrays.all:
             if not array.is_deleted():
                 array.delete()

@@ -7,7 +7,7 @@ Does not know: devices; it uses numpy only.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,14 @@ class StepHandle:
       batch: the step's work.
       result: the device array that will hold the sampled tokens; None until the step has left the pipeline.
       scores: the device array that will hold the log-probabilities of batch.targets; None without targets.
+      tapped: what the ticks that moved it have found at sites, one for each stage that it has passed; empty without
+        taps.
     """
 
     batch: StepBatch
     result: Any = None
     scores: Any = None
+    tapped: list[Any] = field(default_factory=list)
 
 
 class InFlight:
@@ -49,6 +52,11 @@ class InFlight:
     def usage(self) -> RowUsage:
         """Rows with and without padding so far, summed over stages and ticks."""
         return RowUsage(live=self._live_rows, launched=self._launched_rows)
+
+    @property
+    def handles(self) -> tuple[StepHandle, ...]:
+        """The steps in flight; the index of each is its stage."""
+        return tuple(self._handles)
 
     @property
     def leaving(self) -> StepHandle | None:

@@ -179,6 +179,13 @@ class ProgramCache:
         """Whether all of these programs are compiled."""
         return all(key in self._programs for key in keys)
 
+    def forget(self, is_obsolete: Callable[[ProgramKey], bool]) -> None:
+        """Drops the compiled programs whose keys a function says are obsolete."""
+        with self._lock:
+            for key in [key for key in self._programs if is_obsolete(key)]:
+                del self._programs[key]
+                self._turns.pop(key, None)
+
     def _work(self) -> None:
         while True:
             with self._lock:

@@ -10,6 +10,7 @@ follow (see array_frame.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def unpack_result(frame: bytes, *, vocab_size: int) -> StepResult:
         raise FrameError(f"results have at least {_NUM_WORDS * WORD} bytes, got {len(frame)}")
     words = iter(np.frombuffer(frame, np.int32, _NUM_WORDS).tolist())
     arrays, offset = read_arrays(StepResult, frame, _NUM_WORDS * WORD, _sizes(StepResult, words))
-    logprobs: dict[str, LogprobArrays] = {}
+    logprobs: dict[str, Any] = {}
     for name in _LOGPROBS:
         has_any, sizes = next(words), _sizes(LogprobArrays, words)
         if has_any:

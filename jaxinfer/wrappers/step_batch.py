@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt32
 
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
+from jaxinfer.wrappers.step_taps import StepTaps
 
 SAMPLING_FIELDS = 6
 """int32 words of a slot's sampling numbers: temperature, top_p, min_p (float32 bits), top_k, seed low, seed high."""
@@ -123,6 +124,7 @@ class StepBatch:
       edits: the edits of the sequences whose first token since admission is sampled in this step.
       allowed: the allowed tokens of constrained slots in the step that is sampled with this launch. With one stage that
         is this step; in a pipeline it is the one that leaves when this one enters.
+      taps: what the step captures and changes at the sites of the model; None for nothing.
     """
 
     shape: StepShape
@@ -147,6 +149,7 @@ class StepBatch:
     edited: bool = False
     edits: SlotEdits = field(default_factory=SlotEdits.none)
     allowed: AllowedTokens = field(default_factory=AllowedTokens.none)
+    taps: StepTaps | None = None
 
     @property
     def num_live_rows(self) -> int:

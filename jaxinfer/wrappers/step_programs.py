@@ -20,12 +20,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxinfer.communication.mesh import PIPE, TENSOR
 from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
+from jaxinfer.interventions import HookKind
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
+from jaxinfer.layers.taps import HookTable, TapPlan
 from jaxinfer.sampling.logit_edits import EditState, set_allowed, set_slot
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decode_state import DecodeState
-from jaxinfer.wrappers.decoder_step import DecoderStep
+from jaxinfer.wrappers.decoder_step import DecoderStep, StepHooks
 from jaxinfer.wrappers.edit_upload import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.sample_step import sample_step, score_step
@@ -72,6 +74,18 @@ class HeadInputs(NamedTuple):
     hidden: Any
     rows: list[Any]
     prompts: Any = None
+
+
+class TapResults(NamedTuple):
+    """What the taps of a program have found; every array has a part of T tokens for each stage, one after the other.
+
+    Args:
+      captured: [S * T, ...] by site, with the numbers that layers have within their stage.
+      failed: int32[S * T], as Taps.failed.
+    """
+
+    captured: dict[str, Any]
+    failed: Any
 
 
 class StepPrograms:
@@ -157,28 +171,100 @@ class StepPrograms:
 
     def forward(self, shape: StepShape) -> jax.stages.Traced:
         """(leaves, state, caches, ring, words) -> (state, caches, ring, HeadInputs); donates state, caches and ring."""
+        return self._forward(shape, None)
 
-        def forward(leaves, state, caches, ring, words):
+    def tapped(self, shape: StepShape, plan: TapPlan) -> jax.stages.Traced:
+        """(leaves, state, caches, ring, words, rows, tables) -> (state, caches, ring, HeadInputs, TapResults).
+
+        Like forward, with what a plan says at the sites. rows: int32[S, J, R + P], for each stage and each hook of the
+        plan; tables: a HookTable for each of them.
+        """
+        return self._forward(shape, plan)
+
+    def _forward(self, shape: StepShape, plan: TapPlan | None) -> jax.stages.Traced:
+        def forward(leaves, state, caches, ring, words, *hooks):
             step = self._step.merge(leaves)
             state = jax.tree.unflatten(self._state_tree, state)
             caches = jax.tree.unflatten(self._cache_tree, caches)
             ring = jax.tree.unflatten(self._ring_tree, ring)
             inputs = unpack_inputs(words, shape, self._shapes)
-            state, caches, ring, leaving = step(state, caches, ring, inputs, scored=shape.scored)
+            step_hooks = None if plan is None else StepHooks(plan=plan, rows=hooks[0][0], tables=hooks[1])
+            state, caches, ring, leaving, taps = step(
+                state, caches, ring, inputs, scored=shape.scored, hooks=step_hooks
+            )
             head_inputs = HeadInputs(leaving.hidden, jax.tree.leaves(leaving.rows), leaving.prompts)
-            return (*map(jax.tree.leaves, (state, caches, ring)), head_inputs)
+            found = () if taps is None else (TapResults(taps.captured, taps.failed),)
+            return (*map(jax.tree.leaves, (state, caches, ring)), head_inputs, *found)
 
-        mapped = self._sharded(
-            forward,
-            in_specs=(self._step.specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
-            out_specs=(REPLICATED, KV_PAGES, self._ring_specs, REPLICATED),
-        )
-        return jax.jit(mapped, donate_argnums=(1, 2, 3)).trace(
+        in_specs = (self._step.specs, REPLICATED, KV_PAGES, self._ring_specs, REPLICATED)
+        out_specs = (REPLICATED, KV_PAGES, self._ring_specs, REPLICATED)
+        arguments: list[Any] = [
             self._placed(self._step.leaves, self._step.specs),
             self._placed(self._state, [REPLICATED] * len(self._state)),
             self._placed(self._caches, [KV_PAGES] * len(self._caches)),
             self._placed(self._ring, self._ring_specs),
             jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32),
+        ]
+        if plan is not None:
+            in_specs, out_specs = (*in_specs, PER_STAGE, REPLICATED), (*out_specs, PER_STAGE)
+            rows = (self._shapes.num_stages, len(plan.hooks), shape.num_decode + shape.num_prefill)
+            arguments += [jax.ShapeDtypeStruct(rows, jnp.int32), [self._table(hook.kind) for hook in plan.hooks]]
+        mapped = self._sharded(forward, in_specs=in_specs, out_specs=out_specs)
+        return jax.jit(mapped, donate_argnums=(1, 2, 3)).trace(*arguments)
+
+    def sites(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The sites of a stage, with the numbers that layers have there, and what a token has at each of them."""
+        shape = self._shapes.all_shapes()[0]
+        captured = self.tapped(shape, TapPlan(captured=None)).out_info[-1].captured
+        return {name: jax.ShapeDtypeStruct(found.shape[1:], found.dtype) for name, found in captured.items()}
+
+    @property
+    def num_table_rows(self) -> int:
+        """Rows of a HookTable: one for every sequence that may be in a stage of the pipeline, and the first, nobody's.
+
+        A sequence that has lost its slot stays in the pipeline until its last step has left it.
+        """
+        return self._shapes.num_slots * self._shapes.num_stages + 1
+
+    def allocate_table(self, kind: HookKind) -> HookTable:
+        """A table without any parameters yet; the constants of its intervention are uploaded."""
+        constants = kind.intervention.constants
+        table = jax.tree.map(lambda entry: np.zeros(entry.shape, entry.dtype), self._table(kind))
+        table.constants.update(constants)
+        return jax.device_put(table, self._on_mesh(REPLICATED))
+
+    def place(self, kind: HookKind) -> jax.stages.Traced:
+        """(table, numbers, values) -> table, with the parameters of a request in a row; donates the table.
+
+        numbers: int32[4], the row, start, stop and prompt_len; values: the parameters by name.
+        """
+
+        def place(table, numbers, values):
+            row = numbers[0]
+            parameters = {name: table.parameters[name].at[row].set(value) for name, value in values.items()}
+            return HookTable(
+                start=table.start.at[row].set(numbers[1]),
+                stop=table.stop.at[row].set(numbers[2]),
+                prompt_len=table.prompt_len.at[row].set(numbers[3]),
+                parameters=parameters,
+                constants=table.constants,
+            )
+
+        values = {name: jax.ShapeDtypeStruct(dims, dtype) for name, dims, dtype in kind.signature}
+        numbers = jax.ShapeDtypeStruct((4,), jnp.int32)
+        return jax.jit(place, donate_argnums=(0,)).trace(self._table(kind), numbers, values)
+
+    def _table(self, kind: HookKind) -> HookTable:
+        """The shapes of a kind's table."""
+        count, on_mesh = self.num_table_rows, self._on_mesh(REPLICATED)
+
+        def entry(dims: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=on_mesh)
+
+        return HookTable(
+            **{name: entry((count,), jnp.int32) for name in ("start", "stop", "prompt_len")},
+            parameters={name: entry((count, *dims), dtype) for name, dims, dtype in kind.signature},
+            constants={name: entry(array.shape, array.dtype) for name, array in kind.intervention.constants.items()},
         )
 
     def sample(self, num_logits: int, variant: SamplerVariant, num_top: int | None) -> jax.stages.Traced:

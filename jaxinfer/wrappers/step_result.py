@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from jaxinfer.wrappers.step_taps import StepCaptures
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowUsage:
@@ -48,8 +50,10 @@ class StepResult:
       token_ids: int32[M], the sampled tokens; empty if the step samples none.
       logprobs: log-probabilities at the M logit rows; None if the step did not ask for them.
       scores: log-probabilities of StepBatch.targets at the P * Q prefill tokens; None if the step has no targets.
+      captures: what its taps have found; None if the step has no taps.
     """
 
     token_ids: Int32[np.ndarray, " M"]
     logprobs: LogprobArrays | None = None
     scores: LogprobArrays | None = None
+    captures: StepCaptures | None = None

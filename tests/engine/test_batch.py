@@ -24,7 +24,7 @@ def sequence(**fields) -> SequenceState:
 
 def test_make_batch_lays_out_decodes_then_last_chunks():
     schedule = Schedule(
-        decodes=(DecodeRow(sequence(), 3, None), DecodeRow(sequence(), 0, (2, 9))),
+        decodes=(DecodeRow(sequence(), 3, None, 7), DecodeRow(sequence(), 0, (2, 9), 8)),
         prefills=(
             PrefillChunk(sequence(), 1, 8, list(range(5, 23)), (4, 5), 0),
             PrefillChunk(sequence(temperature=0.5, top_k=3, seed=9), 2, 0, [1, 2], (6,), 1),

@@ -1,6 +1,6 @@
 """Makes the golden files beside it: tiny random checkpoints with the answers of transformers, and tokenizers.
 
-The only file of the project that needs torch and transformers. Run `python tests/golden/make.py` to make all of it, or
+It and make_sites.py alone need torch and transformers. Run `python tests/golden/make.py` to make all of it, or
 name some cases: `python tests/golden/make.py gqa tied`. Everything follows from the table CASES and fixed seeds: a
 second run writes the same bytes (on one machine and one torch version).
 

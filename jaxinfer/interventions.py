@@ -1,0 +1,242 @@
+"""Interventions: functions that change a value at a site of the model, with parameters of their own for each request.
+
+Owns: making an intervention of a function, binding it to a site and to parameters, what tells its programs apart.
+Does not know: jax, how the function is put into a program (layers/taps.py), the built-in ones (research/).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
+
+import numpy as np
+
+from jaxinfer.config.keywords import unknown_keyword
+from jaxinfer.sites import Sites, Tokens, TokenSpan, require_tokens, token_span
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Intervention:
+    """A function that changes a token's value at a site; made by `intervention`, put to use by `at`.
+
+    Args:
+      function: (x, context, **parameters) -> x, traceable by JAX.
+      per_token: names of the parameters that have an entry for each token of the window, of which the function gets the
+        one of its token.
+      constants: arrays that are the same for all requests, passed like parameters.
+    """
+
+    function: Callable[..., Any]
+    per_token: tuple[str, ...] = ()
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+    def with_constants(self, **arrays: Any) -> Intervention:
+        """The intervention with some parameters set for all requests, such as the weights of a sparse autoencoder.
+
+        Bind it once and keep the result: every result is an intervention with programs of its own.
+
+        Raises:
+          TypeError, ValueError: as at.
+        """
+        self._require_known(arrays)
+        return replace(self, constants={**self.constants, **_as_arrays(self.name, arrays)})
+
+    def at(self, site: str, /, *, tokens: Tokens = "all", **parameters: Any) -> BoundIntervention:
+        """The intervention at a site, for SamplingParams(interventions=[...]).
+
+        Args:
+          site: a name or pattern from llm.sites(), such as "layers.3.residual" or "layers.*.mlp.output".
+          tokens: the tokens that it changes: "all", "prompt", "last" (the prompt's last one), "generated", or a slice
+            of positions in prompt and output; negative numbers count from the end of the prompt.
+          **parameters: of the function: numbers or arrays, which may differ between requests without anything being
+            compiled anew as long as shapes and dtypes are the same. A per_token parameter has a leading axis of tokens,
+            the first of which is the first token that is changed; tokens beyond it are left alone.
+
+        Raises:
+          TypeError: an unknown or missing parameter, or one that is not made of numbers.
+          ValueError: a parameter is NaN or infinite, or tokens is none of those above.
+        """
+        self._require_known(parameters)
+        known = _parameters_of(self.function)
+        missing = [name for name, needed in known.items() if needed and name not in {*parameters, *self.constants}]
+        if missing:
+            raise TypeError(f"intervention {self.name} needs {', '.join(missing)}")
+        return BoundIntervention(
+            intervention=self,
+            site=site,
+            tokens=require_tokens("tokens", tokens),
+            parameters=_as_arrays(self.name, parameters),
+        )
+
+    def _require_known(self, given: Mapping[str, Any]) -> None:
+        known = _parameters_of(self.function)
+        for name in given:
+            if name not in known:
+                raise unknown_keyword(name, known)
+            if name in self.constants:
+                raise TypeError(f"{name} of intervention {self.name} is a constant already")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class BoundIntervention:
+    """An intervention at a site, with the parameters of a request; made by Intervention.at.
+
+    Args:
+      intervention: what is done.
+      site: a site's name, or a pattern.
+      tokens: which tokens are changed.
+      parameters: by name.
+    """
+
+    intervention: Intervention
+    site: str
+    tokens: Tokens
+    parameters: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class HookKind:
+    """What the requests that share a program have in common of an intervention at one site.
+
+    Args:
+      intervention: what is done.
+      site: a site's name.
+      ordinal: how many interventions of its request come before it at this site.
+      signature: (name, dims, dtype) of the parameters of a request.
+    """
+
+    intervention: Intervention
+    site: str
+    ordinal: int
+    signature: tuple[tuple[str, tuple[int, ...], str], ...]
+
+    def __str__(self) -> str:
+        return f"intervention {self.intervention.name} at {self.site}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Hook:
+    """An intervention of one request at one site.
+
+    Args:
+      kind: what it has in common with those of other requests.
+      span: the positions that it changes.
+      parameters: by name.
+      prompt_len: tokens of the request's prompt.
+    """
+
+    kind: HookKind
+    span: TokenSpan
+    parameters: Mapping[str, np.ndarray]
+    prompt_len: int
+
+
+def bound_hooks(bound: Sequence[BoundIntervention], sites: Sites, *, prompt_len: int) -> tuple[Hook, ...]:
+    """The hooks of a request, one for each site that its interventions name.
+
+    Raises:
+      ValueError: there is no such site, or a per_token parameter has no axis of tokens.
+    """
+    hooks: list[Hook] = []
+    for entry in bound:
+        span = token_span(entry.tokens, prompt_len=prompt_len)
+        for name in entry.intervention.per_token:
+            if name in entry.parameters:
+                num_tokens = len(np.atleast_1d(entry.parameters[name]))
+                if not entry.parameters[name].ndim:
+                    raise ValueError(f"{name} of intervention {entry.intervention.name} must have an axis of tokens")
+                end = span.start + num_tokens
+                span = TokenSpan(span.start, end if span.stop is None else min(span.stop, end))
+        signature = tuple((name, array.shape, array.dtype.name) for name, array in sorted(entry.parameters.items()))
+        for site in sites.find(entry.site):
+            ordinal = sum(hook.kind.site == site.name for hook in hooks)
+            kind = HookKind(entry.intervention, site.name, ordinal, signature)
+            hooks.append(Hook(kind=kind, span=span, parameters=entry.parameters, prompt_len=prompt_len))
+    return tuple(hooks)
+
+
+@overload
+def intervention(function: Callable[..., Any], /) -> Intervention: ...
+
+
+@overload
+def intervention(*, per_token: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Intervention]: ...
+
+
+def intervention(function: Callable[..., Any] | None = None, /, *, per_token: Sequence[str] = ()) -> Any:
+    """Makes an intervention of a pure function (x, context, *, parameters) -> x; a decorator.
+
+    The function sees one token: x is its value at the site, of the shape that llm.sites() tells, whatever the mesh;
+    context.position its position in the text, context.prompt_len the length of the prompt, context.layer the number of
+    the layer (-1 outside layers). It must be traceable by JAX, and what it returns has x's shape. It is compiled into
+    the step of all requests that use it, and applied to their tokens alone.
+
+    Args:
+      function: the function; parameters are its keyword-only arguments.
+      per_token: names of parameters that have an entry for each token.
+
+    Raises:
+      TypeError: the function takes other arguments than these.
+
+    Example:
+      >>> @intervention
+      ... def steer(x, context, *, vector, scale=1.0):
+      ...     return x + scale * vector
+      >>> steer.at("layers.1.residual", vector=np.ones(4), scale=2.0).site
+      'layers.1.residual'
+    """
+    if function is None:
+        return lambda decorated: _make(decorated, per_token)
+    return _make(function, per_token)
+
+
+def _make(function: Callable[..., Any], per_token: Sequence[str]) -> Intervention:
+    known = _parameters_of(function)
+    if "tokens" in known:
+        raise TypeError("a parameter of an intervention cannot be called tokens, which chooses the tokens it changes")
+    for name in per_token:
+        if name not in known:
+            raise unknown_keyword(name, known)
+    return Intervention(function=function, per_token=tuple(per_token))
+
+
+def _parameters_of(function: Callable[..., Any]) -> dict[str, bool]:
+    """The function's parameters by name, and whether they have no default."""
+    entries = list(inspect.signature(function).parameters.values())
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if [entry.kind in positional for entry in entries[:2]] != [True, True] or any(
+        entry.kind is not inspect.Parameter.KEYWORD_ONLY for entry in entries[2:]
+    ):
+        raise TypeError(
+            f"an intervention is a function (x, context, *, parameters), got {function!r} with "
+            f"{inspect.signature(function)}; put a * in front of the parameters"
+        )
+    return {entry.name: entry.default is inspect.Parameter.empty for entry in entries[2:]}
+
+
+def _as_arrays(owner: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Numbers and arrays as numpy arrays of 32 bits.
+
+    Raises:
+      TypeError: a value is not made of numbers.
+      ValueError: a value is NaN or infinite.
+    """
+    arrays = {}
+    for name, value in given.items():
+        array = np.asarray(value)
+        if array.dtype.kind == "V" and hasattr(value, "astype"):  # bfloat16
+            array = np.asarray(value.astype(np.float32))
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} of intervention {owner} must be numbers, got dtype {array.dtype}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} of intervention {owner} must be finite, got NaN or infinity")
+        wanted = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.bool_}[array.dtype.kind]
+        arrays[name] = array.astype(wanted)
+    return arrays

@@ -28,6 +28,7 @@ from jaxinfer.bench import latency as latency_bench
 from jaxinfer.bench import marks, peers, report, step_kernels, workload
 from jaxinfer.bench import roofline as roofline_bench
 from jaxinfer.bench import startup as startup_bench
+from jaxinfer.bench import steering as steering_bench
 from jaxinfer.bench import throughput as throughput_bench
 from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
 from jaxinfer.bench.session import Session, Target, engine_config
@@ -293,6 +294,39 @@ def frames(
     report.warn_if_busy()
     result = frames_bench.measure(rows=rows, step_ms=step_ms, num_steps=num_steps)
     _emit(frames_bench, result, {"num_steps": num_steps}, json_file)
+
+
+@_command
+def steering(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    num_requests: Annotated[int, typer.Option(min=2, help="requests at once")] = 64,
+    num_steered: Annotated[
+        int | None, typer.Option(min=1, help="those that are steered, each by a vector of its own; half by default")
+    ] = None,
+    prompt_len: PromptLen = 32,
+    output_len: OutputLen = 32,
+    repeats: Repeats = 5,
+    json_file: JsonFile = "",
+    **fields: Any,
+) -> None:
+    """Time requests of which some are steered against plain ones, in turns."""
+    target = _target(model, random_weights, fields)
+    steered = num_requests // 2 if num_steered is None else num_steered
+    if steered > num_requests:
+        raise ValueError(f"num_steered must be <= num_requests, got {steered} > {num_requests}")
+    with _session(target, fields, None, num_seqs=num_requests, num_tokens=prompt_len + output_len) as session:
+        result = steering_bench.measure(
+            session,
+            num_requests=num_requests,
+            num_steered=steered,
+            prompt_len=prompt_len,
+            output_len=output_len,
+            repeats=repeats,
+            seed=target.seed,
+        )
+        _emit(steering_bench, result, _settings(target, session.config), json_file)
 
 
 @app.command()

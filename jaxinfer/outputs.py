@@ -143,6 +143,7 @@ class RequestOutput:
       outputs: the generated texts, one per sample.
       finished: whether all texts have ended.
       num_cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+      num_forked_tokens: in a fork, how many of the last tokens of its prompt are output of the text it was forked from.
       metrics: when the request arrived, gave its first token and ended.
       sampling_params: the caller's; None for a beam search, and for an output that was not made by an LLM.
       beam_search_params: the caller's; None unless it is a beam search.
@@ -156,6 +157,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool
     num_cached_tokens: int
+    num_forked_tokens: int = 0
     metrics: RequestMetrics = field(compare=False)
     sampling_params: SamplingParams | None = field(default=None, compare=False, repr=False)
     beam_search_params: BeamSearchParams | None = field(default=None, compare=False, repr=False)
@@ -168,11 +170,13 @@ class RequestOutput:
         Captures are not part of it.
 
         Raises:
-          ValueError: no LLM made this output, or it was made with interventions, which are functions.
+          ValueError: no LLM made this output, it is a fork, or it was made with interventions, which are functions.
         """
         params = self.sampling_params
         if self.provenance is None:
             raise ValueError("only outputs of an LLM have a record, this one has no provenance")
+        if self.num_forked_tokens:
+            raise ValueError("a fork has no record of its own; keep that of the output it was forked from")
         if params is not None:
             if params.interventions:
                 raise ValueError("an output with interventions has no record: functions cannot be written down")

@@ -69,6 +69,8 @@ class Request:
     Args:
       request_id: unique among the unfinished requests.
       prompt_token_ids: at least one id.
+      output_token_ids: output tokens that exist already, after which it goes on. To penalties and constraints they are
+        output; max_tokens and min_tokens do not count them. Empty unless the request is a fork of another one's text.
       max_tokens: new tokens at most, >= 1; the request also ends at max_model_len.
       stop_token_ids: ids that end the request with "stop".
       temperature, top_k, top_p, min_p: as in SamplingParams; 0, 0, 1, 0 turn them off.
@@ -84,6 +86,7 @@ class Request:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...] = ()
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     temperature: float = 0.0
@@ -103,6 +106,11 @@ class Request:
         if not self.prompt_token_ids:
             raise ValueError("a request needs at least one prompt token, got none")
         require_int("max_tokens", self.max_tokens, 1)
+
+    @property
+    def known_token_ids(self) -> tuple[int, ...]:
+        """The text from which it goes on: the prompt, and the output tokens that exist already."""
+        return self.prompt_token_ids + self.output_token_ids
 
     @property
     def min_tokens(self) -> int:

@@ -254,6 +254,50 @@ class LLM:
         outputs = self._runner.run(submissions, show_bar=use_tqdm and not is_single)
         return outputs[0] if is_single else outputs
 
+    def fork(
+        self,
+        output: RequestOutput,
+        *,
+        at: int,
+        n: int = 1,
+        index: int = 0,
+        sampling_params: SamplingParams | None = None,
+    ) -> RequestOutput:
+        """Goes on from the middle of a generated text, as often as you like.
+
+        Keys and values of the text that are still in the prefix cache are used again, and shared by the n samples;
+        `num_cached_tokens` says how many. What is not is computed anew. With the parameters and the seed of the
+        original, the fork gives what followed there, penalties and structured output included.
+
+        Args:
+          output: of generate, chat, beam_search or fork.
+          at: tokens of the text to keep; -2 keeps all but the last two.
+          n: samples, in place of sampling_params.n.
+          index: which of the output's texts.
+          sampling_params: None takes those of the output, with another seed and what is left of max_tokens.
+
+        Returns:
+          A RequestOutput whose prompt is the text up to the fork, and whose outputs are what follows.
+
+        Raises:
+          TypeError: output is not a RequestOutput.
+          IndexError: the output has no such text, or the text not so many tokens.
+          ValueError: as generate.
+          EngineClosedError, RequestFailedError: as generate.
+
+        Example:
+          out = llm.generate("In the beginning", SamplingParams(max_tokens=32))
+          for completion in llm.fork(out, at=12, n=8).outputs:
+              print(completion.text)
+        """
+        if not isinstance(output, RequestOutput):
+            raise TypeError(f"fork needs the RequestOutput of a generation, got {type(output).__name__}")
+        params = self._params_of_fork(output, at) if sampling_params is None else sampling_params
+        params = dataclasses.replace(checked("sampling_params", params, SamplingParams), n=n)
+        submission = self._controller.prepare_fork(output, params, at=at, index=index)
+        self._controller.check_captures([submission])
+        return self._runner.run([submission], show_bar=False)[0]
+
     def score(
         self, prompts: Prompt | Sequence[Prompt], *, prompt_logprobs: int = 0, use_tqdm: bool = True
     ) -> RequestOutput | list[RequestOutput]:
@@ -557,6 +601,19 @@ class LLM:
         """
         ends_at = self._longest_request if is_default else None
         return self._controller.prepare(prompt, params, add_special_tokens=False, ends_at=ends_at)
+
+    def _params_of_fork(self, output: RequestOutput, at: int) -> SamplingParams:
+        """The parameters of the forked generation, for what is left of it, with a seed that is still to be derived."""
+        params = output.sampling_params
+        if params is None:
+            return self.default_params
+        num_kept = at if at >= 0 else max(len(output.outputs[0].token_ids) + at, 0)
+        return dataclasses.replace(
+            params,
+            max_tokens=None if params.max_tokens is None else max(params.max_tokens - num_kept, 1),
+            min_tokens=max(params.min_tokens - num_kept, 0),
+            seed=None,
+        )
 
     def _stream(self, submission: Submission) -> OutputStream:
         ticket = self.start(submission)

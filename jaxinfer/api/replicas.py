@@ -87,7 +87,7 @@ class ReplicatedRunner(Runner):
 
     def _choose(self, submission: Submission) -> LocalRunner:
         replicas = self._replicas
-        hashes = page_hashes(submission.requests[0].prompt_token_ids, self._page_size) if self._caching else []
+        hashes = page_hashes(submission.requests[0].known_token_ids, self._page_size) if self._caching else []
         with self._routing:
             loads = [replica.driver.num_open if replica.is_running else None for replica in replicas]
             if not any(load is not None for load in loads):

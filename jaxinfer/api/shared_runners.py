@@ -231,6 +231,7 @@ def _described(submissions: Sequence[Submission]) -> str:
     """What all processes compare: how many prompts, and a digest of prompts and parameters."""
     digest = hashlib.sha256()
     for entry in submissions:
-        shown = (entry.prompt, entry.requests[0].prompt_token_ids, entry.params, entry.beam_search)
+        first = entry.requests[0]
+        shown = (entry.prompt, first.prompt_token_ids, first.output_token_ids, entry.params, entry.beam_search)
         digest.update(repr(shown).encode(errors="surrogatepass"))
     return f"{len(submissions)} prompts with digest {digest.hexdigest()[:16]}"

@@ -193,7 +193,7 @@ def _slot_edits(chunks: Sequence[PrefillChunk]) -> SlotEdits:
         ),
         min_position=np.array(
             [
-                min(len(sequence.request.prompt_token_ids) + edit.min_tokens, sequence.max_total_len)
+                min(len(sequence.request.known_token_ids) + edit.min_tokens, sequence.max_total_len)
                 for sequence, edit in zip(sequences, edits, strict=True)
             ],
             np.int32,

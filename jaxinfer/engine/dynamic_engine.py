@@ -241,7 +241,7 @@ class DynamicEngine:
             prefix_source=None if prefix_source is None else self._sequences.get(prefix_source),
             is_host_fed=self._drafter is not None and not request.is_edited,
         )
-        self._prompt_tokens += 0 if prefix_source else len(request.prompt_token_ids)
+        self._prompt_tokens += 0 if prefix_source else len(request.known_token_ids)
 
     def add_beam_search(self, request: Request, params: BeamSearchParams) -> None:
         """Queues a beam search; finished_searches returns its result.
@@ -453,7 +453,7 @@ class DynamicEngine:
         """The events of one sequence, whose logit rows begin with row `first` of the step."""
         sequence, request = rows.sequence, rows.sequence.request
         scores = None
-        if request.prompt_logprobs is not None and len(sequence.token_ids) == len(request.prompt_token_ids):
+        if request.prompt_logprobs is not None and len(sequence.token_ids) == len(request.known_token_ids):
             scores = tuple(sequence.prompt_logprobs)
         num_new = self._scheduler.append(sequence, sampled, rows.drafts)
         self._generation_tokens += num_new

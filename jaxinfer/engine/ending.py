@@ -31,7 +31,7 @@ def end_reason(sequence: SequenceState) -> FinishReason | None:
 
 
 def start_constraint(request: Request) -> ConstraintState | None:
-    """The state of a request's constraint before any output; None for a request without a constraint.
+    """The state of a request's constraint before any new token; None for a request without a constraint.
 
     The first mask is computed here, on the calling thread, and kept in the state, so that the first step need not.
 
@@ -43,6 +43,11 @@ def start_constraint(request: Request) -> ConstraintState | None:
     masked = request.stop_token_ids if request.min_tokens else ()
     state = request.constraint.start()
     try:
+        for number, token_id in enumerate(request.output_token_ids):
+            state.allowed()
+            state.advance(token_id)
+            if state.is_complete:
+                raise ValueError(f"the structured output is complete after {number + 1} tokens, nothing can follow")
         if allows_beside(state.allowed(), masked):
             return state
     except ConstraintError as error:
@@ -55,7 +60,7 @@ def start_constraint(request: Request) -> ConstraintState | None:
 
 def _end_of_constraint(sequence: SequenceState, constraint: ConstraintState, token_id: int) -> FinishReason | None:
     """Advances a constraint: "stop" if its text is complete, "abort" if it is not but cannot go on, else None."""
-    request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
+    request, num_new = sequence.request, len(sequence.token_ids) - len(sequence.request.known_token_ids)
     masked = request.stop_token_ids if num_new < request.min_tokens else ()
     try:
         constraint.advance(token_id)

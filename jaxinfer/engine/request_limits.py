@@ -32,7 +32,7 @@ class RequestLimits:
 
     def max_total_len(self, request: Request) -> int:
         """The length at which a request ends, in tokens of prompt and output together."""
-        return min(len(request.prompt_token_ids) + request.max_tokens, self._max_model_len)
+        return min(len(request.known_token_ids) + request.max_tokens, self._max_model_len)
 
     def check(self, request: Request, *, num_sequences: int = 1) -> None:
         """Refuses a request that does not fit.
@@ -45,7 +45,7 @@ class RequestLimits:
           RequestTooLongError: the prompt leaves no room for a new token, or the request needs more pages than the
             pool has.
         """
-        num_prompt = len(request.prompt_token_ids)
+        num_prompt = len(request.known_token_ids)
         if num_prompt >= self._max_model_len:
             context, ways_out = "the model's context of", "shorten it or set truncate_prompt_tokens"
             if not self._is_models_own:

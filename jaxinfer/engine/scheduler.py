@@ -113,7 +113,7 @@ class Scheduler:
         sequence = SequenceState(
             request=request,
             order=(request.priority, next(self._arrivals)),
-            token_ids=list(request.prompt_token_ids),
+            token_ids=list(request.known_token_ids),
             max_total_len=self.limits.max_total_len(request),
             prefix_source=prefix_source,
             num_top=request.logprobs if num_top is None else num_top,

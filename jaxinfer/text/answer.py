@@ -144,7 +144,8 @@ class GrowingAnswer:
         return RequestOutput(
             request_id=self.request_id,
             prompt=submission.prompt,
-            prompt_token_ids=submission.requests[0].prompt_token_ids,
+            prompt_token_ids=submission.requests[0].known_token_ids,
+            num_forked_tokens=len(submission.requests[0].output_token_ids),
             prompt_logprobs=prompt_logprobs,
             outputs=outputs,
             finished=is_finished,
@@ -164,7 +165,7 @@ class GrowingAnswer:
         request = self.submission.requests[0]
         if request.capture is None or outputs[0].captures is None:
             return tuple(outputs)
-        num_shared = len(request.capture.span.within(0, len(request.prompt_token_ids)))
+        num_shared = len(request.capture.span.within(0, len(request.known_token_ids)))
         of_prompt = {name: values[:num_shared] for name, values in outputs[0].captures.items()}
 
         def completed(output: CompletionOutput) -> CompletionOutput:

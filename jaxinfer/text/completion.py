@@ -227,7 +227,7 @@ class GrowingCompletion:
         """The captured values of the finished text; its last token was sampled and never went through the model."""
         if self.captured is None:
             return None
-        return self.captured.arrays(len(self.request.prompt_token_ids) + max(len(self.token_ids), 1) - 1)
+        return self.captured.arrays(len(self.request.known_token_ids) + max(len(self.token_ids), 1) - 1)
 
     @cached_property
     def _growing_text(self) -> GrowingText | None:
@@ -236,7 +236,7 @@ class GrowingCompletion:
             return None
         request = self.request
         return GrowingText(
-            self._tokenizer, request.prompt_token_ids, self._params, stop_token_ids=request.stop_token_ids
+            self._tokenizer, request.known_token_ids, self._params, stop_token_ids=request.stop_token_ids
         )
 
     def _read_text(self, num_tokens: int, *, has_ended: bool) -> str | None:

@@ -9,16 +9,19 @@ It is the counterpart of Megatron's TextGenerationController.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.errors import INTERRUPTS
+from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.provenance import Provenance
 from jaxinfer.request import TokenEvent
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.text.answer import GrowingAnswer
 from jaxinfer.text.preparation import Preparation, Prompt, Submission
+from jaxinfer.tokenizer.detokenizer import IncrementalDetokenizer
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 
@@ -97,6 +100,40 @@ class TextGenerationController:
         submission = self._preparation.samples(prompt, params, add_special_tokens=add_special_tokens, ends_at=ends_at)
         self._engine.check_request(submission.requests[0])
         return submission
+
+    def prepare_fork(self, output: RequestOutput, params: SamplingParams, *, at: int, index: int = 0) -> Submission:
+        """Makes a submission that goes on from the middle of a generated text.
+
+        Args:
+          output: of an earlier request.
+          params: how to sample what follows.
+          at: tokens of the text to keep; below 0, as many fewer than all.
+          index: which of the output's texts.
+
+        Raises:
+          IndexError: the output has no such text, or the text not so many tokens.
+          ValueError: as prepare, or the kept tokens are not what the parameters' structured output could begin with.
+        """
+        if not 0 <= index < len(output.outputs):
+            raise IndexError(f"index must be in 0..{len(output.outputs) - 1}, the output's texts, got {index}")
+        token_ids = output.outputs[index].token_ids
+        if not -len(token_ids) <= at <= len(token_ids):
+            raise IndexError(f"at must be in {-len(token_ids)}..{len(token_ids)}, the text's tokens, got {at}")
+        kept = token_ids[: at if at >= 0 else len(token_ids) + at]
+        num_prompt = len(output.prompt_token_ids) - output.num_forked_tokens
+        prompt, before = output.prompt_token_ids[:num_prompt], output.prompt_token_ids[num_prompt:]
+        submission = self._preparation.samples(prompt, params, output_token_ids=before + kept)
+        self._engine.check_request(submission.requests[0])
+        return dataclasses.replace(submission, prompt=self._text_of_fork(output, kept, params))
+
+    def _text_of_fork(self, output: RequestOutput, kept: Sequence[int], params: SamplingParams) -> str | None:
+        """The text from which a fork goes on; None if there is no tokenizer, or the prompt was given as ids."""
+        if self._tokenizer is None or output.prompt is None:
+            return None
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer, output.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        return output.prompt + detokenizer.push(kept) + detokenizer.finish()
 
     def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams) -> Submission:
         """Tokenises and validates a prompt for a beam search.

@@ -84,20 +84,29 @@ class Preparation:
         self._bad_words = lru_cache(NUM_KEPT_WORDS)(self._make_bad_words)
 
     def samples(
-        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True, ends_at: int | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        output_token_ids: Sequence[int] = (),
+        add_special_tokens: bool = True,
+        ends_at: int | None = None,
     ) -> Submission:
-        """Makes a submission for sampling; arguments and errors as TextGenerationController.prepare's."""
+        """Makes a submission for sampling; arguments and errors as TextGenerationController.prepare's.
+
+        With output_token_ids, the samples go on after these tokens of an output.
+        """
         if params.stop_strings and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, this LLM has none; pass tokenizer=... or stop_token_ids")
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)[-(params.truncate_prompt_tokens or 0) :]
         number = next(self._numbers)
-        limit = (
-            params.max_tokens if params.max_tokens is not None else (ends_at or self._max_model_len) - len(token_ids)
-        )
+        room = (ends_at or self._max_model_len) - len(token_ids) - len(output_token_ids)
+        limit = room if params.max_tokens is None else params.max_tokens
         seed = self._hash(f"{self._seed}:{number}") if params.seed is None else params.seed
         first = Request(
             request_id=str(number),
             prompt_token_ids=token_ids,
+            output_token_ids=tuple(output_token_ids),
             max_tokens=max(limit, 1),
             stop_token_ids=self._stop_token_ids(params),
             temperature=params.temperature,
@@ -235,7 +244,7 @@ def _of_the_output(request: Request) -> Capture | None:
     capture = request.capture
     if capture is None:
         return None
-    start = max(capture.span.start, len(request.prompt_token_ids))
+    start = max(capture.span.start, len(request.known_token_ids))
     return dataclasses.replace(capture, span=dataclasses.replace(capture.span, start=start))
 
 

@@ -13,6 +13,7 @@ from jaxinfer.interventions import BoundIntervention, Intervention, intervention
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
 from jaxinfer.request import Request, TokenEvent
+from jaxinfer.research.gradients import logprob_fn
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sites import Site, Sites
 
@@ -44,5 +45,6 @@ __all__ = [
     "distributed",
     "generate",
     "intervention",
+    "logprob_fn",
     "register_model",
 ]

@@ -144,6 +144,7 @@ class RequestOutput:
       finished: whether all texts have ended.
       num_cached_tokens: prompt tokens whose keys and values came from the prefix cache.
       num_forked_tokens: in a fork, how many of the last tokens of its prompt are output of the text it was forked from.
+      weights_version: how often the weights of the LLM had been replaced when it was generated.
       metrics: when the request arrived, gave its first token and ended.
       sampling_params: the caller's; None for a beam search, and for an output that was not made by an LLM.
       beam_search_params: the caller's; None unless it is a beam search.
@@ -158,6 +159,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     num_forked_tokens: int = 0
+    weights_version: int = 0
     metrics: RequestMetrics = field(compare=False)
     sampling_params: SamplingParams | None = field(default=None, compare=False, repr=False)
     beam_search_params: BeamSearchParams | None = field(default=None, compare=False, repr=False)
@@ -170,11 +172,14 @@ class RequestOutput:
         Captures are not part of it.
 
         Raises:
-          ValueError: no LLM made this output, it is a fork, or it was made with interventions, which are functions.
+          ValueError: no LLM made this output, it is a fork, or it was made with interventions, which are functions, or
+            with weights other than those that the LLM had loaded.
         """
         params = self.sampling_params
         if self.provenance is None:
             raise ValueError("only outputs of an LLM have a record, this one has no provenance")
+        if self.weights_version:
+            raise ValueError("an output of replaced weights has no record, which names the loaded ones; export them")
         if self.num_forked_tokens:
             raise ValueError("a fork has no record of its own; keep that of the output it was forked from")
         if params is not None:

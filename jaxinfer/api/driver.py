@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from jaxinfer.errors import INTERRUPTS, EngineClosedError, RequestFailedError
@@ -159,6 +159,22 @@ class Ticket(Generic[AnswerT]):
             self.tell()
 
 
+class _Pause:
+    """Work for the driver's thread between requests.
+
+    Args:
+      work: what is done.
+      abort: whether running requests are ended for it.
+      refuse: what later requests are refused with; None takes them.
+    """
+
+    def __init__(self, work: Callable[[], None], *, abort: bool, refuse: EngineClosedError | None):
+        self.work = work
+        self.abort = abort
+        self.refuse = refuse
+        self.done: Future[None] = Future()
+
+
 class Driver(Generic[AnswerT]):
     """Runs a thread that steps a controller while it has unfinished requests, and sleeps otherwise.
 
@@ -173,6 +189,8 @@ class Driver(Generic[AnswerT]):
         self._changed = threading.Condition()
         self._inbox: deque[Ticket[AnswerT]] = deque()
         self._cancelled: deque[Ticket[AnswerT]] = deque()
+        self._pauses: deque[_Pause] = deque()
+        self._refusal: EngineClosedError | None = None
         self._open: set[Ticket[AnswerT]] = set()  # submitted and not ended, started or not
         self._tickets: dict[AnswerT, Ticket[AnswerT]] = {}  # started and not ended
         self._error: EngineClosedError | None = None
@@ -211,12 +229,28 @@ class Driver(Generic[AnswerT]):
         """
         tickets = [Ticket(submission, stream=stream, on_update=on_update) for submission in submissions]
         with self._changed:
-            if self._error is not None:
-                raise EngineClosedError(str(self._error)) from self._error.__cause__
+            self._require_running()
+            if self._refusal is not None:
+                raise EngineClosedError(str(self._refusal))
             self._open.update(tickets)
             self._inbox.extend(tickets)
             self._changed.notify()
         return tickets
+
+    def between_requests(
+        self, work: Callable[[], None], *, abort: bool = False, refuse: EngineClosedError | None = None
+    ) -> None:
+        """Waits until no request runs, and calls a function on the driver's thread; see Runner.between_requests."""
+        pause = _Pause(work, abort=abort, refuse=refuse)
+        with self._changed:
+            self._require_running()
+            self._pauses.append(pause)
+            self._changed.notify()
+        pause.done.result()
+
+    def _require_running(self) -> None:
+        if self._error is not None:
+            raise EngineClosedError(str(self._error)) from self._error.__cause__
 
     def cancel(self, tickets: Sequence[Ticket[AnswerT]]) -> None:
         """Cancels requests: their readers get a CancelledError at once, the engine drops them before its next step."""
@@ -253,14 +287,19 @@ class Driver(Generic[AnswerT]):
             self._error, self._closing, self._has_failed = error, True, True
             tickets = list(self._open)
             self._changed.notify()
+            pauses = list(self._pauses)
         for ticket in tickets:
             self._end(ticket, error)
+        _fail_pauses(pauses, error)
 
     def _run(self) -> None:
         error = EngineClosedError("the LLM was closed")
         try:
             while self._wait_for_work():
                 self._take_in()
+                if self._pauses and self._may_pause():
+                    self._do(self._pauses.popleft())
+                    continue
                 for answer in self._controller.step():
                     self._tell(answer, self._tickets[answer])
         except BaseException as cause:
@@ -271,25 +310,52 @@ class Driver(Generic[AnswerT]):
                 error = cause
         with self._changed:
             self._error = error
-            tickets = list(self._open)
+            tickets, pauses = list(self._open), list(self._pauses)
         for ticket in tickets:
             self._end(ticket, error)
+        _fail_pauses(pauses, error)
         self._on_end()
 
     def _wait_for_work(self) -> bool:
         """Waits until there is something to do; returns False if the driver is closing."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closing or self._inbox or self._cancelled or self._controller.has_unfinished()
+                lambda: (
+                    self._closing or self._inbox or self._cancelled or self._pauses or self._controller.has_unfinished()
+                )
             )
         return not self._closing
 
     def _take_in(self) -> None:
         """Starts the submissions and cancels the requests that other threads queued."""
-        while self._inbox:
+        while self._inbox and not self._pauses:
             self._start(self._inbox.popleft())
         while self._cancelled:
             self._drop(self._cancelled.popleft())
+
+    def _may_pause(self) -> bool:
+        """Whether no request runs, after those of an aborting pause were ended."""
+        if self._pauses[0].abort:
+            for answer, ticket in list(self._tickets.items()):
+                self._controller.forget(answer)
+                self._tell(answer, ticket)
+        return not self._controller.has_unfinished()
+
+    def _do(self, pause: _Pause) -> None:
+        try:
+            pause.work()
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
+            pause.done.set_exception(error)
+        else:
+            with self._changed:
+                self._refusal = pause.refuse
+                refused = list(self._inbox) if pause.refuse is not None else []
+            for ticket in refused:
+                self._inbox.remove(ticket)
+                self._end(ticket, EngineClosedError(str(pause.refuse)))
+            pause.done.set_result(None)
 
     def _start(self, ticket: Ticket[AnswerT]) -> None:
         if ticket.is_cancelled:
@@ -340,3 +406,9 @@ class Driver(Generic[AnswerT]):
         except BaseException as failure:  # whatever it is, the other readers must hear of their end, too
             logger.warning("a reader cannot be told of an error (%s): %r", error, failure)
         self._open.discard(ticket)
+
+
+def _fail_pauses(pauses: Sequence[_Pause], error: EngineClosedError) -> None:
+    for pause in pauses:
+        if not pause.done.done():
+            pause.done.set_exception(error)

@@ -19,11 +19,13 @@ from typing import Any, overload
 
 from jaxinfer.api.arguments import as_prompts, checked, one_each, score_params
 from jaxinfer.api.driver import Ticket
+from jaxinfer.api.export import export_checkpoint
 from jaxinfer.api.loaded_replicas import LoadedReplicas
 from jaxinfer.api.output_stream import OutputStream
 from jaxinfer.api.provenance import find_provenance
 from jaxinfer.api.runner import Runner
 from jaxinfer.api.scoring import Perplexity, Window, check_windows, sliding_windows
+from jaxinfer.api.served_weights import Pause, ServedWeights
 from jaxinfer.api.shared_engine import SharedEngine, opened
 from jaxinfer.checkpoint import directory as checkpoint_directory
 from jaxinfer.checkpoint.directory import DEMO
@@ -44,6 +46,7 @@ from jaxinfer.text.preparation import Prompt, Submission
 from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 from jaxinfer.tokenizer.load import load_tokenizer
 from jaxinfer.tokenizer.tokenizer import Tokenizer
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 
 logger = logging.getLogger("jaxinfer")
 
@@ -70,6 +73,9 @@ class LLM:
           print(llm.generate("In the beginning", SamplingParams(max_tokens=32)))
     """
 
+    _config_fields: Mapping[str, Any]
+    _directory: Path | None
+
     def __init__(self, model: str | Path = DEMO, *, tokenizer: str | Path | Tokenizer | None = None, **engine: Any):
         config = EngineConfig(**engine)
         with opened(config, model=model, tokenizer=tokenizer) as shared:
@@ -77,6 +83,7 @@ class LLM:
             if shared is not None:
                 shared.require_same_checkpoint(checkpoint_directory.fingerprint(path))
             fields = checkpoint_directory.read_json(path / "config.json")
+            self._config_fields, self._directory = fields, path
             self._start(
                 parse_model_config(fields),
                 SafetensorsStore(checkpoint_directory.weight_files(path)),
@@ -116,6 +123,7 @@ class LLM:
         with opened(settings, model=None, tokenizer=tokenizer) as shared:
             if shared is not None:
                 shared.require_same_checkpoint(store.fingerprint())
+            llm._config_fields, llm._directory = config, None
             llm._start(
                 parse_model_config(config),
                 store,
@@ -163,6 +171,7 @@ class LLM:
         ]
         self._controller = controllers[0]  # prepares the requests of all replicas
         self._runner = loaded.make_runner(controllers, provenance)
+        self._weights = ServedWeights(loaded.engines, self._runner)
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # The driver's thread must end with its LLM, also when the LLM is garbage-collected or Python exits.
@@ -557,6 +566,107 @@ class LLM:
           out.captures["layers.3.residual"].shape  # tokens, hidden size
         """
         return self._loaded.engine.sites
+
+    @property
+    def decoder(self) -> DecoderWrapper:
+        """The wrapper that runs the first replica's steps, for research code that needs its mesh and layout.
+
+        Raises:
+          ValueError: several processes hold the model.
+        """
+        return self._loaded.decoder
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The weights as nested dicts of jax.Array, sharded over the mesh as the engine reads them.
+
+        The names are those of the modules: params["layers"]["0"]["mlp"]["down"]["weight"] is [stages, out, in], with
+        the layers of all pipeline stages stacked. They are the very arrays that steps read, so do not donate them.
+
+        Raises:
+          ValueError: several processes hold the model, or the LLM sleeps.
+        """
+        return self._weights.params
+
+    @property
+    def weights_version(self) -> int:
+        """How often update_weights has replaced the weights; outputs carry the number with which they were made."""
+        return self._weights.version
+
+    def update_weights(
+        self, tree: Mapping[str, Any], *, only: Callable[[str], bool] | None = None, pause: Pause = "wait"
+    ) -> int:
+        """Replaces weights in place, between requests; nothing is compiled anew, and the prefix cache is flushed.
+
+        Args:
+          tree: nested dicts like params, with arrays of the same shapes, dtypes and shardings (or numpy arrays). They
+            are copied.
+          only: tells by dotted name, such as "layers.0.mlp.down.weight", which weights are replaced; the tree may then
+            lack the others. None replaces all.
+          pause: "wait" lets running requests finish first, "abort" ends them with finish reason "abort". Requests that
+            come meanwhile wait and get the new weights.
+
+        Returns:
+          The new weights_version.
+
+        Raises:
+          TypeError, ValueError: the tree does not fit, or has NaN or infinity in it; nothing was replaced.
+          EngineClosedError: the LLM is closed.
+        """
+        return self._weights.update(tree, only=only, pause=pause)
+
+    def sleep(self, *, pause: Pause = "wait") -> None:
+        """Frees the devices for something else; the weights stay in the host's memory, compiled programs are kept.
+
+        Requests are refused until wake_up.
+
+        Args:
+          pause: what happens to running requests, as update_weights'.
+        """
+        self._weights.sleep(pause=pause)
+
+    def wake_up(self) -> None:
+        """Brings the weights back to the devices, with an empty KV cache, and takes requests again."""
+        self._weights.wake_up()
+
+    def save_weights(self, directory: str | Path) -> None:
+        """Writes the weights to a new directory with Orbax, as they lie on the mesh, for load_weights.
+
+        Raises:
+          FileExistsError: the directory exists.
+        """
+        self._weights.save(directory)
+
+    def load_weights(self, directory: str | Path, *, pause: Pause = "wait") -> int:
+        """Replaces the weights by those that save_weights has written, of the same model and parallel sizes.
+
+        Args:
+          directory: from save_weights.
+          pause: as update_weights'.
+
+        Returns:
+          The new weights_version.
+
+        Raises:
+          FileNotFoundError: there is no such directory.
+          ValueError: it holds weights of another shape.
+        """
+        return self._weights.load(directory, pause=pause)
+
+    def export(self, directory: str | Path) -> None:
+        """Writes a checkpoint in Hugging Face's format, which LLM and transformers can load, whatever the mesh.
+
+        Beside config.json and the weights it has the tokenizer's and the other small files of the checkpoint that this
+        LLM was loaded from.
+
+        Args:
+          directory: a new directory.
+
+        Raises:
+          FileExistsError: it exists.
+          ValueError: several processes hold the model.
+        """
+        export_checkpoint(directory, self._loaded, self._config_fields, source=self._directory)
 
     def follow(self) -> None:
         """Takes part in what process 0 computes until that closes this LLM; for the other processes of a run.

@@ -22,6 +22,7 @@ from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.assembly import assemble, context_length, footprint
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.jax_start import start_jax
 from jaxinfer.wrappers.memory import Footprint
 
@@ -52,6 +53,7 @@ class LoadedEngine:
         replica: int = 0,
         shared: SharedReplica | None = None,
     ):
+        self.model_config = model_config
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
         with contextlib.nullcontext() if shared is None else shared.holders.loading(f"loading replica {replica}"):
             self.max_model_len = context_length(config, model_config)
@@ -78,6 +80,30 @@ class LoadedEngine:
         """The engine's statistics; num_compilations counts those of both models."""
         num_compilations = sum(wrapper.num_compilations for wrapper in self._wrappers)
         return dataclasses.replace(self.engine.stats(), num_compilations=num_compilations)
+
+    @property
+    def decoder(self) -> DecoderWrapper:
+        """The wrapper of the model itself, for what only a process that holds all of the model can do.
+
+        Raises:
+          ValueError: several processes hold the model together.
+        """
+        if not isinstance(self.wrapper, DecoderWrapper):
+            raise ValueError("the weights can be read and replaced where one process holds the whole model")
+        return self.wrapper
+
+    def sleep(self) -> None:
+        """Frees the devices; the weights of the model stay on the host. No request may run."""
+        self.engine.flush_prefix_cache()
+        for wrapper in self._wrappers:
+            if isinstance(wrapper, DecoderWrapper):
+                wrapper.sleep()
+
+    def wake_up(self) -> None:
+        """Brings back what sleep has taken from the devices."""
+        for wrapper in self._wrappers:
+            if isinstance(wrapper, DecoderWrapper):
+                wrapper.wake_up()
 
     def close(self) -> None:
         """Frees device memory; the engine cannot be used afterwards."""

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from jaxinfer.api.driver import Ticket
 from jaxinfer.api.output_stream import wait_for
 from jaxinfer.api.routing import Router
-from jaxinfer.api.runner import LocalRunner, Runner
+from jaxinfer.api.runner import LocalRunner, Runner, Work
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.engine.page_allocator import page_hashes
@@ -105,6 +105,15 @@ class ReplicatedRunner(Runner):
         found = [replica.stats() for replica in self._replicas]
         names = [entry.name for entry in dataclasses.fields(EngineStats)]
         return EngineStats(**{name: sum(getattr(stats, name) for stats in found) for name in names})
+
+    def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
+        """See Runner; all replicas wait at the same time."""
+
+        def on(replica: LocalRunner) -> None:
+            replica.between_requests(work, abort=abort, refuse=refuse)
+
+        with ThreadPoolExecutor(len(self._replicas)) as pool:
+            list(pool.map(on, self._replicas))
 
     def follow(self) -> None:
         """Refuses: there is no process to follow."""

@@ -18,6 +18,8 @@ from jaxinfer.outputs import RequestOutput
 from jaxinfer.text.controller import TextGenerationController
 from jaxinfer.text.preparation import Submission
 
+Work = Callable[[LoadedEngine, TextGenerationController], None]
+
 
 class Runner(ABC):
     """Runs prepared requests; any thread may use it."""
@@ -50,6 +52,23 @@ class Runner(ABC):
         """The engine's load and counts."""
 
     @abstractmethod
+    def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
+        """Waits until no request runs, does some work on the engine, and lets requests go on.
+
+        Requests that come meanwhile wait for it. Where there are replicas, each does the work in its own time.
+
+        Args:
+          work: called on the engine's thread with the engine and its controller.
+          abort: end the running requests with "abort" instead of waiting for them.
+          refuse: what later requests are refused with, until the next call; None takes them.
+
+        Raises:
+          ValueError: several processes hold the engine.
+          EngineClosedError: the engine is closed.
+          Whatever the work raises.
+        """
+
+    @abstractmethod
     def follow(self) -> None:
         """Takes part in what the leading process computes until it closes the engine."""
 
@@ -76,6 +95,7 @@ class LocalRunner(Runner):
 
     def __init__(self, loaded: LoadedEngine, controller: TextGenerationController):
         self._loaded = loaded
+        self._controller = controller
         self.driver = Driver(controller, on_end=loaded.close)
 
     @property
@@ -113,6 +133,10 @@ class LocalRunner(Runner):
     def stats(self) -> EngineStats:
         """See Runner."""
         return self._loaded.stats()
+
+    def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
+        """See Runner."""
+        self.driver.between_requests(lambda: work(self._loaded, self._controller), abort=abort, refuse=refuse)
 
     def follow(self) -> None:
         """Refuses: there is no process to follow."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jaxinfer.api.driver import Ticket
-from jaxinfer.api.runner import Runner
+from jaxinfer.api.runner import Runner, Work
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.distributed import FollowerRun, LeaderRun
 from jaxinfer.engine.dynamic_engine import EngineStats
@@ -27,6 +27,7 @@ from jaxinfer.records.provenance import Provenance
 from jaxinfer.text.preparation import Submission
 
 _WARM_UP = "warmup"
+_NOT_SHARED = "the weights can be replaced, and put to sleep, where one process holds the whole model"
 _ERRORS = (
     ValueError,
     TypeError,
@@ -86,6 +87,10 @@ class LeadingRunner(Runner):
     def stats(self) -> EngineStats:
         """See Runner."""
         return self._runner.stats()
+
+    def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
+        """Refuses: the other processes would not do it."""
+        raise ValueError(_NOT_SHARED)
 
     def follow(self) -> None:
         """Refuses: this process leads."""
@@ -182,6 +187,10 @@ class FollowingRunner(Runner):
 
     def cancel(self, ticket: Ticket) -> None:
         """Does nothing: there is no ticket."""
+
+    def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
+        """Refuses: the other processes would not do it."""
+        raise ValueError(_NOT_SHARED)
 
     def follow(self) -> None:
         """Takes part in what the leader computes until it closes the engine."""

@@ -28,14 +28,13 @@ from safetensors.flax import save_file
 
 from jaxinfer.checkpoint.exporter import export_parameters
 from jaxinfer.communication.mesh import make_mesh
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.demo import corpus
-from jaxinfer.kernels.segment import Segment
-from jaxinfer.layers.attention import TokenBatch
-from jaxinfer.layers.kv_cache import LayerCache
 from jaxinfer.models import llama
 from jaxinfer.models.decoder import TransformerDecoder
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import parse_model_config
+from jaxinfer.wrappers.whole_texts import run_whole_texts, token_logprobs, whole_texts
 
 logger = logging.getLogger("jaxinfer.demo")
 
@@ -98,22 +97,13 @@ def initial_parameters(graph: nnx.State, key: PRNGKeyArray) -> nnx.State:
     return jax.tree.unflatten(structure, [drawn(path, value, i) for i, (path, value) in enumerate(leaves)])
 
 
-def sequence_batch(token_ids: Int[Array, "R Q"]) -> TokenBatch:
-    """Whole sequences as one segment, each a row with one KV page of its own (from 1 on: page 0 is the dump page)."""
-    rows, length = token_ids.shape
-    pages = 1 + jnp.arange(rows, dtype=jnp.int32)
-    full = jnp.full(rows, length, jnp.int32)
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), rows)
-    return TokenBatch(
-        positions=positions,
-        pages=jnp.repeat(pages, length),
-        offsets=positions,
-        segments=(Segment(pages[:, None], full, full, pages, num_queries=length),),
-    )
-
-
 def token_losses(
-    model: TransformerDecoder, token_ids: Int[Array, "R L"], dropout_key: PRNGKeyArray | None = None
+    model: TransformerDecoder,
+    token_ids: Int[Array, "R L"],
+    dropout_key: PRNGKeyArray | None = None,
+    *,
+    config: ModelConfig,
+    layout: Layout,
 ) -> Float[Array, " T"]:
     """The negative log-probability in nats of every token but each row's first; runs inside a shard_map.
 
@@ -121,17 +111,14 @@ def token_losses(
       model: the engine's module.
       token_ids: int32[R, Q + 1].
       dropout_key: key for the dropout of the embeddings in training; None for no dropout.
+      config, layout: those that the model was built from.
     """
-    batch = sequence_batch(token_ids[:, :-1])
-    rows, length = batch.segments[0].kv_len.shape[0], token_ids.shape[1] - 1
-    shape = (rows + 1, CONFIG["num_key_value_heads"], length, CONFIG["head_dim"])
-    caches = [LayerCache(keys=jnp.zeros(shape), values=jnp.zeros(shape)) for _ in model.layers]
+    batch = whole_texts(token_ids.shape[0], token_ids.shape[1] - 1)
     x = model.embed(token_ids[:, :-1].ravel(), batch.positions)
     if dropout_key is not None:
         x = jnp.where(jax.random.bernoulli(dropout_key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
-    x, _ = model.run_layers(x, caches, batch)
-    logits = model.head.logits(model.final_norm(x))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, token_ids[:, 1:].ravel())
+    x = run_whole_texts(model, x, batch, config=config, layout=layout)
+    return -token_logprobs(model.head.logits(model.final_norm(x)), token_ids[:, 1:].ravel())
 
 
 class Trainer:
@@ -168,16 +155,19 @@ class Trainer:
             replicated = PartitionSpec()
             return jax.shard_map(function, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
 
+        def losses_of(parameters: nnx.State, ids: Array, key: PRNGKeyArray | None = None) -> Array:
+            return token_losses(nnx.merge(graph, parameters), ids, key, config=config, layout=layout)
+
         @jax.jit
         def update(parameters: nnx.State, optimizer_state: Any, token_ids: Array, step: Array) -> Any:
             key = jax.random.fold_in(jax.random.key(SEED + 1), step)
-            losses = sharded(lambda parameters, ids, key: token_losses(nnx.merge(graph, parameters), ids, key))
+            losses = sharded(losses_of)
             loss, gradients = jax.value_and_grad(lambda p: losses(p, token_ids, key).mean())(parameters)
             updates, optimizer_state = optimizer.update(gradients, optimizer_state, parameters)
             return optax.apply_updates(parameters, updates), optimizer_state, loss
 
         self._update = update
-        self._losses = jax.jit(sharded(lambda parameters, ids: token_losses(nnx.merge(graph, parameters), ids)))
+        self._losses = jax.jit(sharded(losses_of))
 
     def train(self, token_ids: np.ndarray) -> float:
         """Makes one optimizer step on a batch int32[R, Q + 1]; returns its mean loss in nats per token."""

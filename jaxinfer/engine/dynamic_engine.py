@@ -379,6 +379,10 @@ class DynamicEngine:
             return ()
         return self._drafter.plan(sequence, most)
 
+    def flush_prefix_cache(self) -> None:
+        """Forgets what the prefix cache can find, as its keys and values are those of weights that are replaced."""
+        self._scheduler.pages.flush()
+
     def num_cached_pages(self, page_hashes: Sequence[bytes]) -> int:
         """How many pages of a text's beginning the prefix cache has at present; any thread may ask.
 

@@ -38,7 +38,8 @@ class MixtureOfExperts(nnx.Module):
       config: the model's numbers.
       num_stages, num_shards: pipeline stages and tensor shards.
       dtype: of the parameters.
-      backend: name of the kernel backend; "pallas" computes the experts with kernels for GPUs, the others in a loop.
+      backend: name of the kernel backend; "pallas" computes the experts with kernels for GPUs, "xla" in a loop, and
+        "reference" computes every expert for every token, which can be differentiated.
 
     Source: Shazeer et al. 2017, "Outrageously Large Neural Networks"; the router as in transformers' Mixtral and
     Qwen3-MoE: a softmax in float32 over all experts, of which the most likely are kept; their probabilities are scaled
@@ -76,7 +77,7 @@ class MixtureOfExperts(nnx.Module):
         here = (local >= 0) & (local < self.num_local) & live[:, None]
         gate_up = self.gate_up[0].reshape(self.num_local, -1, x.shape[1])
         down = self.down[0].reshape(self.num_local, x.shape[1], -1)
-        compute = expert_groups if self.backend == "pallas" else expert_loop
+        compute = {"pallas": expert_groups, "reference": expert_dense}.get(self.backend, expert_loop)
         y = compute(
             x,
             jnp.where(here, local, self.num_local),

@@ -36,6 +36,7 @@ class GrowingAnswer:
       tokenizer: None makes outputs with token ids only.
       eos_token_ids: the end tokens of the checkpoint.
       provenance: put into every output, for its record; None makes outputs without a record.
+      weights_version: how often the model's weights had been replaced when it began.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class GrowingAnswer:
         tokenizer: Tokenizer | None,
         eos_token_ids: frozenset[int],
         provenance: Provenance | None,
+        weights_version: int = 0,
     ):
         self.submission = submission
         self.error: BaseException | None = None
         self._tokenizer = tokenizer
         self._provenance = provenance
+        self._weights_version = weights_version
         requests = submission.requests
         count = len(requests) if submission.beam_search is None else submission.beam_search.num_return_sequences
         self.completions = [
@@ -158,6 +161,7 @@ class GrowingAnswer:
             sampling_params=submission.params if submission.beam_search is None else None,
             beam_search_params=submission.beam_search,
             provenance=self._provenance,
+            weights_version=self._weights_version,
         )
 
     def _with_captures_of_prompt(self, outputs: Sequence[CompletionOutput]) -> tuple[CompletionOutput, ...]:

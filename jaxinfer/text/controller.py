@@ -56,6 +56,8 @@ class TextGenerationController:
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._provenance = provenance
+        self.weights_version = 0
+        """How often the model's weights were replaced before the requests that are submitted now."""
         self._preparation = Preparation(
             tokenizer,
             defaults=defaults,
@@ -167,6 +169,7 @@ class TextGenerationController:
             tokenizer=self._tokenizer,
             eos_token_ids=self._preparation.eos_token_ids,
             provenance=self._provenance,
+            weights_version=self.weights_version,
         )
         requests, params = submission.requests, submission.params
         if params.max_tokens == 0 and params.prompt_logprobs is None and params.capture is None:

@@ -138,6 +138,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         )
         self._arrays = self._step_programs.allocate(parameters)
         self._edited_slots: set[int] = set()
+        self._asleep: dict[str, np.ndarray] | None = None  # the parameters while they are not on the devices
+        self.layout = layout
+        self.mesh = mesh
         traces = {
             "forward": self._step_programs.forward,
             "tapped": self._step_programs.tapped,
@@ -205,6 +208,37 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def weight_bytes(self) -> int:
         """Bytes of the parameters over all devices, replicas counted once."""
         return sum(leaf.nbytes for leaf in self._arrays.leaves)
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """The parameters by dotted name; the arrays are those that steps read, so they must not be donated.
+
+        Raises:
+          ValueError: the wrapper sleeps.
+        """
+        if self._asleep is not None:
+            raise ValueError("the weights are not on the devices, since the LLM sleeps; call wake_up()")
+        return dict(zip(self._step_programs.parameter_names, self._arrays.leaves, strict=True))
+
+    def replace_params(self, new: dict[str, jax.Array]) -> None:
+        """Lets all later steps read other arrays in the place of some parameters; `replacements` has checked them."""
+        leaves = self._step_programs.leaves(self.params | new)
+        self._arrays.leaves, self._arrays.head_leaves = leaves["leaves"], leaves["head_leaves"]
+
+    def sleep(self) -> None:
+        """Copies the parameters to the host and frees all device memory; no step may be in flight."""
+        if self._asleep is None:
+            # A copy: on CPUs, np.asarray would give a view of the memory that is freed.
+            self._asleep = {name: np.array(array) for name, array in self.params.items()}
+            self._free()
+
+    def wake_up(self) -> None:
+        """Brings the parameters back, with an empty KV pool."""
+        if self._asleep is not None:
+            shardings = zip(self._asleep.items(), self._step_programs.parameter_shardings, strict=True)
+            arrays = {name: jax.device_put(array, sharding) for (name, array), sharding in shardings}
+            self._arrays, self._asleep = self._step_programs.allocate_with(arrays), None
+            self._edited_slots.clear()
 
     def launch(self, batch: StepBatch) -> StepHandle:
         """Starts a step and returns without waiting for the device.
@@ -385,11 +419,14 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     def close(self) -> None:
         """Frees weights, KV pages and state; the wrapper cannot be used afterwards."""
+        self._free()
+        self._programs.clear()
+
+    def _free(self) -> None:
         self._tapping.close()
         for array in self._arrays.all:
             if not array.is_deleted():
                 array.delete()
-        self._programs.clear()
 
     def compiled(self, name: str, *arguments: Any) -> jax.stages.Compiled:
         """A program of StepPrograms by name, for reading its memory plan and text."""

@@ -146,10 +146,13 @@ class StepPrograms:
 
     def allocate(self, parameters: nnx.State) -> StepArrays:
         """The arrays for a first step: parameters, which lie on the mesh already, an empty cache, nothing in flight."""
-        arrays = dict(nnx.to_flat_state(parameters))
+        arrays = {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(parameters)}
+        return self.allocate_with({name: arrays[name] for name in self.parameter_names})
+
+    def allocate_with(self, arrays: dict[str, jax.Array]) -> StepArrays:
+        """As allocate, with the parameters by name."""
         return StepArrays(
-            leaves=[arrays[path[1:]][...] for path in self._step.paths],  # without the step's own name for its model
-            head_leaves=[arrays[(*self._head_path, *path)][...] for path in self._head.paths],
+            **self.leaves(arrays),
             state=[jax.device_put(np.zeros(x.shape, x.dtype), self._on_mesh(REPLICATED)) for x in self._state],
             caches=[jnp.zeros(x.shape, x.dtype, device=self._on_mesh(KV_PAGES)) for x in self._caches],
             ring=[
@@ -157,6 +160,24 @@ class StepPrograms:
                 for x, spec in zip(self._ring, self._ring_specs, strict=True)
             ],
         )
+
+    def leaves(self, arrays: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
+        """The fields of StepArrays that hold parameters, from the parameters by name."""
+        head = [_dotted((*self._head_path, *path)) for path in self._head.paths]
+        return {
+            "leaves": [arrays[name] for name in self.parameter_names],
+            "head_leaves": [arrays[name] for name in head],
+        }
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The names of StepArrays.leaves, such as "layers.0.mlp.down.weight"."""
+        return [_dotted(path[1:]) for path in self._step.paths]  # without the step's own name for its model
+
+    @property
+    def parameter_shardings(self) -> list[NamedSharding]:
+        """How each of StepArrays.leaves lies on the mesh."""
+        return [self._on_mesh(spec) for spec in self._step.specs]
 
     def allocate_edits(self) -> list[jax.Array]:
         """The leaves of an EditState for all slots, made on demand, since only some requests have logit edits."""
@@ -409,6 +430,10 @@ class _Parameters:
     def merge(self, leaves: list[Any]) -> Any:
         """The module with these arrays as its parameters."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 def _flat(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:

@@ -181,8 +181,9 @@ class Tapping:
         return StepCaptures(decode=decode, prefill=prefill, failed_decode=failed[0], failed_prefill=failed[1])
 
     def close(self) -> None:
-        """Frees the parameters of hooks."""
+        """Frees the parameters of hooks; what was placed has to be placed anew."""
         self._tables.close()
+        self._known.clear()
 
     def _plan(self, handles: Sequence[StepHandle]) -> TapPlan:
         taps = [handle.batch.taps for handle in handles if handle.batch.taps is not None]

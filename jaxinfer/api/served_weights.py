@@ -1,0 +1,86 @@
+"""The weights of an LLM: reading, replacing, putting to sleep, saving and loading them.
+
+Owns: what has to happen around a change (requests wait, the prefix cache is flushed, the version grows).
+Does not know: how arrays lie on a mesh, prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxinfer.api.loaded_engine import LoadedEngine
+from jaxinfer.api.runner import Runner
+from jaxinfer.checkpoint import orbax
+from jaxinfer.config.validation import require_choice
+from jaxinfer.errors import EngineClosedError
+from jaxinfer.text.controller import TextGenerationController
+from jaxinfer.wrappers.parameters import as_tree, replacements
+
+Pause = Literal["wait", "abort"]
+_ASLEEP = "the LLM sleeps; call wake_up() first"
+
+
+class ServedWeights:
+    """The weights of all replicas of a model, which one process holds.
+
+    Args:
+      engines: the replicas.
+      runner: runs their requests.
+    """
+
+    def __init__(self, engines: Sequence[LoadedEngine], runner: Runner):
+        self._engines = engines
+        self._runner = runner
+        self.version = 0
+        """How often the weights were replaced."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The first replica's parameters as nested dicts; see LLM.params."""
+        return as_tree(self._engines[0].decoder.params)
+
+    def update(self, tree: Mapping[str, Any], *, only: Callable[[str], bool] | None, pause: Pause) -> int:
+        """Replaces parameters and returns the new version; see LLM.update_weights."""
+        require_choice("pause", pause, ("wait", "abort"))
+        decoders = [engine.decoder for engine in self._engines]
+        new = replacements(tree, decoders[0].params, only=only)  # before anybody has to wait
+        version = self.version + 1
+
+        def replace(loaded: LoadedEngine, controller: TextGenerationController) -> None:
+            decoder = loaded.decoder
+            own = {
+                name: array if decoder is decoders[0] else jax.device_put(array, decoder.params[name].sharding)
+                for name, array in new.items()
+            }
+            decoder.replace_params(own)
+            loaded.engine.flush_prefix_cache()
+            controller.weights_version = version
+
+        self._runner.between_requests(replace, abort=pause == "abort")
+        self.version = version
+        return version
+
+    def sleep(self, *, pause: Pause) -> None:
+        """Frees the devices; see LLM.sleep."""
+        require_choice("pause", pause, ("wait", "abort"))
+        for engine in self._engines:
+            _ = engine.decoder  # several processes cannot sleep
+        self._runner.between_requests(
+            lambda loaded, _: loaded.sleep(), abort=pause == "abort", refuse=EngineClosedError(_ASLEEP)
+        )
+
+    def wake_up(self) -> None:
+        """Takes requests again; see LLM.wake_up."""
+        self._runner.between_requests(lambda loaded, _: loaded.wake_up())
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the parameters with Orbax; see LLM.save_weights."""
+        orbax.save(directory, self.params)
+
+    def load(self, directory: str | Path, *, pause: Pause) -> int:
+        """Replaces the parameters by saved ones; see LLM.load_weights."""
+        return self.update(orbax.load(directory, like=self.params), only=None, pause=pause)

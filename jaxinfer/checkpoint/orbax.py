@@ -1,0 +1,63 @@
+"""Saves and loads trees of arrays in Orbax's format; the only module that imports Orbax.
+
+Owns: the form of a saved tree, errors about files.
+Does not know: what the arrays are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def save(directory: str | Path, tree: Mapping[str, Any]) -> None:
+    """Writes nested dicts of arrays to a new directory; each device writes what it holds.
+
+    Raises:
+      FileExistsError: there is such a directory already.
+    """
+    from orbax.checkpoint import StandardCheckpointer  # takes a second, which only those who save should wait
+
+    path = Path(directory).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another directory for the weights or remove it")
+    with StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, dict(tree))
+
+
+def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what save has written, onto the devices on which the arrays of a like tree are.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      ValueError: it holds another tree, or arrays of other shapes.
+    """
+    from orbax.checkpoint import StandardCheckpointer
+
+    path = Path(directory).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"no saved weights at {path}")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
+    with StandardCheckpointer() as checkpointer:
+        saved = {_name(key): entry for key, entry in _leaves(checkpointer.metadata(path).item_metadata.tree)}
+        wanted = {_name(key): entry for key, entry in _leaves(shapes)}
+        for name, entry in wanted.items():
+            found = saved.get(name)
+            if found is None or tuple(found.shape) != entry.shape:
+                what = "no such array" if found is None else str(list(found.shape))
+                raise ValueError(
+                    f"{name} must have shape {list(entry.shape)}, got {what} in {path}; weights are saved as they lie "
+                    "on a mesh, so load them into an LLM of the same model and parallel sizes (export for others)"
+                )
+        return checkpointer.restore(path, shapes)
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _name(path: Any) -> str:
+    return ".".join(str(key.key) for key in path)

@@ -10,6 +10,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
 from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
 from jaxinfer.interventions import BoundIntervention, Intervention, intervention
+from jaxinfer.logits_functions import LogitsFunction, logits_processor, sampler
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
 from jaxinfer.request import Request, TokenEvent
@@ -31,6 +32,7 @@ __all__ = [
     "EngineStats",
     "GenerationRecord",
     "Intervention",
+    "LogitsFunction",
     "Logprob",
     "ModelConfig",
     "ModelFamily",
@@ -45,6 +47,8 @@ __all__ = [
     "distributed",
     "generate",
     "intervention",
+    "logits_processor",
     "logprob_fn",
     "register_model",
+    "sampler",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Intervention:
           TypeError, ValueError: as at.
         """
         self._require_known(arrays)
-        return replace(self, constants={**self.constants, **_as_arrays(self.name, arrays)})
+        return replace(self, constants={**self.constants, **parameter_arrays(str(self), arrays)})
 
     def at(self, site: str, /, *, tokens: Tokens = "all", **parameters: Any) -> BoundIntervention:
         """The intervention at a site, for SamplingParams(interventions=[...]).
@@ -64,24 +64,27 @@ class Intervention:
           ValueError: a parameter is NaN or infinite, or tokens is none of those above.
         """
         self._require_known(parameters)
-        known = _parameters_of(self.function)
+        known = function_parameters(self.function)
         missing = [name for name, needed in known.items() if needed and name not in {*parameters, *self.constants}]
         if missing:
-            raise TypeError(f"intervention {self.name} needs {', '.join(missing)}")
+            raise TypeError(f"{self} needs {', '.join(missing)}")
         return BoundIntervention(
             intervention=self,
             site=site,
             tokens=require_tokens("tokens", tokens),
-            parameters=_as_arrays(self.name, parameters),
+            parameters=parameter_arrays(str(self), parameters),
         )
 
+    def __str__(self) -> str:
+        return f"intervention {self.name}"
+
     def _require_known(self, given: Mapping[str, Any]) -> None:
-        known = _parameters_of(self.function)
+        known = function_parameters(self.function)
         for name in given:
             if name not in known:
                 raise unknown_keyword(name, known)
             if name in self.constants:
-                raise TypeError(f"{name} of intervention {self.name} is a constant already")
+                raise TypeError(f"{name} of {self} is a constant already")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -101,24 +104,44 @@ class BoundIntervention:
     parameters: Mapping[str, np.ndarray]
 
 
+@runtime_checkable
+class SiteFunction(Protocol):
+    """What HookKind needs of an intervention, or of a processor of logits."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The user's function."""
+        ...
+
+    @property
+    def per_token(self) -> tuple[str, ...]:
+        """Names of the parameters that have an entry for each token."""
+        ...
+
+    @property
+    def constants(self) -> Mapping[str, np.ndarray]:
+        """Parameters that are the same for all requests."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class HookKind:
     """What the requests that share a program have in common of an intervention at one site.
 
     Args:
-      intervention: what is done.
+      intervention: what is done; a processor of logits is one, too.
       site: a site's name.
       ordinal: how many interventions of its request come before it at this site.
       signature: (name, dims, dtype) of the parameters of a request.
     """
 
-    intervention: Intervention
+    intervention: SiteFunction
     site: str
     ordinal: int
     signature: tuple[tuple[str, tuple[int, ...], str], ...]
 
     def __str__(self) -> str:
-        return f"intervention {self.intervention.name} at {self.site}"
+        return f"{self.intervention} at {self.site}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -138,6 +161,23 @@ class Hook:
     prompt_len: int
 
 
+class HookTable(NamedTuple):
+    """The parameters of one kind of hook on the devices: a row for each request that may use it; row 0 is nobody's.
+
+    Args:
+      start, stop: int32[N], the positions of each row that are changed.
+      prompt_len: int32[N], tokens of each row's prompt.
+      parameters: by name, [N, ...]; per_token ones are [N, L, ...] with entries from position `start` on.
+      constants: by name, the same for all rows.
+    """
+
+    start: Any
+    stop: Any
+    prompt_len: Any
+    parameters: dict[str, Any]
+    constants: dict[str, Any]
+
+
 def bound_hooks(bound: Sequence[BoundIntervention], sites: Sites, *, prompt_len: int) -> tuple[Hook, ...]:
     """The hooks of a request, one for each site that its interventions name.
 
@@ -151,7 +191,7 @@ def bound_hooks(bound: Sequence[BoundIntervention], sites: Sites, *, prompt_len:
             if name in entry.parameters:
                 num_tokens = len(np.atleast_1d(entry.parameters[name]))
                 if not entry.parameters[name].ndim:
-                    raise ValueError(f"{name} of intervention {entry.intervention.name} must have an axis of tokens")
+                    raise ValueError(f"{name} of {entry.intervention} must have an axis of tokens")
                 end = span.start + num_tokens
                 span = TokenSpan(span.start, end if span.stop is None else min(span.stop, end))
         signature = tuple((name, array.shape, array.dtype.name) for name, array in sorted(entry.parameters.items()))
@@ -198,7 +238,7 @@ def intervention(function: Callable[..., Any] | None = None, /, *, per_token: Se
 
 
 def _make(function: Callable[..., Any], per_token: Sequence[str]) -> Intervention:
-    known = _parameters_of(function)
+    known = function_parameters(function)
     if "tokens" in known:
         raise TypeError("a parameter of an intervention cannot be called tokens, which chooses the tokens it changes")
     for name in per_token:
@@ -207,22 +247,26 @@ def _make(function: Callable[..., Any], per_token: Sequence[str]) -> Interventio
     return Intervention(function=function, per_token=tuple(per_token))
 
 
-def _parameters_of(function: Callable[..., Any]) -> dict[str, bool]:
-    """The function's parameters by name, and whether they have no default."""
+def function_parameters(function: Callable[..., Any]) -> dict[str, bool]:
+    """The parameters of a function (x, context, *, parameters) by name, and whether they have no default.
+
+    Raises:
+      TypeError: the function takes other arguments.
+    """
     entries = list(inspect.signature(function).parameters.values())
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if [entry.kind in positional for entry in entries[:2]] != [True, True] or any(
         entry.kind is not inspect.Parameter.KEYWORD_ONLY for entry in entries[2:]
     ):
         raise TypeError(
-            f"an intervention is a function (x, context, *, parameters), got {function!r} with "
-            f"{inspect.signature(function)}; put a * in front of the parameters"
+            f"expected a function (x, context, *, parameters), got {function!r} with {inspect.signature(function)}; "
+            "put a * in front of the parameters"
         )
     return {entry.name: entry.default is inspect.Parameter.empty for entry in entries[2:]}
 
 
-def _as_arrays(owner: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Numbers and arrays as numpy arrays of 32 bits.
+def parameter_arrays(owner: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Numbers and arrays as numpy arrays of 32 bits; owner is whose they are, for error messages.
 
     Raises:
       TypeError: a value is not made of numbers.
@@ -234,9 +278,9 @@ def _as_arrays(owner: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if array.dtype.kind == "V" and hasattr(value, "astype"):  # bfloat16
             array = np.asarray(value.astype(np.float32))
         if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} of intervention {owner} must be numbers, got dtype {array.dtype}")
+            raise TypeError(f"{name} of {owner} must be numbers, got dtype {array.dtype}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{name} of intervention {owner} must be finite, got NaN or infinity")
+            raise ValueError(f"{name} of {owner} must be finite, got NaN or infinity")
         wanted = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.bool_}[array.dtype.kind]
         arrays[name] = array.astype(wanted)
     return arrays

@@ -172,8 +172,8 @@ class RequestOutput:
         Captures are not part of it.
 
         Raises:
-          ValueError: no LLM made this output, it is a fork, or it was made with interventions, which are functions, or
-            with weights other than those that the LLM had loaded.
+          ValueError: no LLM made this output, it is a fork, or it was made with functions of the caller's
+            (interventions and the like) or with weights other than those that the LLM had loaded.
         """
         params = self.sampling_params
         if self.provenance is None:
@@ -183,8 +183,8 @@ class RequestOutput:
         if self.num_forked_tokens:
             raise ValueError("a fork has no record of its own; keep that of the output it was forked from")
         if params is not None:
-            if params.interventions:
-                raise ValueError("an output with interventions has no record: functions cannot be written down")
+            if params.interventions or params.logits_processors or params.sampler:
+                raise ValueError("an output of functions of the caller's has no record: they cannot be written down")
             params = dataclasses.replace(params, capture=None, capture_tokens="all")
         return GenerationRecord(
             provenance=self.provenance,

@@ -82,6 +82,7 @@ class Request:
       constraint: which tokens may come; None allows all.
       capture: which values inside the model are kept; None for none.
       hooks: interventions on values inside the model.
+      logits_hooks: processors of its logits, and a sampler in place of the engine's.
     """
 
     request_id: str
@@ -101,6 +102,7 @@ class Request:
     constraint: TokenConstraint | None = None
     capture: Capture | None = None
     hooks: tuple[Hook, ...] = ()
+    logits_hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -124,8 +126,8 @@ class Request:
 
     @property
     def is_edited(self) -> bool:
-        """Whether edits or a constraint change the logits that its tokens are sampled from."""
-        return self.edits is not None or self.constraint is not None
+        """Whether edits, a constraint or functions of its own change the logits that its tokens are sampled from."""
+        return self.edits is not None or self.constraint is not None or bool(self.logits_hooks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

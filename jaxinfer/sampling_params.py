@@ -16,6 +16,7 @@ from jaxinfer.config.keywords import names_nearest_field
 from jaxinfer.config.validation import require_bool, require_float, require_int
 from jaxinfer.constraints.structured_output import StructuredOutput
 from jaxinfer.interventions import BoundIntervention
+from jaxinfer.logits_functions import BoundLogitsFunction
 from jaxinfer.request import MAX_LOGPROBS, LogitEdits
 from jaxinfer.sites import Tokens, require_tokens
 
@@ -64,6 +65,22 @@ def _require_interventions(name: str, value: object) -> tuple[BoundIntervention,
     if not isinstance(entries, Sequence) or not all(isinstance(entry, BoundIntervention) for entry in entries):
         raise TypeError(f"{name} must be a sequence of what Intervention.at returns, got {value!r}")
     return tuple(entries)
+
+
+def _require_processors(name: str, value: object) -> tuple[BoundLogitsFunction, ...]:
+    entries = (value,) if isinstance(value, BoundLogitsFunction) else value
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, BoundLogitsFunction) for entry in entries):
+        raise TypeError(f"{name} must be a sequence of what a logits processor's using() returns, got {value!r}")
+    for entry in entries:
+        if entry.function.role != "processor":
+            raise ValueError(f"{name} must be logits processors, got {entry.function}")
+    return tuple(entries)
+
+
+def _require_sampler(name: str, value: object) -> BoundLogitsFunction:
+    if not isinstance(value, BoundLogitsFunction) or value.function.role != "sampler":
+        raise TypeError(f"{name} must be what a sampler's using() returns, got {value!r}")
+    return value
 
 
 def _require_early_stopping(name: str, value: object) -> EarlyStopping:
@@ -122,6 +139,9 @@ class SamplingParams:
         positions in prompt and output, in which negative numbers count from the end of the prompt.
       interventions: what is done to values inside the model, each made by Intervention.at; several at one site are
         called in this order.
+      logits_processors: functions that change the logits before temperature and filters, each made by
+        LogitsFunction.using; called in this order, after all other edits.
+      sampler: takes the place of temperature, top_k, top_p and min_p; made by LogitsFunction.using.
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
@@ -154,6 +174,8 @@ class SamplingParams:
     capture: Sequence[str] | None = None
     capture_tokens: Tokens = "all"
     interventions: Sequence[BoundIntervention] | None = None
+    logits_processors: Sequence[BoundLogitsFunction] | None = None
+    sampler: BoundLogitsFunction | None = None
 
     def __post_init__(self) -> None:
         keep, keep_unless_none = partial(_keep, self), partial(_keep_unless_none, self)
@@ -187,6 +209,8 @@ class SamplingParams:
         keep_unless_none("capture", _require_strings)
         keep("capture_tokens", require_tokens)
         keep_unless_none("interventions", _require_interventions)
+        keep_unless_none("logits_processors", _require_processors)
+        keep_unless_none("sampler", _require_sampler)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -17,7 +17,19 @@ from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
-PROGRAMS = ("forward", "tapped", "place", "sample", "sample_edited", "score", "edit", "allow", "logits", "copy")
+PROGRAMS = (
+    "forward",
+    "tapped",
+    "place",
+    "sample_by",
+    "sample",
+    "sample_edited",
+    "score",
+    "edit",
+    "allow",
+    "logits",
+    "copy",
+)
 
 
 def share_programs() -> None:

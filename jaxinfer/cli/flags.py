@@ -28,7 +28,7 @@ from jaxinfer.sampling_params import SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)
 """Both classes have a field `seed`; the flag sets that of the first class, SamplingParams, as in generate()."""
-IN_PYTHON_ONLY = {"capture", "capture_tokens", "interventions"}
+IN_PYTHON_ONLY = {"capture", "capture_tokens", "interventions", "logits_processors", "sampler"}
 """Fields without a flag, since they hold functions or make arrays."""
 _OF_THE_CHECKPOINT = {entry.name for entry in dataclasses.fields(GenerationDefaults)}
 """Names of the fields of GenerationDefaults. The sampling fields among them (temperature, top_k, top_p) come from the

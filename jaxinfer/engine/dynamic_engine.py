@@ -26,12 +26,12 @@ from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import SequenceState
 from jaxinfer.engine.step_taps import TapPlanner, failed_hooks, keep_captures
 from jaxinfer.errors import INTERRUPTS
-from jaxinfer.interventions import HookKind
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.sites import Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
+from jaxinfer.wrappers.step_taps import StepTaps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,11 +109,11 @@ class FailedRequest:
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A launched step, and the kinds of its hooks."""
+    """A launched step."""
 
     handle: Any
     schedule: Schedule
-    hook_kinds: tuple[HookKind, ...]
+    taps: StepTaps | None
 
 
 class DynamicEngine:
@@ -287,8 +287,7 @@ class DynamicEngine:
             rows_to_sample = self._sampled_with(schedule)
             masks = self._masks(rows_to_sample)
             batch = make_batch(schedule, self._wrapper.shapes, masks, self._taps)
-            kinds = () if batch.taps is None else batch.taps.kinds
-            self._in_flight.append(_InFlight(self._wrapper.launch(batch), schedule, kinds))
+            self._in_flight.append(_InFlight(self._wrapper.launch(batch), schedule, batch.taps))
             self._num_steps += bool(schedule)
             self._end_failed(rows_to_sample)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
@@ -371,7 +370,7 @@ class DynamicEngine:
         if request.capture is not None:
             self._wrapper.check_captures(request.capture.sites)
             self.check_capture_bytes([request])
-        for hook in request.hooks:
+        for hook in (*request.hooks, *request.logits_hooks):
             self._wrapper.check_hook(hook.kind)
 
     def _plan_drafts(self, sequence: SequenceState, most: int) -> Sequence[int]:
@@ -419,9 +418,9 @@ class DynamicEngine:
         if result.scores is not None:
             _keep_scores(step.schedule, result.scores)
         token_ids = result.token_ids.tolist()
-        if result.captures is not None:
+        if result.captures is not None and step.taps is not None:
             keep_captures(step.schedule, token_ids, result.captures, self._wrapper)
-            for sequence, error in failed_hooks(step.schedule, token_ids, result.captures, step.hook_kinds):
+            for sequence, error in failed_hooks(step.schedule, token_ids, result.captures, step.taps):
                 self._scheduler.finish(sequence, "abort")
                 self._fail(sequence, error)
         events, row = [], 0

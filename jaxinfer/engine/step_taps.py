@@ -50,12 +50,9 @@ class TapPlanner:
                 captured.update(_source(site.name) for site in sequence.captured.sites)
             for hook in request.hooks:
                 if hook.span.within(positions.start, positions.stop):
-                    row = self._row_of(sequence)
-                    if hook.kind not in self._placed[sequence]:
-                        self._placed[sequence].add(hook.kind)
-                        placed.append((row, hook))
-                    needed.setdefault(hook.kind, []).append((place, row))
-        if not captured and not needed:
+                    needed.setdefault(hook.kind, []).append((place, self._place(sequence, hook, placed)))
+        logit_rows = self._logit_rows(schedule, shape, placed)
+        if not captured and not needed and not logit_rows:
             return None
         kinds = tuple(needed)
         decode_rows = np.zeros((len(kinds), shape.num_decode), np.int32)
@@ -71,15 +68,39 @@ class TapPlanner:
             kinds=kinds,
             decode_rows=decode_rows,
             prefill_rows=prefill_rows,
+            logit_kinds=tuple(sorted(logit_rows, key=lambda kind: kind.ordinal)),
+            logit_rows=np.array(
+                [logit_rows[kind] for kind in sorted(logit_rows, key=lambda kind: kind.ordinal)], np.int32
+            ).reshape(len(logit_rows), shape.num_logits),
             placed=tuple(placed),
             live=frozenset(kind for kinds in self._placed.values() for kind in kinds),
         )
 
-    def _row_of(self, sequence: SequenceState) -> int:
+    def _logit_rows(
+        self, schedule: Schedule, shape: StepShape, placed: list[tuple[int, Hook]]
+    ) -> dict[HookKind, np.ndarray]:
+        """For each function of logits that the step needs: the row of each logit row in its table."""
+        found: dict[HookKind, np.ndarray] = {}
+        first = 0
+        for rows in schedule.sampled:
+            for hook in rows.sequence.request.logits_hooks:
+                row = self._place(rows.sequence, hook, placed)
+                found.setdefault(hook.kind, np.zeros(shape.num_logits, np.int32))[first : first + rows.num_sampled] = (
+                    row
+                )
+            first += rows.num_sampled
+        return found
+
+    def _place(self, sequence: SequenceState, hook: Hook, placed: list[tuple[int, Hook]]) -> int:
+        """The row of a sequence's parameters; a hook whose parameters are not there yet is added to `placed`."""
         if sequence not in self._rows:
             self._rows[sequence] = self._free.popleft()
             self._placed[sequence] = set()
-        return self._rows[sequence]
+        row = self._rows[sequence]
+        if hook.kind not in self._placed[sequence]:
+            self._placed[sequence].add(hook.kind)
+            placed.append((row, hook))
+        return row
 
     def _give_back(self) -> None:
         for sequence in [sequence for sequence in self._rows if sequence.slot == NO_SLOT]:
@@ -104,9 +125,10 @@ def keep_captures(
 
 
 def failed_hooks(
-    schedule: Schedule, token_ids: Sequence[int], found: StepCaptures, kinds: Sequence[HookKind]
+    schedule: Schedule, token_ids: Sequence[int], found: StepCaptures, taps: StepTaps
 ) -> Iterator[tuple[SequenceState, ValueError]]:
-    """The sequences for which a hook gave a value that is not finite, each with the error that says so."""
+    """The sequences for which a hook gave a value that cannot be used, each with the error that says so."""
+    kinds = taps.kinds
     for rows, place, positions in _computed(schedule, token_ids):
         if isinstance(place, range):
             failed = found.failed_prefill[place.start : place.stop].ravel()[: len(positions)]
@@ -116,6 +138,14 @@ def failed_hooks(
             first = int(failed.argmax())
             kind = kinds[failed[first] - 1]
             yield rows.sequence, ValueError(f"{kind} gave NaN or infinity at position {positions[first]}")
+    first = 0
+    for rows in schedule.sampled:
+        number = int(found.failed_logits[first])  # such a sequence has no drafts, so it has one logit row
+        if number and rows.sequence.finish_reason is None:
+            function = taps.logit_kinds[number - 1].intervention
+            end = _positions(rows).stop
+            yield rows.sequence, ValueError(f"{function} gave NaN or infinity, or left no token, at position {end}")
+        first += rows.num_sampled
 
 
 def _positions(rows: Rows) -> range:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import gather_shards, tensor_shard
-from jaxinfer.interventions import HookKind
+from jaxinfer.interventions import HookKind, HookTable
 from jaxinfer.layers.residual import Norm
 from jaxinfer.sites import split_layer
 
@@ -61,23 +61,6 @@ class TapPlan:
     def touches(self, site: str) -> bool:
         """Whether anything happens at a site."""
         return self.captures(site) or any(hook.site == site for hook in self.hooks)
-
-
-class HookTable(NamedTuple):
-    """The parameters of one kind of hook, with a row for each request that may use it; row 0 is nobody's.
-
-    Args:
-      start, stop: int32[N], the positions of each row that are changed.
-      prompt_len: int32[N], tokens of each row's prompt.
-      parameters: by name, [N, ...]; per_token ones are [N, L, ...] with entries from position `start` on.
-      constants: by name, the same for all rows.
-    """
-
-    start: Int[Array, " N"]
-    stop: Int[Array, " N"]
-    prompt_len: Int[Array, " N"]
-    parameters: dict[str, Array]
-    constants: dict[str, Array]
 
 
 @jax.tree_util.register_dataclass

@@ -22,6 +22,7 @@ from jaxinfer.constraints.constraint import AllOf, TokenConstraint, TokenSet
 from jaxinfer.constraints.structured import GrammarCompiler
 from jaxinfer.constraints.structured_output import StructuredOutput
 from jaxinfer.interventions import Hook, bound_hooks
+from jaxinfer.logits_functions import logits_hooks
 from jaxinfer.request import Capture, Request
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sites import Sites, token_span
@@ -121,6 +122,7 @@ class Preparation:
             constraint=self._constraint(params),
             capture=self._capture(params, len(token_ids)),
             hooks=self._hooks(params, len(token_ids)),
+            logits_hooks=logits_hooks(params.logits_processors or (), params.sampler, prompt_len=len(token_ids)),
         )
         self._check_edits(params, first)
         others = (

@@ -19,6 +19,8 @@ from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
 
+NO_SITES = "captures, interventions and functions of logits need a model that is held by one process alone"
+
 
 class AbstractModelInferenceWrapper(ABC):
     """Computes steps in the order in which they are launched.
@@ -63,27 +65,27 @@ class AbstractModelInferenceWrapper(ABC):
         Raises:
           ValueError: the wrapper has none, as in a run of several processes.
         """
-        raise ValueError(
-            "captures and interventions work where one process holds the whole model, this engine has none"
-        )
+        raise ValueError(NO_SITES)
 
     def check_captures(self, sites: Sequence[Site]) -> None:
         """Refuses captures that could take too much memory on the devices.
 
         Raises:
-          ValueError: the values of one step exceed the limit.
+          ValueError: the values of one step exceed the limit, or the wrapper has no sites.
         """
+        raise ValueError(NO_SITES)
 
     def check_hook(self, kind: HookKind) -> None:
         """Refuses an intervention that cannot be part of a step.
 
         Raises:
-          ValueError: it cannot be traced, gives another shape, or takes too much memory.
+          ValueError: it cannot be traced, gives another shape, or takes too much memory; or the wrapper has no sites.
         """
+        raise ValueError(NO_SITES)
 
     def head_logits(self, hidden: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "M V"]:
         """The logits of values that were captured at "final_norm"; waits for the device."""
-        raise ValueError("this engine has no sites")
+        raise ValueError(NO_SITES)
 
     @abstractmethod
     def launch(self, batch: StepBatch) -> Any:

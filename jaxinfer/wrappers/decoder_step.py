@@ -18,10 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.communication.collectives import share_from_last_stage
+from jaxinfer.interventions import HookTable
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers.attention import TokenBatch
 from jaxinfer.layers.kv_cache import DUMP_PAGE, LayerCache
-from jaxinfer.layers.taps import HookTable, SiteTaps, TapPlan, Taps
+from jaxinfer.layers.taps import SiteTaps, TapPlan, Taps
 from jaxinfer.models.registry import Decoder
 from jaxinfer.sites import EMBEDDING, FINAL_NORM
 from jaxinfer.wrappers import pipeline

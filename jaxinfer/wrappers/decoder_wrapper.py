@@ -39,7 +39,7 @@ from jaxinfer.wrappers.step_inputs import pack_inputs
 from jaxinfer.wrappers.step_programs import HeadInputs, StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
-from jaxinfer.wrappers.tapping import Tapping, TapUpload
+from jaxinfer.wrappers.tapping import FunctionUpload, Tapping, TapUpload
 from jaxinfer.wrappers.xla_options import chosen_options, compiler_options, tuned_alike
 
 _LAUNCHING = threading.Lock()
@@ -78,11 +78,13 @@ class _Exit:
       score: scores the tokens of its prompts; None if it has none to score.
       edits: upload logit edits and allowed tokens, in this order, before it is sampled.
       sample: the sampler; None if it samples nothing.
+      functions: what the sampler takes for the user's functions of logits; None without any.
     """
 
     score: _Call | None
     edits: Sequence[_Call]
     sample: jax.stages.Compiled | None
+    functions: FunctionUpload | None
 
 
 class DecoderWrapper(AbstractModelInferenceWrapper):
@@ -145,6 +147,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             "forward": self._step_programs.forward,
             "tapped": self._step_programs.tapped,
             "place": self._step_programs.place,
+            "sample_by": self._step_programs.sample_by,
             "sample": self._step_programs.sample,
             "logits": self._step_programs.logits,
             "copy": self._step_programs.copy,
@@ -249,7 +252,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         handle = StepHandle(batch)
         tick = self._plan_tick(handle)
         leaving = self._in_flight.leaving
-        plan = None if leaving is None else self._plan_exit(leaving.batch, tick.shape, batch.allowed)
+        plan = None if leaving is None else self._plan_exit(leaving, tick.shape, batch.allowed)
         with _LAUNCHING:
             head_inputs = self._run_tick(tick)
             if leaving is not None and plan is not None:
@@ -288,12 +291,20 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._tapping.keep(found, tick.taps, self._in_flight, tick.shape)
         return head_inputs
 
-    def _plan_exit(self, batch: StepBatch, shape: StepShape, allowed: AllowedTokens) -> _Exit:
+    def _plan_exit(self, leaving: StepHandle, shape: StepShape, allowed: AllowedTokens) -> _Exit:
+        batch = leaving.batch
         samples = batch.has_logits
+        functions = self._tapping.functions(leaving, shape.num_logits) if samples else None
+        sample = None
+        if functions is not None:
+            sample = self._programs.get("sample_by", shape.num_logits, _reported(batch.num_top), functions.kinds)
+        elif samples:
+            sample = self._sampler(batch, shape.num_logits)
         return _Exit(
             score=None if batch.targets is None else self._plan_score(batch.targets, shape),
             edits=self._plan_edits(batch.edits, allowed) if samples else (),
-            sample=self._sampler(batch, shape.num_logits) if samples else None,
+            sample=sample,
+            functions=functions,
         )
 
     def _plan_score(self, wanted: Int32[np.ndarray, "P Q"], shape: StepShape) -> _Call:
@@ -331,8 +342,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         for upload in plan.edits:
             arrays.edits = upload.program(arrays.edits or self._step_programs.allocate_edits(), upload.words)
         if leaving.batch.edited:
+            functions = () if plan.functions is None else (plan.functions.rows, plan.functions.tables)
             arrays.state, arrays.edits, leaving.result = plan.sample(
-                arrays.head_leaves, arrays.state, arrays.edits, inputs.hidden, inputs.rows
+                arrays.head_leaves, arrays.state, arrays.edits, inputs.hidden, inputs.rows, *functions
             )
         else:
             arrays.state, leaving.result = plan.sample(arrays.head_leaves, arrays.state, inputs.hidden, inputs.rows)
@@ -352,7 +364,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         batch = handle.batch
         words = np.asarray(handle.result)  # with the next line, the one place where the host reads the device
         scores = None if handle.scores is None else _logprobs(np.asarray(handle.scores))
-        captures = self._tapping.read(handle)
+        failed = None
+        if batch.has_logits and batch.taps is not None and batch.taps.logit_kinds:
+            words, failed = words[:, :-1], words[:, -1]
+        captures = self._tapping.read(handle, failed)
         if not batch.has_logits:
             return StepResult(token_ids=np.zeros(0, np.int32), scores=scores, captures=captures)
         logprobs = None if batch.num_top is None else _logprobs(words[:, 1:])

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.interventions import Hook, HookKind
-from jaxinfer.layers.taps import HookTable, TapPlan, call_intervention
+from jaxinfer.interventions import Hook, HookKind, HookTable
+from jaxinfer.layers.taps import call_intervention
 from jaxinfer.sites import LOGITS, PROBS, Site
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
 from jaxinfer.wrappers.step_programs import StepPrograms
@@ -41,12 +42,12 @@ class HookTables:
         self._tables: dict[HookKind, HookTable] = {}  # the one used last is the last
         self._checked: dict[HookKind, None] = {}
 
-    def check(self, kind: HookKind, site: Site) -> None:
+    def check(self, kind: HookKind, site: Site | None) -> None:
         """Refuses an intervention that cannot be part of a program; any thread may ask.
 
         Args:
           kind: the hook.
-          site: the one that it names.
+          site: the one that it names; None for a function of logits.
 
         Raises:
           ValueError: the function raises when it is traced, its result has another shape than the site's values, its
@@ -54,7 +55,7 @@ class HookTables:
         """
         if kind in self._checked:
             return
-        if kind.site == LOGITS or kind.site.endswith(PROBS):
+        if site is not None and (kind.site == LOGITS or kind.site.endswith(PROBS)):
             other = "attention.heads" if kind.site.endswith(PROBS) else "final_norm"
             raise ValueError(f"{kind}: values at this site can be captured, not changed; use {other}")
         num_rows = self._step_programs.num_table_rows
@@ -65,9 +66,12 @@ class HookTables:
                 f"limit is {self._max_bytes / 2**30:.2f} GiB; make what all requests share a constant "
                 f"(with_constants), lower max_num_seqs or raise max_research_bytes"
             )
-        found = _result(kind, site)
-        if found.shape != site.dims:
-            raise ValueError(f"{kind} must return a value of x's shape {site.dims}, got {found.shape}")
+        if site is None:
+            _traced(str(kind.intervention), lambda: self._step_programs.trace_function(kind))
+        else:
+            found = _result(kind, site)
+            if found.shape != site.dims:
+                raise ValueError(f"{kind} must return a value of x's shape {site.dims}, got {found.shape}")
         self._checked[kind] = None
 
     def place(self, placed: Iterable[tuple[int, Hook]]) -> None:
@@ -80,9 +84,9 @@ class HookTables:
             numbers = np.array([row, hook.span.start, stop, hook.prompt_len], np.int32)
             self._tables[kind] = program(table, numbers, dict(hook.parameters))
 
-    def of(self, plan: TapPlan) -> Sequence[HookTable]:
-        """The tables of a plan's hooks, which must have been placed."""
-        kinds = [hook.kind for hook in plan.hooks]
+    def of(self, kinds: Iterable[HookKind]) -> list[HookTable]:
+        """The tables of some kinds, which must have been placed."""
+        kinds = list(kinds)
         for kind in kinds:
             self._tables[kind] = self._tables.pop(kind)
         return [self._tables[kind] for kind in kinds]
@@ -109,6 +113,8 @@ class HookTables:
             name, *arguments = key
             if name == "place":
                 return arguments[0] == kind
+            if name == "sample_by":
+                return kind in arguments[2]
             return name == "tapped" and any(hook.kind == kind for hook in arguments[1].hooks)
 
         del self._tables[kind]
@@ -136,15 +142,27 @@ def _result(kind: HookKind, site: Site) -> jax.ShapeDtypeStruct:
     }
     constants = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in kind.intervention.constants.items()}
     x = jax.ShapeDtypeStruct(site.dims, site.dtype)
-    try:
-        call = functools.partial(call_intervention, kind)
-        found = jax.eval_shape(call, x, integer, integer, parameters, constants=constants)
-    except Exception as error:  # whatever the user's function raises
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{kind} cannot be traced for x of shape {site.dims}: {type(error).__name__}: {reason}; it must be a pure "
-            f"function of arrays, without branches on their values"
-        ) from error
+    call = functools.partial(call_intervention, kind)
+    what = f"{kind}, for x of shape {site.dims},"
+    found = _traced(what, lambda: jax.eval_shape(call, x, integer, integer, parameters, constants=constants))
     if not isinstance(found, jax.ShapeDtypeStruct):
         raise ValueError(f"{kind} must return one array, got {type(found).__name__}")
     return found
+
+
+def _traced(what: str, trace: Callable[[], Any]) -> Any:
+    """The result of tracing a function of the user's.
+
+    Raises:
+      ValueError: the function raises something; the message says what.
+    """
+    try:
+        return trace()
+    except Exception as error:  # whatever the user's function raises
+        if isinstance(error, ValueError) and str(error).startswith(what):
+            raise
+        (reason, *_) = str(error).splitlines() or [""]
+        raise ValueError(
+            f"{what} cannot be traced: {type(error).__name__}: {reason}; it must be a pure function of arrays, without "
+            f"branches on their values"
+        ) from error

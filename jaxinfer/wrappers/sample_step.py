@@ -7,15 +7,19 @@ Does not know: how programs are compiled, how a sampler works, requests.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.interventions import HookKind, HookTable
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.sampling import logit_edits, sampling
 from jaxinfer.sampling.logit_edits import EditState
 from jaxinfer.sampling.sampling import SamplingNumbers
+from jaxinfer.sampling.user_functions import LogitsHooks
 from jaxinfer.wrappers.decode_state import DecodeState
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.step_batch import SamplerVariant
@@ -29,6 +33,33 @@ _SAMPLERS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class FunctionsOfLogits:
+    """The user's processors and samplers in a step.
+
+    Args:
+      kinds: the functions, in the order in which they are called.
+      tables: the parameters of each.
+      rows: int32[I, M], row of each logit row in the table of each function, or 0.
+    """
+
+    kinds: Sequence[HookKind]
+    tables: Sequence[HookTable]
+    rows: Int[Array, "I M"]
+
+    def hooks(self, edits: EditState, rows: LogitRows, numbers: SamplingNumbers, backend: str) -> LogitsHooks:
+        """The functions for the rows of a step."""
+        return LogitsHooks(
+            self.kinds,
+            self.tables,
+            self.rows,
+            position=rows.position,
+            output_counts=edits.output_count[rows.slot],
+            seed=numbers.seed,
+            backend=backend,
+        )
+
+
 def sample_step(
     head: VocabularyEmbedding,
     state: DecodeState,
@@ -38,6 +69,7 @@ def sample_step(
     *,
     variant: SamplerVariant,
     num_top: int | None,
+    functions: FunctionsOfLogits | None = None,
 ) -> tuple[DecodeState, EditState | None, Int[Array, "M J"]]:
     """The sampling half of a step, for one shard.
 
@@ -49,18 +81,23 @@ def sample_step(
       variant: which sampler to run.
       num_top: how many of the most likely tokens to report, beside the sampled one, with log-probabilities before any
         edit; None reports no log-probabilities at all.
+      functions: the user's processors and samplers; None for none. They need the edits, which count outputs.
 
     Returns:
       The state with the new last tokens, the edits with the new tokens counted, and int32[M, J]: token ids in the first
-      column, followed by the columns of score_step if log-probabilities are reported.
+      column, followed by the columns of score_step if log-probabilities are reported. With functions the last column
+      has, for each row, the number of the first one (from 1) whose result cannot be used, or 0.
     """
     raw = _raw_logits(head, hidden)
     logits = raw if edits is None else logit_edits.edited(raw, edits, rows.slot, rows.position)
+    numbers = SamplingNumbers.unpack(rows.sampling)
+    hooks = None if functions is None or edits is None else functions.hooks(edits, rows, numbers, head.backend)
+    logits = logits if hooks is None else hooks.processed(logits)
     if variant is SamplerVariant.GREEDY:
         tokens = sampling.greedy(logits)
     else:
-        numbers = SamplingNumbers.unpack(rows.sampling)
         tokens = _SAMPLERS[variant](logits, numbers, rows.position, backend=head.backend)
+    tokens = tokens if hooks is None else hooks.sampled(logits, tokens)
     beyond = state.last_token.shape[0]  # out of bounds, hence dropped
     fed = jnp.where(rows.feeds == 1, rows.slot, beyond)
     last_token = state.last_token.at[fed].set(tokens, mode="drop")
@@ -70,6 +107,7 @@ def sample_step(
     if edits is not None:
         edits = logit_edits.count_outputs(edits, rows.slot, tokens, rows.feeds == 1)
     columns = [tokens[:, None]] if num_top is None else [tokens[:, None], _scores(raw, tokens, num_top, head.backend)]
+    columns += [] if hooks is None else [hooks.failed[:, None]]
     return state, edits, jnp.concatenate(columns, axis=1)
 
 

@@ -18,19 +18,20 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
-from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED
+from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_PARALLEL
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
-from jaxinfer.interventions import HookKind
+from jaxinfer.interventions import HookKind, HookTable
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.kv_cache import CacheShape, LayerCache
-from jaxinfer.layers.taps import HookTable, TapPlan
+from jaxinfer.layers.taps import TapPlan
 from jaxinfer.sampling.logit_edits import EditState, set_allowed, set_slot
+from jaxinfer.sampling.user_functions import call_logits_function
 from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decode_state import DecodeState
 from jaxinfer.wrappers.decoder_step import DecoderStep, StepHooks
 from jaxinfer.wrappers.edit_upload import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
-from jaxinfer.wrappers.sample_step import sample_step, score_step
+from jaxinfer.wrappers.sample_step import FunctionsOfLogits, sample_step, score_step
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant
 from jaxinfer.wrappers.step_inputs import num_input_words, unpack_inputs
 from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
@@ -110,6 +111,7 @@ class StepPrograms:
         self._step = _Parameters(step)
         self._head = _Parameters(model.head)
         self._head_path = next(path for path, module in nnx.iter_graph(model) if module is model.head)
+        self._head_backend = model.head.backend
         weight = model.head.weight
         self._hidden_size, self._hidden_dtype = weight.shape[1], weight.dtype
         self._state, self._state_tree = _flat(lambda: DecodeState.zeros(shapes.num_slots, shapes.table_width))
@@ -335,6 +337,73 @@ class StepPrograms:
             self._hidden(num_logits),
             self._rows(num_logits),
         )
+
+    def sample_by(self, num_logits: int, num_top: int | None, kinds: tuple[HookKind, ...]) -> jax.stages.Traced:
+        """(head_leaves, state, edits, hidden, rows, function_rows, tables) -> (state, edits, result).
+
+        Like sample_edited, with the user's functions. function_rows: int32[I, M], the row of each logit row in the
+        table of each function; tables: a HookTable for each of them.
+        """
+
+        def sample(leaves, state, edits, hidden, rows, function_rows, tables):
+            state = jax.tree.unflatten(self._state_tree, state)
+            edits = jax.tree.unflatten(self._edit_tree, edits)
+            head, rows = self._head.merge(leaves), LogitRows(*rows)
+            state, edits, result = sample_step(
+                head,
+                state,
+                edits,
+                hidden,
+                rows,
+                variant=SamplerVariant.FULL,
+                num_top=num_top,
+                functions=FunctionsOfLogits(kinds=kinds, tables=tables, rows=function_rows),
+            )
+            return jax.tree.leaves(state), jax.tree.leaves(edits), result
+
+        mapped = self._sharded(
+            sample,
+            in_specs=(self._head.specs, REPLICATED, self._edit_specs, *[REPLICATED] * 4),
+            out_specs=(REPLICATED, self._edit_specs, REPLICATED),
+        )
+        return jax.jit(mapped, donate_argnums=(1, 2)).trace(
+            self._placed(self._head.leaves, self._head.specs),
+            self._placed(self._state, [REPLICATED] * len(self._state)),
+            self._placed(self._edits, self._edit_specs),
+            self._hidden(num_logits),
+            self._rows(num_logits),
+            jax.ShapeDtypeStruct((len(kinds), num_logits), jnp.int32),
+            [self._table(kind) for kind in kinds],
+        )
+
+    def trace_function(self, kind: HookKind) -> None:
+        """Traces one of the user's functions of logits with a row of them; raises what the function raises.
+
+        Raises:
+          ValueError: it does not return one array of the logits' shape.
+        """
+        size = self.padded_vocab_size // self._mesh.size
+
+        def call(values: dict[str, Any], constants: dict[str, Any]) -> Any:
+            found = call_logits_function(
+                kind,
+                jnp.zeros(size, jnp.float32),
+                jnp.int32(0),
+                jnp.int32(1),
+                jnp.zeros(size, jnp.int32),
+                jnp.zeros(2, jnp.uint32),
+                values,
+                constants=constants,
+                backend=self._head_backend,
+            )
+            dims = getattr(found, "shape", type(found).__name__)
+            if dims != (size,):
+                raise ValueError(f"{kind.intervention} must return an array of the logits' shape ({size},), got {dims}")
+            return found
+
+        values = {name: jax.ShapeDtypeStruct(dims, dtype) for name, dims, dtype in kind.signature}
+        constants = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in kind.intervention.constants.items()}
+        jax.eval_shape(self._sharded(call, in_specs=REPLICATED, out_specs=VOCABULARY_PARALLEL), values, constants)
 
     def score(self, num_tokens: int, num_top: int) -> jax.stages.Traced:
         """(head_leaves, hidden, targets) -> result, which is that of score_step."""

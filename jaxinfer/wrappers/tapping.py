@@ -18,16 +18,17 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from jaxinfer.interventions import HookKind
-from jaxinfer.layers.taps import HookTable, LocalHook, TapPlan
+from jaxinfer.interventions import HookKind, HookTable
+from jaxinfer.layers.taps import LocalHook, TapPlan
+from jaxinfer.logits_functions import LogitsFunction
 from jaxinfer.sites import LOGITS, PROBS, Site, Sites
 from jaxinfer.wrappers.hook_tables import HookTables
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.site_map import SiteMap
 from jaxinfer.wrappers.step_programs import StepPrograms, TapResults
-from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
-from jaxinfer.wrappers.step_taps import StepCaptures
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
+from jaxinfer.wrappers.step_taps import StepCaptures, StepTaps
 
 MAX_PROGRAMS = 256
 """Programs with taps that are kept, those used last."""
@@ -45,7 +46,22 @@ class TapUpload:
 
     plan: TapPlan
     rows: Int32[np.ndarray, "S J N"]
-    tables: Sequence[HookTable]
+    tables: list[HookTable]
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionUpload:
+    """What a sampler with the user's functions of logits takes beside the arguments of sample_edited.
+
+    Args:
+      kinds: the functions.
+      rows: int32[I, M], the row of each logit row in the table of each function, or 0.
+      tables: one for each function.
+    """
+
+    kinds: tuple[HookKind, ...]
+    rows: Int32[np.ndarray, "I M"]
+    tables: list[HookTable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +140,8 @@ class Tapping:
 
     def check_hook(self, kind: HookKind) -> None:
         """Refuses an intervention that cannot be part of a program; see HookTables.check."""
-        self._tables.check(kind, self.sites[kind.site])
+        is_of_logits = isinstance(kind.intervention, LogitsFunction)
+        self._tables.check(kind, None if is_of_logits else self.sites[kind.site])
 
     def upload(self, in_flight: InFlight, shape: StepShape) -> TapUpload | None:
         """What the next tick needs for the taps of all batches in flight; None if none of them has any.
@@ -133,17 +150,28 @@ class Tapping:
         before and does more than is wanted is taken again, since compiling takes longer than what it does in vain.
         """
         handles = in_flight.handles
-        if all(handle.batch.taps is None for handle in handles):
-            return None
-        wanted = self._plan(handles)
+        taps = [handle.batch.taps for handle in handles if handle.batch.taps is not None]
         newest = handles[0].batch.taps
         if newest is not None:
-            dropped = self._tables.drop_unused({*newest.live, *(hook.kind for hook in wanted.hooks)})
+            needed = {kind for entry in taps for kind in (*entry.kinds, *entry.logit_kinds)}
+            dropped = self._tables.drop_unused(needed | newest.live)
             self._known = {key: None for key in self._known if not any(hook.kind in dropped for hook in key[1].hooks)}
             self._tables.place(newest.placed)
+        wanted = self._plan(taps)
+        if wanted == TapPlan():
+            return None
         plan = next((plan for size, plan in self._known if size == shape and plan.covers(wanted)), wanted)
         self._remember(shape, plan)
-        return TapUpload(plan, self._rows(handles, plan, shape), self._tables.of(plan))
+        return TapUpload(plan, self._rows(handles, plan, shape), self._tables.of(hook.kind for hook in plan.hooks))
+
+    def functions(self, handle: StepHandle, num_logits: int) -> FunctionUpload | None:
+        """What the sampler of a step needs for the user's functions of logits; None if the step has none."""
+        taps = handle.batch.taps
+        if taps is None or not taps.logit_kinds:
+            return None
+        rows = np.zeros((len(taps.logit_kinds), num_logits), np.int32)
+        rows[:, : taps.logit_rows.shape[1]] = taps.logit_rows
+        return FunctionUpload(taps.logit_kinds, rows, self._tables.of(taps.logit_kinds))
 
     def keep(self, results: TapResults, upload: TapUpload, in_flight: InFlight, shape: StepShape) -> None:
         """Hands what a tick has found to the steps in flight, and starts copying it to the host."""
@@ -156,11 +184,18 @@ class Tapping:
                     if site_stage == stage:
                         results.captured[local].copy_to_host_async()
 
-    def read(self, handle: StepHandle) -> StepCaptures | None:
-        """What a step that is through has captured; None if it has no taps."""
+    def read(self, handle: StepHandle, failed_logits: Int32[np.ndarray, " M"] | None) -> StepCaptures | None:
+        """What a step that is through has captured; None if it has no taps.
+
+        Args:
+          handle: the step.
+          failed_logits: what the sampler has found of the user's functions of logits; None without any.
+        """
         taps, batch = handle.batch.taps, handle.batch
         if taps is None:
             return None
+        if failed_logits is None:
+            failed_logits = np.zeros(len(batch.logit_slots), np.int32)
         num_decode, num_prefill = len(batch.decode_slots), len(batch.prefill_slots)
 
         def rows(values: np.ndarray, shape: StepShape) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +204,8 @@ class Tapping:
             return values[:num_decode], prompts[:num_prefill]
 
         decode, prefill = {}, {}
-        failed = np.zeros(num_decode, np.int32), np.zeros((num_prefill, handle.tapped[-1].shape.row_len), np.int32)
+        row_len = handle.tapped[-1].shape.row_len if handle.tapped else PREFILL_BLOCK
+        failed = np.zeros(num_decode, np.int32), np.zeros((num_prefill, row_len), np.int32)
         for found in handle.tapped:
             for name in taps.captured:
                 stage, local = self._map.local(name)
@@ -178,15 +214,20 @@ class Tapping:
             numbers = [0, *(1 + taps.kinds.index(h.kind) if h.kind in taps.kinds else 0 for h in found.plan.hooks)]
             parts = rows(np.array(numbers, np.int32)[found.part(found.results.failed)], found.shape)
             failed = tuple(np.where(before, before, new) for before, new in zip(failed, parts, strict=True))
-        return StepCaptures(decode=decode, prefill=prefill, failed_decode=failed[0], failed_prefill=failed[1])
+        return StepCaptures(
+            decode=decode,
+            prefill=prefill,
+            failed_decode=failed[0],
+            failed_prefill=failed[1],
+            failed_logits=failed_logits,
+        )
 
     def close(self) -> None:
         """Frees the parameters of hooks; what was placed has to be placed anew."""
         self._tables.close()
         self._known.clear()
 
-    def _plan(self, handles: Sequence[StepHandle]) -> TapPlan:
-        taps = [handle.batch.taps for handle in handles if handle.batch.taps is not None]
+    def _plan(self, taps: Sequence[StepTaps]) -> TapPlan:
         kinds = dict.fromkeys(kind for entry in taps for kind in entry.kinds)
         hooks = tuple(
             LocalHook(kind=kind, site=self._map.local(kind.site)[1])

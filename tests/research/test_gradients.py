@@ -60,13 +60,14 @@ def test_logprobs_equal_scores_and_gradients_equal_finite_differences(model, lay
         value, slope = jax.jvp(loss, (params,), (direction,))
         assert float(value) == pytest.approx(float(loss(params)), rel=1e-6)
         assert dot(gradients, direction) == pytest.approx(float(slope), rel=1e-4)
-        step = 1e-4 if model == "mixtral" else 1e-3  # a longer one lets tokens change their experts
 
         def moved(by: float):
             return jax.tree.map(lambda x, d: x + by * d, params, direction)
 
-        difference = (float(loss(moved(step))) - float(loss(moved(-step)))) / (2 * step)
-        assert float(slope) == pytest.approx(difference, rel=2e-2)
+        # A long step bends, and lets tokens change their experts; a short one drowns in rounding.
+        steps = (1e-3, 3e-4, 1e-4, 3e-5)
+        differences = [(float(loss(moved(step))) - float(loss(moved(-step)))) / (2 * step) for step in steps]
+        assert min(abs(difference / float(slope) - 1) for difference in differences) < 0.01
 
 
 @pytest.mark.parametrize("layout", [(2, 2), pytest.param((4, 2), marks=pytest.mark.matrix)])

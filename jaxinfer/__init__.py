@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from jaxinfer import distributed
 from jaxinfer.api.async_llm import AsyncLLM
+from jaxinfer.api.experiments import logprob_fn
 from jaxinfer.api.generate import generate
 from jaxinfer.api.llm import LLM
 from jaxinfer.config import EngineConfig, ModelConfig
@@ -14,7 +15,8 @@ from jaxinfer.logits_functions import LogitsFunction, logits_processor, sampler
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
 from jaxinfer.request import Request, TokenEvent
-from jaxinfer.research.gradients import logprob_fn
+from jaxinfer.research.logit_lens import LogitLens
+from jaxinfer.research.table import Table
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sites import Site, Sites
 
@@ -32,6 +34,7 @@ __all__ = [
     "EngineStats",
     "GenerationRecord",
     "Intervention",
+    "LogitLens",
     "LogitsFunction",
     "Logprob",
     "ModelConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "SamplingParams",
     "Site",
     "Sites",
+    "Table",
     "TokenEvent",
     "distributed",
     "generate",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from jaxinfer.api import experiments
 from jaxinfer.api.arguments import as_prompts, checked, one_each, score_params
 from jaxinfer.api.driver import Ticket
 from jaxinfer.api.export import export_checkpoint
@@ -37,6 +38,9 @@ from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.provenance import Provenance
+from jaxinfer.research.logit_lens import LogitLens
+from jaxinfer.research.sweep import Reduction
+from jaxinfer.research.table import Table
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
 from jaxinfer.sites import Sites
@@ -306,6 +310,55 @@ class LLM:
         submission = self._controller.prepare_fork(output, params, at=at, index=index)
         self._controller.check_captures([submission])
         return self._runner.run([submission], show_bar=False)[0]
+
+    def sweep(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        reductions: Mapping[str, Reduction] | None = None,
+        use_tqdm: bool = True,
+        **fields: Any,
+    ) -> Table:
+        """Generates for all combinations of some settings, batched together, and returns a tidy table.
+
+        Args:
+          prompts: a string, a list of token ids, or a list of either.
+          reductions: for captured values, name of a column -> (site, function). The function gets the site's values of
+            a sample, float32[tokens, dims], and returns what the column has.
+          use_tqdm: show a progress bar.
+          **fields: of SamplingParams, by name: one value, or a list (range, array) of values to try; and intervention,
+            a list of interventions, of lists of them, or None. A mapping of names to values is shown by its names in
+            the table; give one for fields that are lists themselves.
+
+        Returns:
+          A row for each sample: prompt, settings, sample, seed, text, num_tokens, finish_reason, logprob (of the whole
+          text), mean_logprob (of a token) and the reductions. `plot()` draws it, `to_pandas()` hands it on.
+
+        Raises:
+          TypeError: an unknown field.
+          Others as generate.
+
+        Example:
+          table = llm.sweep("In the beginning", temperature=[0.5, 1.0], seed=range(8), max_tokens=32)
+          table.plot("logprob")
+        """
+        return experiments.sweep(self, prompts, fields, reductions=reductions or {}, use_tqdm=use_tqdm)
+
+    def logit_lens(self, prompt: Prompt, *, layers: Sequence[int] | None = None, num_top: int = 5) -> LogitLens:
+        """Shows what the model would predict after each token of a prompt if it ended after each of its layers.
+
+        Args:
+          prompt: a string or token ids.
+          layers: numbers of layers; None for all.
+          num_top: how many of the most likely tokens to report at each place.
+
+        Returns:
+          A LogitLens: arrays, a table, `plot()`, and a table with colours in notebooks.
+
+        Raises:
+          TypeError, ValueError: as generate, there is no such layer, or several processes hold the model.
+        """
+        return experiments.logit_lens(self, prompt, layers=layers, num_top=num_top)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], *, prompt_logprobs: int = 0, use_tqdm: bool = True

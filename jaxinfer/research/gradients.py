@@ -16,43 +16,30 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.api.llm import LLM
 from jaxinfer.communication.collectives import stage_index
 from jaxinfer.communication.sharding import REPLICATED
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.sites import split_layer
 from jaxinfer.wrappers.assembly import abstract_model
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.parameters import by_name
 from jaxinfer.wrappers.whole_texts import whole_text_logprobs
 
 LogprobFunction = Callable[[Mapping[str, Any], Any], Array]
 
 
-def logprob_fn(llm: LLM) -> LogprobFunction:
-    """A function that gives the log-probabilities of texts under given weights, for jax.grad, jax.jvp and jax.jit.
-
-    It computes what the engine does, in the same dtype and on the same mesh, so that it equals what the sampler saw as
-    far as rounding allows, but keeps no pages and takes whole texts. With it, the weights that serve can be trained:
-
-      logprobs = jaxinfer.logprob_fn(llm)
-      loss = lambda weights: -logprobs(weights, tokens).mean()
-      gradients = jax.grad(loss)(llm.params)
-      llm.update_weights(jax.tree.map(lambda w, g: w - 1e-3 * g, llm.params, gradients))
+def make_logprob_fn(decoder: DecoderWrapper, config: ModelConfig, *, max_len: int) -> LogprobFunction:
+    """The function that jaxinfer.logprob_fn describes.
 
     Args:
-      llm: gives model, mesh and layout; the function does not keep its weights.
-
-    Returns:
-      (weights, tokens) -> float32[R, L - 1]. weights: a tree like llm.params. tokens: int32[R, L], R texts of L tokens,
-      2 <= L <= max_model_len + 1; pad shorter texts on the right and ignore what comes out for the padding. The
-      log-probability of tokens[:, i + 1], given those in front of it, before any temperature, is in column i. The
-      gradient for the layers that only pad pipeline stages is zero.
+      decoder: the wrapper whose mesh and layout it is for.
+      config: the model's numbers.
+      max_len: tokens of the longest text.
 
     Raises:
-      ValueError: several processes hold the model, or shards outnumber its kv heads: the copies of a head would be
-        trained apart. The function raises it for other shapes of tokens.
+      ValueError: shards outnumber the model's kv heads.
     """
-    decoder = llm.decoder
-    config, mesh = llm.model_config, decoder.mesh
+    mesh = decoder.mesh
     # The fast backends cannot be differentiated.
     layout = dataclasses.replace(decoder.layout, attention_backend="reference")
     if layout.kv_copies(config) > 1:
@@ -85,8 +72,6 @@ def logprob_fn(llm: LLM) -> LogprobFunction:
     @jax.jit
     def compiled(leaves: list[Array], token_ids: Array) -> Array:
         return mapped(leaves, token_ids)
-
-    max_len = llm.max_model_len + 1
 
     def logprobs(weights: Mapping[str, Any], tokens: Any) -> Float[Array, "R M"]:
         tokens = jnp.asarray(tokens)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 
@@ -119,6 +119,11 @@ class Session(TimedEngine):
     def __exit__(self, *exception: object) -> None:
         self._loaded.close()
 
+    @property
+    def decoder(self) -> DecoderWrapper:
+        """The wrapper that runs the model."""
+        return self._loaded.decoder
+
     def warmup(self) -> None:
         """Compiles every program that the engine can need."""
         self._loaded.warmup()
@@ -130,7 +135,7 @@ class Session(TimedEngine):
           work: called with a session whose engine has no model, to find out which programs the work needs. There, every
             token is 0 and all times are meaningless.
         """
-        wrapper = cast(DecoderWrapper, self._loaded.wrapper)  # a bench runs in one process
+        wrapper = self.decoder
         recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
         rehearsed = copy.copy(self)
         rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self.max_model_len)

@@ -1,4 +1,5 @@
-"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, info, launch, follow and bench.
+"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, info, launch, follow,
+bench and ablate.
 
 Owns: the commands, reading prompts, printing results, one-line error messages.
 Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
@@ -27,6 +28,7 @@ from jaxinfer.api.llm import LLM, find_chat_templates
 from jaxinfer.api.scoring import check_windows
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli import info as facts
+from jaxinfer.cli.ablate import ablate
 from jaxinfer.cli.bench import app as bench
 from jaxinfer.cli.conversation import HELP, Conversation
 from jaxinfer.cli.flags import SETTINGS, takes_settings
@@ -69,6 +71,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command()(ablate)
 Model = Annotated[str | None, typer.Option(help=f"checkpoint directory or hub id (default: {DEMO}, the bundled model)")]
 TokenizerFrom = Annotated[str | None, typer.Option(help='another tokenizer\'s directory or hub id, or "byte"')]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]

@@ -7,6 +7,7 @@ Does not know: devices; it uses numpy only.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +29,14 @@ class StepHandle:
       scores: the device array that will hold the log-probabilities of batch.targets; None without targets.
       tapped: what the ticks that moved it have found at sites, one for each stage that it has passed; empty without
         taps.
+      functions: the user's functions of logits in the program that has sampled it.
     """
 
     batch: StepBatch
     result: Any = None
     scores: Any = None
     tapped: list[Any] = field(default_factory=list)
+    functions: Sequence[Any] = ()
 
 
 class InFlight:

@@ -108,6 +108,7 @@ class Tapping:
         self._tables = HookTables(programs, step_programs, max_bytes=max_bytes)
         self._programs = programs
         self._known: dict[tuple[StepShape, TapPlan], None] = {}  # the programs that were used, the last one last
+        self._known_functions: dict[tuple[int, tuple[HookKind, ...]], None] = {}  # the same of samplers
 
     @cached_property
     def sites(self) -> Sites:
@@ -155,7 +156,7 @@ class Tapping:
         if newest is not None:
             needed = {kind for entry in taps for kind in (*entry.kinds, *entry.logit_kinds)}
             dropped = self._tables.drop_unused(needed | newest.live)
-            self._known = {key: None for key in self._known if not any(hook.kind in dropped for hook in key[1].hooks)}
+            self._forget(dropped)
             self._tables.place(newest.placed)
         wanted = self._plan(taps)
         if wanted == TapPlan():
@@ -165,13 +166,23 @@ class Tapping:
         return TapUpload(plan, self._rows(handles, plan, shape), self._tables.of(hook.kind for hook in plan.hooks))
 
     def functions(self, handle: StepHandle, num_logits: int) -> FunctionUpload | None:
-        """What the sampler of a step needs for the user's functions of logits; None if the step has none."""
+        """What the sampler of a step needs for the user's functions of logits; None if the step has none.
+
+        As with other taps, a program that was used before and has more functions is taken again.
+        """
         taps = handle.batch.taps
         if taps is None or not taps.logit_kinds:
             return None
-        rows = np.zeros((len(taps.logit_kinds), num_logits), np.int32)
-        rows[:, : taps.logit_rows.shape[1]] = taps.logit_rows
-        return FunctionUpload(taps.logit_kinds, rows, self._tables.of(taps.logit_kinds))
+        wanted = taps.logit_kinds
+        known = (kinds for size, kinds in self._known_functions if size == num_logits and {*wanted} <= {*kinds})
+        kinds = next(known, wanted)
+        self._known_functions.pop((num_logits, kinds), None)
+        self._known_functions[num_logits, kinds] = None
+        rows = np.zeros((len(kinds), num_logits), np.int32)
+        for own, kind in zip(taps.logit_rows, wanted, strict=True):
+            rows[kinds.index(kind), : len(own)] = own
+        handle.functions = kinds
+        return FunctionUpload(kinds, rows, self._tables.of(kinds))
 
     def keep(self, results: TapResults, upload: TapUpload, in_flight: InFlight, shape: StepShape) -> None:
         """Hands what a tick has found to the steps in flight, and starts copying it to the host."""
@@ -196,6 +207,9 @@ class Tapping:
             return None
         if failed_logits is None:
             failed_logits = np.zeros(len(batch.logit_slots), np.int32)
+        else:
+            numbers = [0, *(1 + taps.logit_kinds.index(k) if k in taps.logit_kinds else 0 for k in handle.functions)]
+            failed_logits = np.array(numbers, np.int32)[failed_logits]
         num_decode, num_prefill = len(batch.decode_slots), len(batch.prefill_slots)
 
         def rows(values: np.ndarray, shape: StepShape) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +240,7 @@ class Tapping:
         """Frees the parameters of hooks; what was placed has to be placed anew."""
         self._tables.close()
         self._known.clear()
+        self._known_functions.clear()
 
     def _plan(self, taps: Sequence[StepTaps]) -> TapPlan:
         kinds = dict.fromkeys(kind for entry in taps for kind in entry.kinds)
@@ -235,6 +250,13 @@ class Tapping:
         )
         captured = frozenset(self._map.local(name)[1] for entry in taps for name in entry.captured)
         return TapPlan(captured=captured, hooks=hooks)
+
+    def _forget(self, dropped: Sequence[HookKind]) -> None:
+        """Forgets the programs of kinds whose tables were dropped."""
+        if dropped:
+            self._known = {key: None for key in self._known if not any(hook.kind in dropped for hook in key[1].hooks)}
+            kept = [key for key in self._known_functions if not any(kind in dropped for kind in key[1])]
+            self._known_functions = dict.fromkeys(kept)
 
     def _remember(self, shape: StepShape, plan: TapPlan) -> None:
         self._known.pop((shape, plan), None)

@@ -119,7 +119,7 @@ def test_weights_of_another_sharding_are_an_error():
             llm.update_weights(tree)
 
 
-def test_running_requests_are_waited_for_or_aborted_and_later_ones_get_the_new_weights(monkeypatch):
+def test_running_requests_are_waited_for_or_aborted_and_later_ones_get_the_new_weights(monkeypatch, few_programs):
     with open_llm(max_model_len=160) as llm:
         long = SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
         old = llm.generate(PROMPT, long).token_ids
@@ -154,7 +154,7 @@ def test_running_requests_are_waited_for_or_aborted_and_later_ones_get_the_new_w
             llm.update_weights(tree, pause="keep")
 
 
-def test_replicas_all_get_the_new_weights():
+def test_replicas_all_get_the_new_weights(few_programs):
     with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
         llm.update_weights(changed(llm.params))
         prompts = [list(range(20 + i, 44)) for i in range(8)]

@@ -30,11 +30,11 @@ def test_sweep_has_a_row_for_each_combination_and_sample(llm):
     ]
     table = llm.sweep(
         prompts,
-        temperature=[0.5, 1.0],
+        temperature=[0.5, 1.5],
         seed=range(2),
         intervention=edits,
         n=2,
-        max_tokens=6,
+        max_tokens=3,
         stop=["zz", "qq"],
         reductions={"norm": (SITE, lambda x: np.linalg.norm(x, axis=1).mean())},
         use_tqdm=False,
@@ -51,7 +51,7 @@ def test_sweep_has_a_row_for_each_combination_and_sample(llm):
         temperature=0.5,
         seed=1,
         n=2,
-        max_tokens=6,
+        max_tokens=3,
         stop=["zz", "qq"],
         logprobs=0,
         capture=[SITE],

@@ -16,11 +16,13 @@ FAMILIES = ["llama", "gemma3", "gpt2", "mixtral"]
 LAYOUTS = [(1, 1), (2, 2), (4, 2)]
 SETTINGS = {
     "chunks": {},
-    "tight pool": {"num_kv_pages": 12},
+    "tight pool": {"num_kv_pages": 11},
     "drafts": {"draft_model": "prompt-lookup", "num_draft_tokens": 3},
 }
 CI = {("llama", (1, 1), "drafts"), ("gemma3", (2, 2), "tight pool"), ("gpt2", (1, 1), "chunks")}
-CI |= {("mixtral", (4, 2), "chunks"), ("llama", (2, 2), "chunks")}
+CI |= {("mixtral", (4, 2), "chunks")}
+ROOM = {"max_num_seqs": 6, "max_num_batched_tokens": 32}
+"""Enough for few programs: a request that comes later may need one that does more than those before it."""
 TOLERANCE = 1e-4
 """Of float32 arithmetic in another order, relative to the largest value at a site."""
 
@@ -83,7 +85,7 @@ def test_captures_and_interventions_in_a_crowd_equal_transformers(family, layout
     prompt, edit_prompt = found["prompt"].tolist(), found["edit_prompt"].tolist()
     num_outputs, num_edited = len(found["output"]), len(found["edit.steer"])
     stages, shards = layout
-    fields = BASE | SETTINGS[setting] | {"pipeline_parallel_size": stages, "tensor_parallel_size": shards}
+    fields = BASE | ROOM | SETTINGS[setting] | {"pipeline_parallel_size": stages, "tensor_parallel_size": shards}
     greedy = {"temperature": 0.0, "ignore_eos": True}
     captured = SamplingParams(max_tokens=num_outputs, capture=sites, **greedy)
     edited = {

@@ -23,6 +23,11 @@ def mesh():
     return read("mesh")
 
 
+@pytest.fixture(scope="module")
+def own_model():
+    return read("own_model")
+
+
 def outputs(notebook, source):
     """The outputs of the one cell that holds a piece of source."""
     (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and source in cell.source)
@@ -55,9 +60,9 @@ def visible(data):
     return re.sub(r"<style.*?</style>|<[^>]*>", " ", data["text/html"], flags=re.DOTALL).split()
 
 
-# The layouts of the mesh notebook take long to compile; test_mesh.py and test_main.py run such layouts in CI.
+# The others take long; test_mesh.py, test_main.py and the tests of research/ and models/ run what they show in CI.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.matrix if name == "mesh" else ()) for name in NAMES]
+    "name", [pytest.param(name, marks=() if name == "quickstart" else pytest.mark.matrix) for name in NAMES]
 )
 def test_notebook_stored_outputs_are_those_of_a_run(name):
     run = executed(read(name))
@@ -69,10 +74,7 @@ def test_notebook_stored_outputs_are_those_of_a_run(name):
         assert "compiled anew: 0" in text(run, "num_compilations - before")
 
 
-# The layouts of the mesh notebook take long to compile; test_mesh.py and test_main.py run such layouts in CI.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.matrix if name == "mesh" else ()) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_stored_outputs_are_small_and_free_of_warnings_and_paths(name):
     stored = read(name)
     logs = [o.text for cell in code_cells(stored) for o in cell.outputs if o.get("name") == "stderr"]
@@ -100,3 +102,10 @@ def test_mesh_texts_are_equal_and_pictures_drawn(mesh):
     assert "equal on all layouts: True" in text(mesh, "LAYOUTS = ")
     for source in ("recording_launch", "plot.bar"):
         assert any("image/png" in output.data for output in outputs(mesh, source) if "data" in output)
+
+
+def test_own_model_learns_to_copy_and_is_equal_on_a_mesh(own_model):
+    assert "without a mistake: most" in text(own_model, "right = [")
+    assert text(own_model, "other.generate(").count("equal: True") == 2
+    for source in ("losses.append", "scores.argmax"):
+        assert any("image/png" in output.data for output in outputs(own_model, source) if "data" in output)

@@ -10,6 +10,7 @@ uploaded rows say for each stage which of its tokens a hook changes, and a captu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,8 @@ from jaxinfer.wrappers.step_taps import StepCaptures, StepTaps
 
 MAX_PROGRAMS = 256
 """Programs with taps that are kept, those used last."""
+MAX_STAND_INS = 256
+"""How many steps a program that does more than is wanted may run, before one of their own is compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Tapping:
         self._tables = HookTables(programs, step_programs, max_bytes=max_bytes)
         self._programs = programs
         self._known: dict[tuple[StepShape, TapPlan], None] = {}  # the programs that were used, the last one last
+        self._num_stand_ins: Counter[tuple[StepShape, TapPlan]] = Counter()
         self._known_functions: dict[tuple[int, tuple[HookKind, ...]], None] = {}  # the same of samplers
 
     @cached_property
@@ -147,8 +151,7 @@ class Tapping:
     def upload(self, in_flight: InFlight, shape: StepShape) -> TapUpload | None:
         """What the next tick needs for the taps of all batches in flight; None if none of them has any.
 
-        The parameters of requests that the newest batch brings are put into their tables. A program that was used
-        before and does more than is wanted is taken again, since compiling takes longer than what it does in vain.
+        The parameters of requests that the newest batch brings are put into their tables.
         """
         handles = in_flight.handles
         taps = [handle.batch.taps for handle in handles if handle.batch.taps is not None]
@@ -161,7 +164,7 @@ class Tapping:
         wanted = self._plan(taps)
         if wanted == TapPlan():
             return None
-        plan = next((plan for size, plan in self._known if size == shape and plan.covers(wanted)), wanted)
+        plan = self._stand_in(shape, wanted)
         self._remember(shape, plan)
         return TapUpload(plan, self._rows(handles, plan, shape), self._tables.of(hook.kind for hook in plan.hooks))
 
@@ -257,6 +260,19 @@ class Tapping:
             self._known = {key: None for key in self._known if not any(hook.kind in dropped for hook in key[1].hooks)}
             kept = [key for key in self._known_functions if not any(kind in dropped for kind in key[1])]
             self._known_functions = dict.fromkeys(kept)
+
+    def _stand_in(self, shape: StepShape, wanted: TapPlan) -> TapPlan:
+        """A plan whose program was used before and does all that is wanted, else the wanted one.
+
+        For a while that costs less than compiling, even if the program does much in vain.
+        """
+        known = (plan for size, plan in self._known if size == shape and plan.covers(wanted))
+        plan = wanted if (shape, wanted) in self._known else next(known, wanted)
+        if plan != wanted:
+            self._num_stand_ins[shape, wanted] += 1
+            if self._num_stand_ins[shape, wanted] > MAX_STAND_INS:
+                return wanted
+        return plan
 
     def _remember(self, shape: StepShape, plan: TapPlan) -> None:
         self._known.pop((shape, plan), None)

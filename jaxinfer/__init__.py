@@ -8,7 +8,8 @@ from jaxinfer.api.experiments import logprob_fn
 from jaxinfer.api.generate import generate
 from jaxinfer.api.llm import LLM
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
 from jaxinfer.interventions import BoundIntervention, Intervention, intervention
 from jaxinfer.logits_functions import LogitsFunction, logits_processor, sampler

@@ -100,7 +100,7 @@ def test_quickstart_shows_the_token_table_and_a_picture(quickstart):
 
 def test_mesh_texts_are_equal_and_pictures_drawn(mesh):
     assert "equal on all layouts: True" in text(mesh, "LAYOUTS = ")
-    for source in ("recording_launch", "plot.bar"):
+    for source in ("plot_pipeline", "plot.bar"):
         assert any("image/png" in output.data for output in outputs(mesh, source) if "data" in output)
 
 

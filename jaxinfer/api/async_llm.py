@@ -18,7 +18,7 @@ from jaxinfer.api.arguments import score_params
 from jaxinfer.api.driver import Ticket
 from jaxinfer.api.llm import LLM
 from jaxinfer.checkpoint.directory import DEMO
-from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.text.preparation import Prompt, Submission

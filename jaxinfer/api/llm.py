@@ -7,13 +7,14 @@ Does not know: how tokens are computed, scheduled or turned into text.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -34,13 +35,15 @@ from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.engine.stats import EngineStats
+from jaxinfer.engine.step_log import StepLog
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.provenance import Provenance
 from jaxinfer.research.logit_lens import LogitLens
 from jaxinfer.research.sweep import Reduction
 from jaxinfer.research.table import Table
+from jaxinfer.research.trace import Trace
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 from jaxinfer.sandbox.template_sandbox import TemplateSandbox
 from jaxinfer.sites import Sites
@@ -603,6 +606,34 @@ class LLM:
             to compile the same programs in the same order.
         """
         self._runner.warmup(background=background)
+
+    @contextlib.contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Watches the engine: every step that is launched inside the with block, of all callers.
+
+        Yields:
+          A Trace, which grows while the block runs: `plot()` draws it, `plot_pipeline()` the stages, `save(file)`
+          writes a file for ui.perfetto.dev, `table` has a row for each step.
+
+        Raises:
+          ValueError: the engine is being traced already.
+
+        Example:
+          with llm.trace() as trace:
+              llm.generate(prompts)
+          trace.plot()
+        """
+        engines = [loaded.engine for loaded in self._replicas]
+        if any(engine.log is not None for engine in engines):
+            raise ValueError("the engine is being traced already; end that trace first")
+        logs = [StepLog() for _ in engines]
+        for engine, log in zip(engines, logs, strict=True):
+            engine.log = log
+        try:
+            yield Trace(logs, num_stages=self.config.pipeline_parallel_size)
+        finally:
+            for engine in engines:
+                engine.log = None
 
     def stats(self) -> EngineStats:
         """Returns how many requests run and wait, how many KV pages are used, and counts of all work so far."""

@@ -18,7 +18,8 @@ from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.draft_model import DraftModel
 from jaxinfer.engine.drafting import PROMPT_LOOKUP, Drafter, PromptLookup
-from jaxinfer.engine.dynamic_engine import DynamicEngine, EngineStats
+from jaxinfer.engine.dynamic_engine import DynamicEngine
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.assembly import assemble, context_length, footprint

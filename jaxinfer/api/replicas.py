@@ -19,8 +19,8 @@ from jaxinfer.api.output_stream import wait_for
 from jaxinfer.api.routing import Router
 from jaxinfer.api.runner import LocalRunner, Runner, Work
 from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.engine.dynamic_engine import EngineStats
 from jaxinfer.engine.page_allocator import page_hashes
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.text.preparation import Submission

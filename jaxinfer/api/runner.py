@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from jaxinfer.api.driver import Driver, Ticket
 from jaxinfer.api.loaded_engine import LoadedEngine
 from jaxinfer.api.output_stream import wait_for
-from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.text.controller import TextGenerationController

@@ -19,7 +19,7 @@ from jaxinfer.api.driver import Ticket
 from jaxinfer.api.runner import Runner, Work
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.distributed import FollowerRun, LeaderRun
-from jaxinfer.engine.dynamic_engine import EngineStats
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.records.codec import from_fields

@@ -24,6 +24,8 @@ from jaxinfer.engine.ending import start_constraint
 from jaxinfer.engine.schedule import SamplingRows, Schedule
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import SequenceState
+from jaxinfer.engine.stats import EngineStats
+from jaxinfer.engine.step_log import StepLog, StepRecord
 from jaxinfer.engine.step_taps import TapPlanner, failed_hooks, keep_captures
 from jaxinfer.errors import INTERRUPTS
 from jaxinfer.request import Request, TokenEvent, TokenLogprobs
@@ -32,51 +34,6 @@ from jaxinfer.sites import Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 from jaxinfer.wrappers.step_taps import StepTaps
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStats:
-    """The engine's present load, and counts since it began; the dump page is not among the pages.
-
-    Args:
-      num_requests_running, num_requests_waiting, num_requests_finished: requests by state; aborted and failed ones are
-        finished. Every beam of a running or waiting beam search counts.
-      kv_pages_total: pages of the pool.
-      kv_pages_used: pages that sequences hold.
-      kv_pages_cached: pages that no sequence holds, but whose content the prefix cache can still find.
-      prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache, and those found; a prompt
-        counts once, however many samples share it.
-      num_preemptions: how often a sequence was sent back to the queue.
-      prompt_tokens, generation_tokens: tokens of accepted prompts, and output tokens read.
-      num_steps: steps launched with work; the idle steps that move a pipeline on are not counted.
-      num_rows_live, num_rows_launched: rows that had work, and all rows of the programs that ran, padding included;
-        both summed over stages and steps. A row is a decoding sequence or a block of a prompt.
-      draft_tokens, accepted_draft_tokens: drafts that were verified, and those of them that were right.
-      num_compilations: programs compiled.
-    """
-
-    num_requests_running: int
-    num_requests_waiting: int
-    num_requests_finished: int
-    kv_pages_total: int
-    kv_pages_used: int
-    kv_pages_cached: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    num_steps: int
-    num_rows_live: int
-    num_rows_launched: int
-    draft_tokens: int
-    accepted_draft_tokens: int
-    num_compilations: int
-
-    @property
-    def draft_acceptance_rate(self) -> float:
-        """Share of the drafts that were right; 0 without any."""
-        return self.accepted_draft_tokens / max(self.draft_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +71,7 @@ class _InFlight:
     handle: Any
     schedule: Schedule
     taps: StepTaps | None
+    record: StepRecord | None
 
 
 class DynamicEngine:
@@ -157,6 +115,8 @@ class DynamicEngine:
             max_model_len=max_model_len,
             plan_drafts=None if drafter is None else self._plan_drafts,
         )
+        self.log: StepLog | None = None
+        """Where steps are logged while it is set."""
         self._taps = TapPlanner(wrapper.shapes)
         self._max_research_bytes = config.max_research_bytes
         self._num_stages = wrapper.shapes.num_stages
@@ -279,6 +239,7 @@ class DynamicEngine:
           its finish_reason. Failed requests and finished beam searches have no such event: failed_requests and
           finished_searches return them.
         """
+        record = None if self.log is None else self.log.begin()
         schedule = self._scheduler.schedule()
         launching = bool(schedule) or self._awaits_the_pipeline()
         if launching:
@@ -287,7 +248,11 @@ class DynamicEngine:
             rows_to_sample = self._sampled_with(schedule)
             masks = self._masks(rows_to_sample)
             batch = make_batch(schedule, self._wrapper.shapes, masks, self._taps)
-            self._in_flight.append(_InFlight(self._wrapper.launch(batch), schedule, batch.taps))
+            if record is not None:
+                record.scheduled(schedule, batch, self._scheduler)
+            self._in_flight.append(_InFlight(self._wrapper.launch(batch), schedule, batch.taps, record))
+            if record is not None and self.log is not None:
+                self.log.launched(record)
             self._num_steps += bool(schedule)
             self._end_failed(rows_to_sample)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
@@ -414,7 +379,11 @@ class DynamicEngine:
         )
 
     def _collect(self, step: _InFlight) -> list[TokenEvent]:
+        if step.record is not None:
+            step.record.awaited()
         result = self._wrapper.collect(step.handle)
+        if step.record is not None:
+            step.record.collected()
         if result.scores is not None:
             _keep_scores(step.schedule, result.scores)
         token_ids = result.token_ids.tolist()

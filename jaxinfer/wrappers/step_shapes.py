@@ -175,7 +175,14 @@ class StepShapes:
             for row_len in (1, PREFILL_BLOCK)
         }
         shapes |= {
-            self.shape(num_decode=0, num_prefill=prefill, num_logits=0, scored=True) for prefill in self._scored_rows
+            self.shape(
+                num_decode=0,
+                num_prefill=prefill,
+                num_logits=self._num_logits(self.max_decode, prefill, drafts=drafts),
+                scored=True,
+            )
+            for prefill in self._scored_rows
+            for drafts in {False, self.max_drafts > 0}
         }
         return sorted(shapes, key=_size)
 
@@ -202,7 +209,10 @@ class StepShapes:
         shapes.add(self.shape(num_decode=0, num_prefill=self.max_prefill, num_logits=0, scored=True))
         if self.max_drafts:
             most = self._num_logits(self.max_decode, self.max_prefill, drafts=True)
-            shapes.add(self.shape(num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=most))
+            for scored in (False, True):
+                shapes.add(
+                    self.shape(num_decode=self.max_decode, num_prefill=self.max_prefill, num_logits=most, scored=scored)
+                )
         return sorted(shapes, key=_size)
 
     def _num_logits(self, decode: int, prefill: int, *, drafts: bool) -> int:

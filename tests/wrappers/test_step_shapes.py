@@ -60,11 +60,15 @@ def test_shape_with_drafts_any_step_is_held_and_listed(max_num_seqs, stages, num
     assert any(larger.holds(shape) for larger in shapes.covering_shapes())
 
 
-@given(st.integers(1, 600), st.booleans())
-def test_shape_that_scores_is_listed(num_tokens, coarse):
-    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=600)
+@given(st.integers(1, 600), st.booleans(), st.integers(0, 4), st.integers(1, 2), st.data())
+def test_shape_that_scores_is_listed(num_tokens, coarse, num_drafts, stages, data):
+    drafts = {"draft_model": "prompt-lookup", "num_draft_tokens": num_drafts} if num_drafts else {}
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=600, pipeline_parallel_size=stages, **drafts)
     shapes = StepShapes(config, max_model_len=2048, coarse=coarse)
-    shape = shapes.shape(num_decode=3, num_prefill=num_blocks(num_tokens), num_logits=4, scored=True)
+    num_prefill = num_blocks(num_tokens)
+    num_logits = data.draw(st.integers(0, shapes.max_decode + min(num_prefill, shapes.max_decode) * (1 + num_drafts)))
+    num_decode = min(3, shapes.max_decode)
+    shape = shapes.shape(num_decode=num_decode, num_prefill=num_prefill, num_logits=num_logits, scored=True)
     assert shape in shapes.all_shapes()
     assert shape.scored and shape.num_prefill * PREFILL_BLOCK >= num_tokens
     assert any(larger.holds(shape) for larger in shapes.covering_shapes())

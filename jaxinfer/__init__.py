@@ -12,6 +12,7 @@ from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
 from jaxinfer.interventions import BoundIntervention, Intervention, intervention
+from jaxinfer.kernels.paged_attention import register_attention
 from jaxinfer.logits_functions import LogitsFunction, logits_processor, sampler
 from jaxinfer.models.registry import ModelFamily, register_model
 from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
@@ -54,6 +55,7 @@ __all__ = [
     "intervention",
     "logits_processor",
     "logprob_fn",
+    "register_attention",
     "register_model",
     "sampler",
 ]

@@ -14,6 +14,8 @@ from jaxinfer.config.validation import require_bool, require_choice, require_flo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
+REGISTERED_ATTENTION: list[str] = []
+"""Names of attention functions of users; only kernels/paged_attention.py's register_attention adds to it."""
 
 
 @names_nearest_field
@@ -38,7 +40,8 @@ class EngineConfig:
       enable_chunked_prefill: whether prompts may be split to fit the token budget of a step.
       run_ahead: whether the next step is launched before the last one's tokens are read.
       attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
-        CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle.
+        CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle. Or a name that was given to
+        register_attention.
       draft_model: what proposes tokens for speculative decoding, which verifies several in one step and gives the same
         output in fewer steps. Either the directory or hub id of a checkpoint with the same vocabulary, or
         "prompt-lookup", which proposes what followed the last tokens where they occurred before in the text. None
@@ -76,7 +79,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
-        require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        require_choice("attention_backend", self.attention_backend, (*ATTENTION_BACKENDS, *REGISTERED_ATTENTION))
         lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
         lowest |= {
             "max_research_bytes": 0,

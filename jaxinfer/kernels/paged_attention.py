@@ -6,9 +6,11 @@ Does not know: schedulers, layers, meshes.
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.config.engine_config import ATTENTION_BACKENDS, REGISTERED_ATTENTION
 from jaxinfer.kernels.pallas import paged_attention_pallas, segmented_attention_pallas
 from jaxinfer.kernels.reference import attention_weights_reference, paged_attention_reference
 from jaxinfer.kernels.segment import Segment
@@ -19,8 +21,48 @@ BACKENDS: dict[str, Callable[..., Array]] = {
     "xla": paged_attention_xla,
     "pallas": paged_attention_pallas,
 }
+_BUILT_IN = tuple(BACKENDS)
 _TRITON_CAPABILITY = (8, 0)
 """Compute capability of the oldest CUDA devices that XLA's Triton compiles for: Ampere."""
+
+
+def register_attention(name: str, function: Callable[..., Array]) -> None:
+    """Adds an attention function of your own, which an LLM runs with attention_backend=name.
+
+    Args:
+        name: how the settings call it. A function that was registered under the name before is replaced, for LLMs that
+            are loaded from then on.
+        function: keeps the contract of `paged_attention`: (q, k_pages, v_pages, page_table, kv_len, q_len, *, scale,
+            window, softcap, sinks, sequence_id) -> Float[R, Q, N, H] in q's dtype. It sees the heads of one shard, and
+            its device's pages. What stands around attention runs as with "xla".
+
+    Raises:
+        TypeError: name is not a string, or function cannot be called.
+        ValueError: the name is a built-in one, or the function cannot be traced with such arguments or returns
+            something else.
+    """
+    if not isinstance(name, str) or not callable(function):
+        raise TypeError(f"register_attention needs a name and a function, got {name!r} and {function!r}")
+    if name in ATTENTION_BACKENDS:
+        raise ValueError(f"attention backend {name!r} is built in; register the function under another name")
+    q, pages = (jax.ShapeDtypeStruct(dims, jnp.float32) for dims in ((2, 3, 4, 8), (5, 2, 8, 8)))
+    table, lengths = (jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2, 4), (2,)))
+    options = {"scale": 0.5, "window": None, "softcap": None, "sinks": None, "sequence_id": None}
+    try:
+        found = jax.eval_shape(lambda *arrays: function(*arrays, **options), q, pages, pages, table, lengths, lengths)
+    except Exception as error:  # whatever the user's function raises
+        (reason, *_) = str(error).splitlines() or [""]
+        raise ValueError(f"attention function {name!r} cannot be traced: {type(error).__name__}: {reason}") from error
+    if getattr(found, "shape", None) != q.shape or found.dtype != q.dtype:
+        raise ValueError(f"attention function {name!r} must return q's shape and dtype, {q}, got {found}")
+    BACKENDS[name] = function
+    if name not in REGISTERED_ATTENTION:
+        REGISTERED_ATTENTION.append(name)
+
+
+def is_built_in(backend: str) -> bool:
+    """Whether a backend is one of this package, not a user's function."""
+    return backend in _BUILT_IN
 
 
 def choose_backend(requested: str, platform: str, compute_capability: str | None = None) -> str:

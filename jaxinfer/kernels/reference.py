@@ -5,9 +5,14 @@ Does not know: speed. Its memory grows with R * W * C, so it serves small cases 
 training of the demo model, since it can be differentiated.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+Visibility = Callable[[Array, Array], Array]
+"""(positions of queries, positions of keys) -> bool, by broadcasting: which keys a query sees."""
 
 
 def paged_attention_reference(
@@ -23,10 +28,12 @@ def paged_attention_reference(
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     sequence_id: Int[Array, " R"] | None = None,
+    visible: Visibility | None = None,
 ) -> Float[Array, "R Q N H"]:
     """Attends over gathered pages with one dense float32 softmax.
 
-    Args: as in `jaxinfer.kernels.paged_attention.paged_attention`.
+    Args: as in `jaxinfer.kernels.paged_attention.paged_attention`, and
+        visible: a rule about which of the positions up to its own a query sees; None for all.
 
     Returns:
         Float[R, Q, N, H] in q's dtype.
@@ -34,7 +41,16 @@ def paged_attention_reference(
     Source: Vaswani et al. 2017, section 3.2.1; sinks as in transformers' `gpt_oss/modeling_gpt_oss.py`.
     """
     weights = attention_weights_reference(
-        q, k_pages, page_table, kv_len, q_len, scale=scale, window=window, softcap=softcap, sinks=sinks
+        q,
+        k_pages,
+        page_table,
+        kv_len,
+        q_len,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        visible=visible,
     )
     values = _gathered(v_pages, page_table, kv_len, num_heads=q.shape[2])
     return jnp.einsum("rnqs,rsnh->rqnh", weights, values, precision=jax.lax.Precision.HIGHEST).astype(q.dtype)
@@ -51,6 +67,7 @@ def attention_weights_reference(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    visible: Visibility | None = None,
 ) -> Float[Array, "R N Q S"]:
     """The weights with which each query takes the values of all positions.
 
@@ -64,16 +81,18 @@ def attention_weights_reference(
     live = position < kv_len[:, None]  # [R, S]
     query = jnp.arange(num_queries)
     query_position = (kv_len - q_len)[:, None] + query  # [R, Q]
-    visible = live[:, None, :] & (position <= query_position[..., None])  # [R, Q, S]
+    seen = live[:, None, :] & (position <= query_position[..., None])  # [R, Q, S]
     if window is not None:
-        visible &= position > query_position[..., None] - window
-    visible &= (query < q_len[:, None])[..., None]
+        seen &= position > query_position[..., None] - window
+    if visible is not None:
+        seen &= visible(query_position[..., None], position)
+    seen &= (query < q_len[:, None])[..., None]
 
     keys = _gathered(k_pages, page_table, kv_len, num_heads=num_heads)
     score = jnp.einsum("rqnh,rsnh->rnqs", q.astype(jnp.float32), keys, precision=jax.lax.Precision.HIGHEST) * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
-    score = jnp.where(visible[:, None], score, -jnp.inf)
+    score = jnp.where(seen[:, None], score, -jnp.inf)
     top = score.max(axis=-1, keepdims=True, initial=-1e30)  # finite, so that a query which sees nothing gives zeros
     sink = jnp.full((1, 1, 1), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)[:, None, None]
     top = jnp.maximum(top, sink)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config.model_config import ModelConfig
-from jaxinfer.kernels.paged_attention import segmented_attention, segmented_weights
+from jaxinfer.kernels.paged_attention import is_built_in, segmented_attention, segmented_weights
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers import kv_cache, rope
@@ -148,8 +148,8 @@ class Attention(nnx.Module):
           post_norm: applied to the block's output before it is added to x; None for none.
           taps: of the layer. Sites: "attention.input" [T, D], after the norm; "attention.queries" [T, N, H] and
             "attention.keys", "attention.values" [T, K, H], as projected, before head norms and rotation;
-            "attention.probs" [T, N, S], recomputed from the cache; "attention.heads" [T, N, H], each head's result;
-            "attention.output" [T, D], what is added to x.
+            "attention.probs" [T, N, S], recomputed from the cache (but not with an attention function of the user's);
+            "attention.heads" [T, N, H], each head's result; "attention.output" [T, D], what is added to x.
 
         Returns:
           x + post_norm(attention(norm(x))), equal on all shards, and the written cache. The cache is written in place
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
         fed, norm = block_input(taps, "attention.input", fed, norm)
         heads = self._tapped(self.qkv(fed, norm=norm).reshape(x.shape[0], -1, self.head_dim), taps)
         queries, cache = self._prepared(heads, cache, batch, rotary)
-        if taps.touches("attention.probs"):
+        if is_built_in(self.backend) and taps.touches("attention.probs"):
             weights = segmented_weights(
                 queries, cache.keys, batch.segments, scale=self.scale, window=self._window(), softcap=self.softcap
             )

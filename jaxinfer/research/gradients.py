@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.communication.collectives import stage_index
 from jaxinfer.communication.sharding import REPLICATED
 from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.kernels.paged_attention import is_built_in
 from jaxinfer.sites import split_layer
 from jaxinfer.wrappers.assembly import abstract_model
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
@@ -40,8 +41,9 @@ def make_logprob_fn(decoder: DecoderWrapper, config: ModelConfig, *, max_len: in
       ValueError: shards outnumber the model's kv heads.
     """
     mesh = decoder.mesh
-    # The fast backends cannot be differentiated.
-    layout = dataclasses.replace(decoder.layout, attention_backend="reference")
+    layout = decoder.layout
+    if is_built_in(layout.attention_backend):  # the fast backends cannot be differentiated
+        layout = dataclasses.replace(layout, attention_backend="reference")
     if layout.kv_copies(config) > 1:
         raise ValueError(
             f"logprob_fn needs tensor_parallel_size <= {config.num_kv_heads}, the model's kv heads, got "

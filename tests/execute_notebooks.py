@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-NAMES = ("quickstart", "mesh", "own_model")
+NAMES = ("quickstart", "mesh", "own_model", "ablations", "steering", "finetune")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 

@@ -109,3 +109,23 @@ def test_own_model_learns_to_copy_and_is_equal_on_a_mesh(own_model):
     assert text(own_model, "other.generate(").count("equal: True") == 2
     for source in ("losses.append", "scores.argmax"):
         assert any("image/png" in output.data for output in outputs(own_model, source) if "data" in output)
+
+
+def test_research_notebooks_show_what_they_promise():
+    steering, finetune, ablations = map(read, ("steering", "finetune", "ablations"))
+    (table,) = (output.data["text/plain"] for output in outputs(steering, "STRENGTHS = ") if "text/html" in output.data)
+    moods = {float(line.split()[0]): [float(word) for word in line.split()[1:3]] for line in table.splitlines()[2:]}
+    assert moods[1.5][0] > 3 * moods[0.0][0]  # joy
+    assert moods[1.5][1] < moods[0.0][1]  # grief
+    assert "the one alone: True" in text(steering, "kinds = {")
+    assert "from below 0.3 to above 0.8: True" in text(finetune, "rewards, state = ")
+    assert text(finetune, "under three minutes") == "True, under three minutes: True\n"
+    assert "the same text: True" in text(finetune, "llm.export(")
+    assert "all outputs are equal: True" in text(ablations, "result.is_ok")
+    for notebook, source in (
+        (steering, "effect = "),
+        (finetune, "left.plot"),
+        (ablations, "by_head"),
+        (ablations, "draw("),
+    ):
+        assert any("image/png" in output.data for output in outputs(notebook, source) if "data" in output)

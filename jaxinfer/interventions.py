@@ -63,6 +63,8 @@ class Intervention:
           TypeError: an unknown or missing parameter, or one that is not made of numbers.
           ValueError: a parameter is NaN or infinite, or tokens is none of those above.
         """
+        if not isinstance(site, str):
+            raise TypeError(f"site must be a name or pattern from llm.sites(), got {site!r}")
         self._require_known(parameters)
         known = function_parameters(self.function)
         missing = [name for name, needed in known.items() if needed and name not in {*parameters, *self.constants}]
@@ -186,20 +188,28 @@ def bound_hooks(bound: Sequence[BoundIntervention], sites: Sites, *, prompt_len:
     """
     hooks: list[Hook] = []
     for entry in bound:
-        span = token_span(entry.tokens, prompt_len=prompt_len)
-        for name in entry.intervention.per_token:
-            if name in entry.parameters:
-                num_tokens = len(np.atleast_1d(entry.parameters[name]))
-                if not entry.parameters[name].ndim:
-                    raise ValueError(f"{name} of {entry.intervention} must have an axis of tokens")
-                end = span.start + num_tokens
-                span = TokenSpan(span.start, end if span.stop is None else min(span.stop, end))
+        span = _cut_to_parameters(entry, token_span(entry.tokens, prompt_len=prompt_len))
         signature = tuple((name, array.shape, array.dtype.name) for name, array in sorted(entry.parameters.items()))
         for site in sites.find(entry.site):
             ordinal = sum(hook.kind.site == site.name for hook in hooks)
             kind = HookKind(entry.intervention, site.name, ordinal, signature)
             hooks.append(Hook(kind=kind, span=span, parameters=entry.parameters, prompt_len=prompt_len))
     return tuple(hooks)
+
+
+def _cut_to_parameters(bound: BoundIntervention, span: TokenSpan) -> TokenSpan:
+    """The span as far as the per_token parameters have entries."""
+    given = {name: bound.parameters[name] for name in bound.intervention.per_token if name in bound.parameters}
+    for name, array in given.items():
+        if not array.ndim or not len(array):
+            raise ValueError(f"{name} of {bound.intervention} must have an axis of tokens with at least one, got none")
+    lengths = {name: len(array) for name, array in given.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"parameters of {bound.intervention} must have equally many tokens, got {lengths}")
+    if not lengths:
+        return span
+    end = span.start + next(iter(lengths.values()))
+    return TokenSpan(span.start, end if span.stop is None else min(span.stop, end))
 
 
 @overload
@@ -279,8 +289,11 @@ def parameter_arrays(owner: str, given: Mapping[str, Any]) -> dict[str, np.ndarr
             array = np.asarray(value.astype(np.float32))
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{name} of {owner} must be numbers, got dtype {array.dtype}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{name} of {owner} must be finite, got NaN or infinity")
+        if array.dtype.kind in "iu" and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+            raise ValueError(f"{name} of {owner} must be in -2**31..2**31 - 1, got {array.min()}..{array.max()}")
         wanted = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.bool_}[array.dtype.kind]
-        arrays[name] = array.astype(wanted)
+        with np.errstate(over="ignore"):
+            arrays[name] = array.astype(wanted)
+        if array.dtype.kind == "f" and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} of {owner} must be finite in float32, got NaN, infinity or a larger number")
     return arrays

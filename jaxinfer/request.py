@@ -56,10 +56,12 @@ class Capture:
     Args:
       sites: where.
       span: the positions of the tokens.
+      num_shared: tokens in front of these that another sample of the prompt captures for this one as well.
     """
 
     sites: tuple[Site, ...]
     span: TokenSpan
+    num_shared: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

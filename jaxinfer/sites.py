@@ -80,8 +80,8 @@ class Sites(Mapping[str, Site]):
         if layer is not None and layers and layer > max(layers):
             raise ValueError(f"no site {pattern!r}: the model has layers 0..{max(layers)}")
         near = difflib.get_close_matches(pattern, list(self._sites), n=2, cutoff=0.3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"no site {pattern!r}{hint} llm.sites() lists all of them")
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"no site {pattern!r}; {hint}llm.sites() lists all of them")
 
     def __repr__(self) -> str:
         rows = [(site.name, _dims(site), site.dtype) for site in self.values()]

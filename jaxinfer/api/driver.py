@@ -241,12 +241,23 @@ class Driver(Generic[AnswerT]):
         self, work: Callable[[], None], *, abort: bool = False, refuse: EngineClosedError | None = None
     ) -> None:
         """Waits until no request runs, and calls a function on the driver's thread; see Runner.between_requests."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("on_update runs on the engine's thread, which would wait for itself; use another thread")
         pause = _Pause(work, abort=abort, refuse=refuse)
         with self._changed:
             self._require_running()
             self._pauses.append(pause)
             self._changed.notify()
-        pause.done.result()
+        try:
+            pause.done.result()
+        except BaseException:
+            with self._changed:
+                if pause in self._pauses:  # the caller was interrupted before its turn
+                    self._pauses.remove(pause)
+                    self._changed.notify()
+                    raise
+            pause.done.exception()  # its turn has come, so the work is done before the caller goes on
+            raise
 
     def _require_running(self) -> None:
         if self._error is not None:
@@ -297,8 +308,9 @@ class Driver(Generic[AnswerT]):
         try:
             while self._wait_for_work():
                 self._take_in()
-                if self._pauses and self._may_pause():
-                    self._do(self._pauses.popleft())
+                pause = self._next_pause()
+                if pause is not None:
+                    self._do(pause)
                     continue
                 for answer in self._controller.step():
                     self._tell(answer, self._tickets[answer])
@@ -333,21 +345,24 @@ class Driver(Generic[AnswerT]):
         while self._cancelled:
             self._drop(self._cancelled.popleft())
 
-    def _may_pause(self) -> bool:
-        """Whether no request runs, after those of an aborting pause were ended."""
-        if self._pauses[0].abort:
+    def _next_pause(self) -> _Pause | None:
+        """The pause whose turn it is, if no request runs; an aborting pause ends those that do."""
+        with self._changed:
+            abort = bool(self._pauses) and self._pauses[0].abort
+        if abort:
             for answer, ticket in list(self._tickets.items()):
                 self._controller.forget(answer)
                 self._tell(answer, ticket)
-        return not self._controller.has_unfinished()
+        with self._changed:
+            return self._pauses.popleft() if self._pauses and not self._controller.has_unfinished() else None
 
     def _do(self, pause: _Pause) -> None:
         try:
             pause.work()
-        except INTERRUPTS:
-            raise
         except BaseException as error:
             pause.done.set_exception(error)
+            if isinstance(error, INTERRUPTS):
+                raise
         else:
             with self._changed:
                 self._refusal = pause.refuse

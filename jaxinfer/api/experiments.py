@@ -13,7 +13,7 @@ from jaxinfer.api.arguments import as_prompts
 from jaxinfer.config.validation import require_int
 from jaxinfer.research.gradients import LogprobFunction, make_logprob_fn
 from jaxinfer.research.logit_lens import Lens, LogitLens, look
-from jaxinfer.research.sweep import Reduction, rows_of, settings_of
+from jaxinfer.research.sweep import Reduction, check_reductions, rows_of, settings_of
 from jaxinfer.research.table import Table
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text.preparation import Prompt
@@ -32,6 +32,7 @@ def sweep(
 ) -> Table:
     """See LLM.sweep."""
     prompt_list, _ = as_prompts(prompts)
+    check_reductions(reductions, llm.sites, list(fields))
     settings, axes = settings_of(fields, capture=[site for site, _ in reductions.values()])
     pairs = [(prompt, setting) for setting in settings for prompt in prompt_list]
     asked = [setting.params for _, setting in pairs]
@@ -48,10 +49,13 @@ def sweep(
 def logit_lens(llm: LLM, prompt: Prompt, *, layers: Sequence[int] | None, num_top: int) -> LogitLens:
     """See LLM.logit_lens."""
     config = llm.model_config
-    chosen = range(config.num_layers) if layers is None else layers
+    llm.prepare(prompt)  # refuses lists of prompts
+    if layers is not None and not hasattr(layers, "__iter__"):
+        raise TypeError(f"layers must be a sequence of layer numbers, got {layers!r}")
+    chosen = tuple(range(config.num_layers) if layers is None else layers)
     for layer in chosen:
         require_int("layers entry", layer, 0, config.num_layers - 1)
-    if not len(chosen):
+    if not chosen:
         raise ValueError("layers must name at least one layer, got none")
     num_top = require_int("num_top", num_top, 1, config.vocab_size)
     lens = Lens(llm.decoder, config)

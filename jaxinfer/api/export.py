@@ -43,6 +43,9 @@ def export_checkpoint(
       FileExistsError: the directory exists.
       ValueError: several processes hold the model.
     """
+    target = Path(directory)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; choose another directory for the checkpoint or remove it")
     decoder, config = loaded.decoder, loaded.model_config
     params = decoder.params
     variables = nnx.to_flat_state(nnx.state(abstract_model(config, decoder.layout)))
@@ -53,7 +56,6 @@ def export_checkpoint(
         num_layers=config.num_layers,
         num_shards=decoder.layout.num_shards,
     )
-    target = Path(directory)
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()) if source is not None else ():
         is_small = file.is_file() and file.stat().st_size <= _MOST_BYTES

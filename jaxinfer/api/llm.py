@@ -21,7 +21,6 @@ from typing import Any, overload
 from jaxinfer.api import experiments
 from jaxinfer.api.arguments import as_prompts, checked, one_each, score_params
 from jaxinfer.api.driver import Ticket
-from jaxinfer.api.export import export_checkpoint
 from jaxinfer.api.loaded_replicas import LoadedReplicas
 from jaxinfer.api.output_stream import OutputStream
 from jaxinfer.api.provenance import find_provenance
@@ -35,6 +34,7 @@ from jaxinfer.checkpoint.store import MemoryStore, SafetensorsStore, TensorStore
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.config.validation import require_int
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.step_log import StepLog
 from jaxinfer.models.registry import parse_model_config
@@ -68,7 +68,8 @@ class LLM:
         and returns token ids only.
       **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
         num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
-        attention_backend, draft_model, num_draft_tokens, seed and the parallel sizes.
+        attention_backend (or the name of an attention function of yours), draft_model, num_draft_tokens, seed,
+        max_research_bytes and the parallel sizes.
 
     Raises:
       FileNotFoundError: no such checkpoint.
@@ -279,18 +280,19 @@ class LLM:
         index: int = 0,
         sampling_params: SamplingParams | None = None,
     ) -> RequestOutput:
-        """Goes on from the middle of a generated text, as often as you like.
+        """Goes on from the middle of a generated text, with n samples.
 
         Keys and values of the text that are still in the prefix cache are used again, and shared by the n samples;
-        `num_cached_tokens` says how many. What is not is computed anew. With the parameters and the seed of the
-        original, the fork gives what followed there, penalties and structured output included.
+        `num_cached_tokens` says how many (full pages only). Other tokens are computed again. With the parameters and
+        the seed of the original, the fork gives what followed there, penalties and structured output included. Only a
+        stop string that begins in the kept text is not noticed.
 
         Args:
           output: of generate, chat, beam_search or fork.
-          at: tokens of the text to keep; -2 keeps all but the last two.
+          at: how many of the text's tokens to keep; a negative number counts from the end, -2 keeps all but two.
           n: samples, in place of sampling_params.n.
-          index: which of the output's texts.
-          sampling_params: None takes those of the output, with another seed and what is left of max_tokens.
+          index: which of the output's samples to fork, 0 for the first.
+          sampling_params: None takes those of the output, with another seed and what is left of max_tokens, at least 1.
 
         Returns:
           A RequestOutput whose prompt is the text up to the fork, and whose outputs are what follows.
@@ -308,7 +310,8 @@ class LLM:
         """
         if not isinstance(output, RequestOutput):
             raise TypeError(f"fork needs the RequestOutput of a generation, got {type(output).__name__}")
-        params = self._params_of_fork(output, at) if sampling_params is None else sampling_params
+        at, index = require_int("at", at, -(2**31)), require_int("index", index, 0)
+        params = self._params_of_fork(output, at, index) if sampling_params is None else sampling_params
         params = dataclasses.replace(checked("sampling_params", params, SamplingParams), n=n)
         submission = self._controller.prepare_fork(output, params, at=at, index=index)
         self._controller.check_captures([submission])
@@ -329,9 +332,10 @@ class LLM:
           reductions: for captured values, name of a column -> (site, function). The function gets the site's values of
             a sample, float32[tokens, dims], and returns what the column has.
           use_tqdm: show a progress bar.
-          **fields: of SamplingParams, by name: one value, or a list (range, array) of values to try; and intervention,
-            a list of interventions, of lists of them, or None. A mapping of names to values is shown by its names in
-            the table; give one for fields that are lists themselves.
+          **fields: fields of SamplingParams. A field that has a list (range, array) of values is varied; any other is
+            the same for all. intervention=[..] varies the interventions of a request: each entry is None, one of them,
+            or a list of several. Instead of a list, a mapping may give the values names for the table; fields that
+            are lists themselves (stop, capture) need one to be varied.
 
         Returns:
           A row for each sample: prompt, settings, sample, seed, text, num_tokens, finish_reason, logprob (of the whole
@@ -592,7 +596,10 @@ class LLM:
 
     @property
     def is_running(self) -> bool:
-        """Whether new requests are accepted: False once the LLM was closed or its engine stopped on an error."""
+        """Whether the engine runs: False once the LLM was closed or its engine stopped on an error.
+
+        It is True while the LLM sleeps, although that refuses requests.
+        """
         return self._runner.is_running
 
     def warmup(self, *, background: bool = False) -> None:
@@ -665,10 +672,12 @@ class LLM:
         """The weights as nested dicts of jax.Array, sharded over the mesh as the engine reads them.
 
         The names are those of the modules: params["layers"]["0"]["mlp"]["down"]["weight"] is [stages, out, in], with
-        the layers of all pipeline stages stacked. They are the very arrays that steps read, so do not donate them.
+        the layers of all pipeline stages stacked. They are the very arrays that steps read, so do not donate them;
+        sleep and close delete them.
 
         Raises:
           ValueError: several processes hold the model, or the LLM sleeps.
+          EngineClosedError: the LLM is closed.
         """
         return self._weights.params
 
@@ -684,7 +693,7 @@ class LLM:
 
         Args:
           tree: nested dicts like params, with arrays of the same shapes, dtypes and shardings (or numpy arrays). They
-            are copied.
+            are copied, so for a moment the devices hold the old weights, the new ones and the copies.
           only: tells by dotted name, such as "layers.0.mlp.down.weight", which weights are replaced; the tree may then
             lack the others. None replaces all.
           pause: "wait" lets running requests finish first, "abort" ends them with finish reason "abort". Requests that
@@ -702,7 +711,7 @@ class LLM:
     def sleep(self, *, pause: Pause = "wait") -> None:
         """Frees the devices for something else; the weights stay in the host's memory, compiled programs are kept.
 
-        Requests are refused until wake_up.
+        Requests are refused with EngineClosedError until wake_up. Arrays of params that you still hold are deleted.
 
         Args:
           pause: what happens to running requests, as update_weights'.
@@ -750,7 +759,7 @@ class LLM:
           FileExistsError: it exists.
           ValueError: several processes hold the model.
         """
-        export_checkpoint(directory, self._loaded, self._config_fields, source=self._directory)
+        self._weights.export(directory, self._config_fields, source=self._directory)
 
     def follow(self) -> None:
         """Takes part in what process 0 computes until that closes this LLM; for the other processes of a run.
@@ -796,12 +805,13 @@ class LLM:
         ends_at = self._longest_request if is_default else None
         return self._controller.prepare(prompt, params, add_special_tokens=False, ends_at=ends_at)
 
-    def _params_of_fork(self, output: RequestOutput, at: int) -> SamplingParams:
+    def _params_of_fork(self, output: RequestOutput, at: int, index: int) -> SamplingParams:
         """The parameters of the forked generation, for what is left of it, with a seed that is still to be derived."""
         params = output.sampling_params
         if params is None:
             return self.default_params
-        num_kept = at if at >= 0 else max(len(output.outputs[0].token_ids) + at, 0)
+        length = len(output.outputs[index].token_ids) if 0 <= index < len(output.outputs) else 0
+        num_kept = at if at >= 0 else max(length + at, 0)
         return dataclasses.replace(
             params,
             max_tokens=None if params.max_tokens is None else max(params.max_tokens - num_kept, 1),

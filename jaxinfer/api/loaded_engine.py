@@ -96,6 +96,7 @@ class LoadedEngine:
     def sleep(self) -> None:
         """Frees the devices; the weights of the model stay on the host. No request may run."""
         self.engine.flush_prefix_cache()
+        self.engine.forget_steps()
         for wrapper in self._wrappers:
             if isinstance(wrapper, DecoderWrapper):
                 wrapper.sleep()

@@ -12,6 +12,9 @@ from typing import Any
 
 import jax
 
+_MARK = "_CHECKPOINT_METADATA"
+"""A file that every checkpoint of Orbax has."""
+
 
 def save(directory: str | Path, tree: Mapping[str, Any]) -> None:
     """Writes nested dicts of arrays to a new directory; each device writes what it holds.
@@ -42,7 +45,10 @@ def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"no saved weights at {path}")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
     with StandardCheckpointer() as checkpointer:
-        saved = {_name(key): entry for key, entry in _leaves(checkpointer.metadata(path).item_metadata.tree)}
+        metadata = checkpointer.metadata(path).item_metadata if (path / _MARK).exists() else None
+        if metadata is None:
+            raise ValueError(f"{path} was not written by save_weights; LLM(directory) loads what export has written")
+        saved = {_name(key): entry for key, entry in _leaves(metadata.tree)}
         wanted = {_name(key): entry for key, entry in _leaves(shapes)}
         for name, entry in wanted.items():
             found = saved.get(name)

@@ -38,6 +38,7 @@ from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.communication.connection import RefusedError
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.sizes import size_text
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
@@ -440,7 +441,7 @@ def _system_lines(system: facts.SystemFacts) -> list[str]:
     return [
         f"versions       Python {system.python}, {versions}",
         f"devices        {devices} ({system.platform})",
-        f"memory         {_size(system.free_bytes)} for weights, KV pages and activations on the first device",
+        f"memory         {size_text(system.free_bytes)} for weights, KV pages and activations on the first device",
         f"architectures  {', '.join(system.architectures)}",
     ]
 
@@ -452,7 +453,7 @@ def _model_lines(model: facts.ModelFacts) -> list[str]:
         "",
         f"model          {model.architecture}, {model.num_parameters / 1e6:,.1f} million parameters",
         f"shape          {model.num_layers} layers of {model.hidden_size}, {heads}, {model.vocab_size} tokens",
-        f"weights        {_size(model.weight_bytes)} in {model.dtype}",
+        f"weights        {size_text(model.weight_bytes)} in {model.dtype}",
         f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
         f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
         *([] if model.draft is None else [_draft_line(model.draft)]),
@@ -461,30 +462,23 @@ def _model_lines(model: facts.ModelFacts) -> list[str]:
 
 
 def _draft_line(draft: facts.DraftFacts) -> str:
-    sizes = f"{draft.num_parameters / 1e6:,.1f} million parameters, weights {_size(draft.held_bytes)}"
+    sizes = f"{draft.num_parameters / 1e6:,.1f} million parameters, weights {size_text(draft.held_bytes)}"
     pages = f"KV cache {draft.kv_bytes_per_token / 2**10:,.1f} KiB a token"
     return f"draft model    {draft.architecture}, {sizes}, {pages}; counted in what fits"
 
 
 def _mesh_lines(mesh: facts.MeshFacts) -> list[str]:
     volumes = [
-        f"  {volume.name:<22} {volume.count:>4} x over {volume.num_devices:>3}   {_size(volume.sent_bytes):>10}"
+        f"  {volume.name:<22} {volume.count:>4} x over {volume.num_devices:>3}   {size_text(volume.sent_bytes):>10}"
         for volume in mesh.volumes
     ]
     return [
         "",
         f"mesh           {mesh.num_stages} pipeline stages x {mesh.num_shards} tensor shards; of these, a device holds",
-        f"weights        {_size(mesh.weight_bytes)}",
+        f"weights        {size_text(mesh.weight_bytes)}",
         f"KV cache       {mesh.kv_bytes_per_token / 2**10:,.1f} KiB a token",
         f"and sends, in a decode step of {mesh.rows} rows",
         *volumes,
         f"  {'in all':<22} {sum(volume.count for volume in mesh.volumes):>4}"
-        f"              {_size(sum(volume.sent_bytes for volume in mesh.volumes)):>10}",
+        f"              {size_text(sum(volume.sent_bytes for volume in mesh.volumes)):>10}",
     ]
-
-
-def _size(num_bytes: int) -> str:
-    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if num_bytes >= 2**exponent:
-            return f"{num_bytes / 2**exponent:,.1f} {unit}"
-    return f"{num_bytes} B"

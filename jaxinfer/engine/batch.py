@@ -208,6 +208,7 @@ def _slot_edits(chunks: Sequence[PrefillChunk]) -> SlotEdits:
 def _entries(sequence: SequenceState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Kinds, token ids and values of a sequence's edits; its penalties count the tokens that it has so far."""
     request, edits = sequence.request, sequence.request.edits or NO_EDITS
+    counts_outputs = request.edits is not None or request.logits_hooks  # which may ask for the counts
     bias = dict(edits.logit_bias)
     if edits.allowed_token_ids is not None:
         bias = {token_id: bias.get(token_id, 0.0) for token_id in edits.allowed_token_ids}
@@ -215,7 +216,7 @@ def _entries(sequence: SequenceState) -> tuple[np.ndarray, np.ndarray, np.ndarra
         EditKind.BIAS: list(bias),
         EditKind.MASKED_UNTIL_MIN_TOKENS: list(request.stop_token_ids) if edits.min_tokens else [],
         EditKind.PROMPT: list(set(request.prompt_token_ids)) if edits.repetition_penalty != 1 else [],
-        EditKind.OUTPUT: sequence.token_ids[len(request.prompt_token_ids) :] if request.edits else [],
+        EditKind.OUTPUT: sequence.token_ids[len(request.prompt_token_ids) :] if counts_outputs else [],
     }
     kinds = np.repeat(np.array(list(tokens), np.int32), list(map(len, tokens.values())))
     values = np.zeros(len(kinds), np.float32)

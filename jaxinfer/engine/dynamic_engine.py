@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.sizes import size_text
 from jaxinfer.engine.batch import first_tokens, make_batch
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.engine.beams import BeamSearch
@@ -169,11 +170,15 @@ class DynamicEngine:
         Raises:
           ValueError: they exceed it if every request becomes as long as it may.
         """
+        requests = [request for request in requests if request.capture is not None]
+        sites = {site.name: site for request in requests if request.capture for site in request.capture.sites}
+        if sites:
+            self._wrapper.check_captures(list(sites.values()))
         num_bytes = sum(map(self._capture_bytes, requests))
         if num_bytes > self._max_research_bytes:
             raise ValueError(
-                f"the captures could take {num_bytes / 2**30:.2f} GiB, the limit of a call is "
-                f"{self._max_research_bytes / 2**30:.2f} GiB; name fewer sites or tokens, pass fewer prompts a call or "
+                f"the captures could take {size_text(num_bytes)}, the limit of a call is "
+                f"{size_text(self._max_research_bytes)}; name fewer sites or tokens, pass fewer prompts a call or "
                 f"raise max_research_bytes"
             )
 
@@ -181,6 +186,7 @@ class DynamicEngine:
         if request.capture is None:
             return 0
         num_tokens = len(request.capture.span.within(0, self._scheduler.limits.max_total_len(request) - 1))
+        num_tokens += request.capture.num_shared
         return num_tokens * sum(math.prod(site.dims) for site in request.capture.sites) * np.dtype(np.float32).itemsize
 
     def add_request(self, request: Request, *, prefix_source: str | None = None) -> None:
@@ -332,16 +338,26 @@ class DynamicEngine:
         self._scheduler.limits.check(request, num_sequences=beam_width)
 
     def _check_taps(self, request: Request) -> None:
-        if request.capture is not None:
-            self._wrapper.check_captures(request.capture.sites)
-            self.check_capture_bytes([request])
-        for hook in (*request.hooks, *request.logits_hooks):
-            self._wrapper.check_hook(hook.kind)
+        self.check_capture_bytes([request])
+        kinds = [hook.kind for hook in (*request.hooks, *request.logits_hooks)]
+        if kinds:
+            self._wrapper.check_hooks(kinds)
 
     def _plan_drafts(self, sequence: SequenceState, most: int) -> Sequence[int]:
         if self._drafter is None or sequence.request.request_id in self._searches:
             return ()
         return self._drafter.plan(sequence, most)
+
+    def forget_steps(self) -> None:
+        """Forgets the steps in flight, whose results nobody waits for any more.
+
+        Raises:
+          ValueError: a request is unfinished.
+        """
+        if self.has_unfinished():
+            raise ValueError("steps can be forgotten when no request is unfinished; abort them or step on")
+        self._in_flight.clear()
+        self._taps.give_back()
 
     def flush_prefix_cache(self) -> None:
         """Forgets what the prefix cache can find, as its keys and values are those of weights that are replaced."""
@@ -387,6 +403,7 @@ class DynamicEngine:
         if result.scores is not None:
             _keep_scores(step.schedule, result.scores)
         token_ids = result.token_ids.tolist()
+        self._taps.give_back()
         if result.captures is not None and step.taps is not None:
             keep_captures(step.schedule, token_ids, result.captures, self._wrapper)
             for sequence, error in failed_hooks(step.schedule, token_ids, result.captures, step.taps):

@@ -110,7 +110,7 @@ class SequenceState:
         give a log-probability, and tokens whose values are to be captured, have to be computed as well.
         """
         limit = len(self.token_ids) - 1
-        if self.request.prompt_logprobs is not None and self.num_scored < len(self.request.prompt_token_ids) - 1:
+        if self.request.prompt_logprobs is not None and self.num_scored < len(self.request.known_token_ids) - 1:
             limit = self.num_scored
         if self.captured is not None and self.captured.wanted(self.captured.end, limit):
             limit = self.captured.end

@@ -90,4 +90,4 @@ def _scored(sequence: SequenceState, start: int, end: int) -> range:
     if sequence.request.prompt_logprobs is None:
         return range(0)
     first = max(start, sequence.num_scored)
-    return range(first, max(first, min(end, len(sequence.request.prompt_token_ids) - 1)))
+    return range(first, max(first, min(end, len(sequence.request.known_token_ids) - 1)))

@@ -39,7 +39,7 @@ class TapPlanner:
 
     def plan(self, schedule: Schedule, shape: StepShape) -> StepTaps | None:
         """The taps of the step that is launched next; None if it needs none."""
-        self._give_back()
+        self.give_back()
         captured: set[str] = set()
         needed: dict[HookKind, list[tuple[range | int, int]]] = {}
         placed: list[tuple[int, Hook]] = []
@@ -102,7 +102,8 @@ class TapPlanner:
             placed.append((row, hook))
         return row
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """Takes back the rows of sequences that have lost their slots, the ended ones among them."""
         for sequence in [sequence for sequence in self._rows if sequence.slot == NO_SLOT]:
             self._free.append(self._rows.pop(sequence))
             del self._placed[sequence]
@@ -136,8 +137,12 @@ def failed_hooks(
             failed = found.failed_decode[place : place + 1]
         if failed.any():
             first = int(failed.argmax())
-            kind = kinds[failed[first] - 1]
-            yield rows.sequence, ValueError(f"{kind} gave NaN or infinity at position {positions[first]}")
+            number, position = int(failed[first]), positions[first]
+            if number <= len(kinds):
+                yield rows.sequence, ValueError(f"{kinds[number - 1]} gave NaN or infinity at position {position}")
+            elif rows.sequence.request.hooks:
+                reason = "the interventions drive the model to NaN or infinity"
+                yield rows.sequence, ValueError(f"{reason}, first at position {position}; make them smaller")
     first = 0
     for rows in schedule.sampled:
         number = int(found.failed_logits[first])  # such a sequence has no drafts, so it has one logit row
@@ -166,9 +171,16 @@ def _computed(schedule: Schedule, token_ids: Sequence[int]) -> Iterator[tuple[Ro
         first += rows.num_sampled
         positions = _positions(rows)
         if rows.drafts:
-            positions = positions[: 1 + num_right(rows.drafts, sampled)]
+            positions = positions[: _num_kept(rows, sampled)]
         if rows.sequence.finish_reason is None:
             yield rows, place, positions
+
+
+def _num_kept(rows: Rows, sampled: Sequence[int]) -> int:
+    """How many tokens of a row with drafts are part of the text: right ones, up to the token that ends it."""
+    count = 1 + num_right(rows.drafts, sampled)
+    ends = rows.sequence.request.stop_token_ids
+    return next((number + 1 for number, token_id in enumerate(sampled[:count]) if token_id in ends), count)
 
 
 def _places(schedule: Schedule) -> Iterator[tuple[Rows, int | range]]:

@@ -22,6 +22,8 @@ BACKENDS: dict[str, Callable[..., Array]] = {
     "pallas": paged_attention_pallas,
 }
 _BUILT_IN = tuple(BACKENDS)
+_CURRENT: dict[str, str] = {}
+"""The backend that a registered name stands for now. LLMs that were made before keep the one that it stood for then."""
 _TRITON_CAPABILITY = (8, 0)
 """Compute capability of the oldest CUDA devices that XLA's Triton compiles for: Ampere."""
 
@@ -55,7 +57,8 @@ def register_attention(name: str, function: Callable[..., Array]) -> None:
         raise ValueError(f"attention function {name!r} cannot be traced: {type(error).__name__}: {reason}") from error
     if getattr(found, "shape", None) != q.shape or found.dtype != q.dtype:
         raise ValueError(f"attention function {name!r} must return q's shape and dtype, {q}, got {found}")
-    BACKENDS[name] = function
+    _CURRENT[name] = f"{name} #{1 + sum(key.startswith(f'{name} #') for key in BACKENDS)}"
+    BACKENDS[_CURRENT[name]] = function
     if name not in REGISTERED_ATTENTION:
         REGISTERED_ATTENTION.append(name)
 
@@ -88,8 +91,9 @@ def choose_backend(requested: str, platform: str, compute_capability: str | None
     if requested == "auto":
         is_supported = compute_capability is None or _version(compute_capability) >= _TRITON_CAPABILITY
         return "pallas" if platform == "gpu" and is_supported else "xla"
+    requested = _CURRENT.get(requested, requested)
     if requested not in BACKENDS:
-        choices = ", ".join(["auto", *BACKENDS])
+        choices = ", ".join(["auto", *_BUILT_IN, *_CURRENT])
         raise ValueError(f"attention backend {requested!r} is unknown on {platform}; choose one of: {choices}")
     return requested
 

@@ -124,7 +124,8 @@ class Taps:
         self.captured: dict[str, Array] = {}
         """[T, ...] by site."""
         self.failed = jnp.zeros(positions.shape, jnp.int32)
-        """int32[T], 1 + the number of the first hook whose result for a token was NaN or infinite; 0 for none."""
+        """int32[T], 1 + the number of the first hook whose result for a token was NaN or infinite; 0 for none. The
+        number of hooks + 1 says that a token's residual stream is so (check_end), although no hook's result was."""
 
     def touches(self, site: str) -> bool:
         """Whether anything happens at a site."""
@@ -142,6 +143,11 @@ class Taps:
         if not any(hook.site == site for hook in self._plan.hooks):
             return x
         return _own_part(whole, x.shape[1], copies) if is_sharded else whole
+
+    def check_end(self, x: Float[Array, "T D"]) -> None:
+        """Looks for tokens whose residual stream has become NaN or infinite behind the last layer."""
+        is_bad = ~jnp.isfinite(x).all(axis=1)
+        self.failed = jnp.where((self.failed == 0) & is_bad, len(self._plan.hooks) + 1, self.failed)
 
     def _changed(self, number: int, kind: HookKind, x: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
         """x after an intervention; where its result is not finite, x stays, so that nothing else is poisoned."""

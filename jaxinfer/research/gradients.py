@@ -52,6 +52,7 @@ def make_logprob_fn(decoder: DecoderWrapper, config: ModelConfig, *, max_len: in
     graph, abstract = nnx.split(abstract_model(config, layout))
     variables = nnx.to_flat_state(abstract)
     names = [".".join(map(str, path)) for path, _ in variables]
+    shapes = {name: variable.shape for name, (_, variable) in zip(names, variables, strict=True)}
     tree = jax.tree.structure(abstract)
     per_stage = layout.layers_per_stage(config)
 
@@ -82,10 +83,15 @@ def make_logprob_fn(decoder: DecoderWrapper, config: ModelConfig, *, max_len: in
                 f"tokens must be integers of shape [texts, tokens], 2 to {max_len} tokens, got "
                 f"{tokens.dtype.name}{list(tokens.shape)}"
             )
+        if not isinstance(tokens, jax.core.Tracer) and not bool(((tokens >= 0) & (tokens < config.vocab_size)).all()):
+            raise ValueError(f"tokens must be in 0..{config.vocab_size - 1}; use any of these as padding")
         arrays = by_name(weights)
         unlike = sorted(set(names) ^ set(arrays))
         if unlike:
             raise ValueError(f"weights must be a tree like llm.params; {unlike[0]} is in only one of them")
+        for name, dims in shapes.items():
+            if arrays[name].shape != dims:
+                raise ValueError(f"weights {name} must have shape {list(dims)}, got {list(arrays[name].shape)}")
         return compiled([arrays[name] for name in names], tokens.astype(jnp.int32))
 
     return logprobs

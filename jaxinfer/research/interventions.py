@@ -39,7 +39,8 @@ def ablate(x: Value, context: InterventionContext, *, index: Int[Array, "..."], 
     """Sets some heads (at a site of heads) or features to a value: zeros, or a mean that was measured.
 
     Parameters:
-      index: numbers along the first axis of a token's value, one or several; below 0 or beyond the end they are none.
+      index: numbers along the first axis of a token's value, one or several. Numbers below 0 or beyond the end name
+        nothing.
       value: for all of them, or of x's shape, from which their entries are taken.
     """
     chosen = (jnp.arange(x.shape[0])[:, None] == jnp.atleast_1d(index)).any(axis=1)
@@ -67,6 +68,8 @@ def patch(x: Value, context: InterventionContext, *, source: Value, mask: Bool[A
 
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT" (causal tracing).
     """
+    if source.shape != x.shape:
+        raise ValueError(f"source must be [tokens, ...] of values like x, {x.shape}, got {source.shape} for a token")
     return jnp.where(mask, source, x)
 
 

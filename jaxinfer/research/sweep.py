@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,14 @@ import numpy as np
 
 from jaxinfer.config.keywords import unknown_keyword
 from jaxinfer.interventions import BoundIntervention
+from jaxinfer.logits_functions import BoundLogitsFunction
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sites import Sites
 
+logger = logging.getLogger("jaxinfer")
 INTERVENTION = "intervention"
+COLUMNS = ("prompt", "sample", "seed", "text", "num_tokens", "finish_reason", "logprob", "mean_logprob")
 Reduction = tuple[str, Callable[[np.ndarray], Any]]
 _LISTS = {
     *("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "capture", "interventions", "logits_processors"),
@@ -63,13 +68,14 @@ def settings_of(fields: Mapping[str, Any], *, capture: Sequence[str] = ()) -> tu
         fixed["interventions"] = _interventions(fixed.pop(INTERVENTION))
     if fixed.get("logprobs") is None and "logprobs" not in axes:
         fixed["logprobs"] = 0  # the table has the log-probability of each text
-    if capture:
-        fixed["capture"] = tuple(dict.fromkeys([*(fixed.get("capture") or ()), *capture]))
     settings = []
     for combination in itertools.product(*(values.items() for values in axes.values())):
         chosen = {name: value for name, (_, value) in zip(axes, combination, strict=True)}
         if INTERVENTION in chosen:
             chosen["interventions"] = _interventions(chosen.pop(INTERVENTION))
+        if capture:
+            own = chosen.get("capture", fixed.get("capture")) or ()
+            chosen["capture"] = tuple(dict.fromkeys([*([own] if isinstance(own, str) else own), *capture]))
         shown = {name: label for name, (label, _) in zip(axes, combination, strict=True)}
         settings.append(Setting(shown, SamplingParams(**fixed | chosen)))
     return settings, list(axes)
@@ -91,7 +97,32 @@ def rows_of(
         row = {"prompt": prompt, **shown, "sample": sample.index, "seed": sample.seed}
         row |= {"text": sample.text, "num_tokens": len(sample.token_ids), "finish_reason": sample.finish_reason}
         row |= {"logprob": sample.cumulative_logprob, "mean_logprob": _mean_logprob(sample)}
-        yield row | {name: _plain(reduce((sample.captures or {})[site])) for name, (site, reduce) in reductions.items()}
+        yield row | {name: _reduced(name, sample, *entry) for name, entry in reductions.items()}
+
+
+def check_reductions(reductions: Mapping[str, Any], sites: Callable[[], Sites], axes: Sequence[str]) -> None:
+    """Refuses reductions of another form, for no or several sites, or that take the place of another column.
+
+    Raises:
+      TypeError, ValueError: the message names the reduction.
+    """
+    for name, entry in reductions.items():
+        if name in (*COLUMNS, *axes):
+            raise ValueError(f"reductions cannot have a column called {name!r}, there is one already")
+        if not isinstance(entry, tuple) or len(entry) != 2 or not callable(entry[1]):
+            raise TypeError(f"reductions[{name!r}] must be a tuple (site, function), got {entry!r}")
+        found = [site.name for site in sites().find(entry[0])]
+        if found != [entry[0]]:
+            raise ValueError(f"reductions[{name!r}] must name one site, got {entry[0]!r} for {len(found)}")
+
+
+def _reduced(name: str, sample: CompletionOutput, site: str, reduce: Callable[[np.ndarray], Any]) -> Any:
+    """The value of a reduction. If its function raises, that is None, with a warning, so that no sample is lost."""
+    try:
+        return _plain(reduce((sample.captures or {})[site]))
+    except Exception as error:  # whatever the user's function raises
+        logger.warning("reduction %s of sample %d raised %s: %s", name, sample.index, type(error).__name__, error)
+        return None
 
 
 def _mean_logprob(sample: CompletionOutput) -> float | None:
@@ -116,17 +147,26 @@ def _values(name: str, value: Any) -> dict[Any, Any]:
     """The values of an axis by what the table shows of them."""
     if isinstance(value, Mapping):
         found = dict(value)
-    elif name == INTERVENTION:
+    else:
         found = {}
         for number, entry in enumerate(value):
-            label = _label(entry)
-            found[label if label not in found else f"{label} ({number})"] = entry
-    else:
-        plain = [entry.item() if isinstance(entry, np.generic) else entry for entry in value]
-        found = {entry if isinstance(entry, (int, float, str, type(None))) else str(entry): entry for entry in plain}
+            plain = entry.item() if isinstance(entry, np.generic) else entry
+            label = _label(plain) if name == INTERVENTION else _shown(plain)
+            found[label if label not in found else f"{label} ({number})"] = plain
     if not found:
         raise ValueError(f"{name} has no values to sweep over, got {value!r}")
     return found
+
+
+def _shown(value: Any) -> Any:
+    """How the table shows a value."""
+    if isinstance(value, BoundLogitsFunction):
+        return " ".join([str(value.function), *_numbers(value.parameters)])
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
+
+
+def _numbers(parameters: Mapping[str, np.ndarray]) -> list[str]:
+    return [f"{name}={array.item():g}" for name, array in parameters.items() if array.ndim == 0]
 
 
 def _label(entry: Any) -> str:
@@ -134,9 +174,10 @@ def _label(entry: Any) -> str:
     if entry is None:
         return "none"
     if isinstance(entry, BoundIntervention):
-        numbers = [f"{name}={x.item():g}" for name, x in entry.parameters.items() if x.ndim == 0]
-        return " ".join([f"{entry.intervention.name} at {entry.site}", *numbers])
-    return ", ".join(map(_label, entry)) or "none"
+        return " ".join([f"{entry.intervention.name} at {entry.site}", *_numbers(entry.parameters)])
+    if isinstance(entry, (list, tuple)) and all(isinstance(one, BoundIntervention) for one in entry):
+        return ", ".join(map(_label, entry)) or "none"
+    raise TypeError(f"intervention must be None, what Intervention.at returns, or a list of these, got {entry!r}")
 
 
 def _interventions(entry: Any) -> Any:

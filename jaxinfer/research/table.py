@@ -7,6 +7,7 @@ Does not know: what the rows are results of.
 from __future__ import annotations
 
 import html
+import itertools
 import numbers
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,13 +67,23 @@ class Table(Sequence[Mapping[str, Any]]):
         Args:
           value: the column; None takes the table's own.
           by: the columns to group by; None takes the varied ones that have several values.
+
+        Rows in which the value is None are left out.
+
+        Raises:
+          KeyError: there is no such column.
+          TypeError: the column has something else than numbers.
         """
         name = value or self.value
-        self.column(name)
         by = self._varied() if by is None else by
+        keys = zip(*map(self.column, by), strict=True) if by else itertools.repeat(())
         groups: dict[tuple[Any, ...], list[float]] = {}
-        for row in self.rows:
-            groups.setdefault(tuple(row[axis] for axis in by), []).append(float(row[name]))
+        for key, entry in zip(keys, self.column(name), strict=False):
+            if entry is None:
+                continue
+            if not isinstance(entry, numbers.Real):
+                raise TypeError(f"column {name!r} must have numbers to be plotted, got {_short(entry)!r}")
+            groups.setdefault(key, []).append(float(entry))
         return groups
 
     def plot(self, value: str | None = None, *, x: str | None = None, by: str | None = None, axes: Any = None) -> Any:
@@ -139,6 +150,8 @@ class Table(Sequence[Mapping[str, Any]]):
 
     def _varied(self) -> list[str]:
         """The varied columns with several values."""
+        if not self.rows:
+            raise ValueError("the table has no rows")
         return [name for name in self.axes if len({repr(value) for value in self.column(name)}) > 1]
 
 

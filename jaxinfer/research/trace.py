@@ -137,6 +137,8 @@ class Trace:
         return f"Trace of {counts}; plot(), plot_pipeline(), save(file), table"
 
     def _steps(self, replica: int) -> list[StepRecord]:
+        if not 0 <= replica < len(self.logs):
+            raise ValueError(f"replica must be in 0..{len(self.logs) - 1}, got {replica}")
         steps = self.logs[replica].records
         if not steps:
             raise ValueError("no step was launched while the trace was active; generate inside the with block")

@@ -167,21 +167,25 @@ class GrowingAnswer:
     def _with_captures_of_prompt(self, outputs: Sequence[CompletionOutput]) -> tuple[CompletionOutput, ...]:
         """The texts, with the prompt's captures, which the first one alone has, put in front of those of the others."""
         request = self.submission.requests[0]
-        if request.capture is None or outputs[0].captures is None:
+        if request.capture is None:
             return tuple(outputs)
+        if outputs[0].captures is None:  # the prompt's are not there yet
+            return tuple(dataclasses.replace(output, captures=None) for output in outputs)
         num_shared = len(request.capture.span.within(0, len(request.known_token_ids)))
         of_prompt = {name: values[:num_shared] for name, values in outputs[0].captures.items()}
 
         def completed(output: CompletionOutput) -> CompletionOutput:
-            own = output.captures or {}
+            if output.finish_reason is None:
+                return output
+            own = output.captures or {name: values[:0] for name, values in of_prompt.items()}
             joined = {name: joined_along_tokens(of_prompt[name], values) for name, values in own.items()}
-            return dataclasses.replace(output, captures=joined or None)
+            return dataclasses.replace(output, captures=joined)
 
         return (outputs[0], *map(completed, outputs[1:]))
 
     def _read_prompt_logprobs(self) -> PromptLogprobs | None:
         """Log-probabilities of the prompt's tokens, converted to Logprob objects at the first call."""
         if self._prompt_logprobs is None and self._found_in_prompt is not None:
-            pairs = zip(self.submission.requests[0].prompt_token_ids[1:], self._found_in_prompt, strict=True)
+            pairs = zip(self.submission.requests[0].known_token_ids[1:], self._found_in_prompt, strict=True)
             self._prompt_logprobs = (None, *(as_logprobs(*pair, self._tokenizer) for pair in pairs))
         return self._prompt_logprobs

@@ -246,8 +246,9 @@ def _of_the_output(request: Request) -> Capture | None:
     capture = request.capture
     if capture is None:
         return None
-    start = max(capture.span.start, len(request.known_token_ids))
-    return dataclasses.replace(capture, span=dataclasses.replace(capture.span, start=start))
+    num_known = len(request.known_token_ids)
+    span = dataclasses.replace(capture.span, start=max(capture.span.start, num_known))
+    return dataclasses.replace(capture, span=span, num_shared=len(capture.span.within(0, num_known)))
 
 
 def _text(prompt: Prompt) -> str | None:

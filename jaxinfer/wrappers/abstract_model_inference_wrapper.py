@@ -7,7 +7,7 @@ Does not know: jax, models; a wrapper for tests can be a few lines of numpy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,11 +75,11 @@ class AbstractModelInferenceWrapper(ABC):
         """
         raise ValueError(NO_SITES)
 
-    def check_hook(self, kind: HookKind) -> None:
-        """Refuses an intervention that cannot be part of a step.
+    def check_hooks(self, kinds: Collection[HookKind]) -> None:
+        """Refuses the hooks of a request if they cannot be part of a step.
 
         Raises:
-          ValueError: it cannot be traced, gives another shape, or takes too much memory; or the wrapper has no sites.
+          ValueError: one cannot be traced, gives another shape, or they take too much memory; or there are no sites.
         """
         raise ValueError(NO_SITES)
 

@@ -111,6 +111,8 @@ class DecoderStep(nnx.Module):
         taps = SiteTaps(found)
         batch = batch if found is None else dataclasses.replace(batch, taps=taps)
         x, caches = self.model.run_layers(taps(EMBEDDING, x), caches, batch)
+        if found is not None:
+            found.check_end(x)
         ring, rows = pipeline.leave(ring, flight, x)
         is_normed = taps.touches(FINAL_NORM)
         x = taps(FINAL_NORM, self.model.final_norm(x)) if is_normed else x

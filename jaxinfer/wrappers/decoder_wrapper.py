@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -233,6 +233,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         if self._asleep is None:
             # A copy: on CPUs, np.asarray would give a view of the memory that is freed.
             self._asleep = {name: np.array(array) for name, array in self.params.items()}
+            self._in_flight.clear()
             self._free()
 
     def wake_up(self) -> None:
@@ -393,9 +394,9 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """See the protocol."""
         self._tapping.check_captures(sites)
 
-    def check_hook(self, kind: HookKind) -> None:
+    def check_hooks(self, kinds: Collection[HookKind]) -> None:
         """See the protocol."""
-        self._tapping.check_hook(kind)
+        self._tapping.check_hooks(kinds)
 
     def head_logits(self, hidden: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "M V"]:
         """See the protocol."""

@@ -82,6 +82,10 @@ class InFlight:
             scored=any(shape.scored for shape in found),
         )
 
+    def clear(self) -> None:
+        """Forgets the steps in flight; the pipeline is empty again."""
+        self._handles.clear()
+
     def count_rows(self, shape: StepShape) -> None:
         """Counts the rows of a tick that runs in this shape."""
         self._live_rows += sum(handle.batch.num_live_rows for handle in self._handles)

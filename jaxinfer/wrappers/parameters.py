@@ -70,6 +70,10 @@ def replacements(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"the model has no parameter {name!r}{hint}")
     wanted = [name for name in present if only is None or only(name)]
+    if not wanted:
+        raise ValueError(
+            f"only=.. chooses none of the model's {len(present)} parameters, such as {next(iter(present))}"
+        )
     missing = [name for name in wanted if name not in given]
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -6,6 +6,7 @@ Does not know: the values of weights, batches, which program runs when.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.communication.mesh import PIPE, TENSOR
-from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_PARALLEL
+from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_COLUMNS
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.interventions import HookKind, HookTable
 from jaxinfer.layers import kv_cache
@@ -250,14 +251,18 @@ class StepPrograms:
         return self._shapes.num_slots * self._shapes.num_stages + 1
 
     def allocate_table(self, kind: HookKind) -> HookTable:
-        """A table without any parameters yet; the constants of its intervention are uploaded."""
-        constants = kind.intervention.constants
-        table = jax.tree.map(lambda entry: np.zeros(entry.shape, entry.dtype), self._table(kind))
-        table.constants.update(constants)
-        return jax.device_put(table, self._on_mesh(REPLICATED))
+        """A table without any parameters yet, and without constants."""
+        shapes = self._table(kind)._replace(constants={})
+        return jax.tree.map(lambda entry: self.replicated(np.zeros(entry.shape, entry.dtype)), shapes)
+
+    def replicated(self, array: np.ndarray) -> jax.Array:
+        """An array on all devices of the mesh."""
+        return jax.device_put(array, self._on_mesh(REPLICATED))
 
     def place(self, kind: HookKind) -> jax.stages.Traced:
         """(table, numbers, values) -> table, with the parameters of a request in a row; donates the table.
+
+        The table is one without constants.
 
         numbers: int32[4], the row, start, stop and prompt_len; values: the parameters by name.
         """
@@ -270,12 +275,13 @@ class StepPrograms:
                 stop=table.stop.at[row].set(numbers[2]),
                 prompt_len=table.prompt_len.at[row].set(numbers[3]),
                 parameters=parameters,
-                constants=table.constants,
+                constants={},
             )
 
         values = {name: jax.ShapeDtypeStruct(dims, dtype) for name, dims, dtype in kind.signature}
         numbers = jax.ShapeDtypeStruct((4,), jnp.int32)
-        return jax.jit(place, donate_argnums=(0,)).trace(self._table(kind), numbers, values)
+        table = self._table(kind)._replace(constants={})
+        return jax.jit(place, donate_argnums=(0,)).trace(table, numbers, values)
 
     def _table(self, kind: HookKind) -> HookTable:
         """The shapes of a kind's table."""
@@ -377,7 +383,7 @@ class StepPrograms:
         )
 
     def trace_function(self, kind: HookKind) -> None:
-        """Traces one of the user's functions of logits with a row of them; raises what the function raises.
+        """Lowers one of the user's functions of logits with two rows of them; raises what the function raises.
 
         Raises:
           ValueError: it does not return one array of the logits' shape.
@@ -385,25 +391,23 @@ class StepPrograms:
         size = self.padded_vocab_size // self._mesh.size
 
         def call(values: dict[str, Any], constants: dict[str, Any]) -> Any:
-            found = call_logits_function(
-                kind,
-                jnp.zeros(size, jnp.float32),
-                jnp.int32(0),
-                jnp.int32(1),
-                jnp.zeros(size, jnp.int32),
-                jnp.zeros(2, jnp.uint32),
+            of_row = functools.partial(call_logits_function, kind, constants=constants, backend=self._head_backend)
+            found = jax.vmap(of_row)(
+                jnp.zeros((2, size), jnp.float32),
+                jnp.zeros(2, jnp.int32),
+                jnp.ones(2, jnp.int32),
+                jnp.zeros((2, size), jnp.int32),
+                jnp.zeros((2, 2), jnp.uint32),
                 values,
-                constants=constants,
-                backend=self._head_backend,
             )
-            dims = getattr(found, "shape", type(found).__name__)
+            dims = found.shape[1:] if hasattr(found, "shape") else type(found).__name__
             if dims != (size,):
                 raise ValueError(f"{kind.intervention} must return an array of the logits' shape ({size},), got {dims}")
             return found
 
-        values = {name: jax.ShapeDtypeStruct(dims, dtype) for name, dims, dtype in kind.signature}
+        values = {name: jax.ShapeDtypeStruct((2, *dims), dtype) for name, dims, dtype in kind.signature}
         constants = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in kind.intervention.constants.items()}
-        jax.eval_shape(self._sharded(call, in_specs=REPLICATED, out_specs=VOCABULARY_PARALLEL), values, constants)
+        jax.jit(self._sharded(call, in_specs=REPLICATED, out_specs=VOCABULARY_COLUMNS)).lower(values, constants)
 
     def score(self, num_tokens: int, num_top: int) -> jax.stages.Traced:
         """(head_leaves, hidden, targets) -> result, which is that of score_step."""

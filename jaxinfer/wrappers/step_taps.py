@@ -49,7 +49,8 @@ class StepCaptures:
       decode: by site, float[R, ...], the values of the decode rows.
       prefill: by site, float[P, Q, ...], those of the tokens of each prefill row.
       failed_decode, failed_prefill: int32[R] and int32[P, Q], 1 + the index in StepTaps.kinds of the first hook that
-        gave a token a value which is not finite; 0 for none.
+        gave a token a value which is not finite, 1 + len(kinds) where no hook did but the residual stream is not finite
+        behind a stage's layers; 0 for none.
       failed_logits: int32[M], 1 + the index in StepTaps.logit_kinds of the first function whose result for a logit row
         is not usable; 0 for none.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from jaxinfer.config.sizes import size_text
 from jaxinfer.interventions import HookKind, HookTable
 from jaxinfer.layers.taps import LocalHook, TapPlan
 from jaxinfer.logits_functions import LogitsFunction
@@ -138,15 +139,18 @@ class Tapping:
         num_bytes = values * np.dtype(np.float32).itemsize * self._shapes.largest_shape().num_tokens
         if num_bytes > self._max_bytes:
             raise ValueError(
-                f"the captures of a step could take {num_bytes / 2**30:.2f} GiB, the limit is "
-                f"{self._max_bytes / 2**30:.2f} GiB; name fewer sites, lower max_num_batched_tokens or raise "
+                f"the captures of a step could take {size_text(num_bytes)}, the limit is "
+                f"{size_text(self._max_bytes)}; name fewer sites, lower max_num_batched_tokens or raise "
                 f"max_research_bytes"
             )
 
-    def check_hook(self, kind: HookKind) -> None:
-        """Refuses an intervention that cannot be part of a program; see HookTables.check."""
-        is_of_logits = isinstance(kind.intervention, LogitsFunction)
-        self._tables.check(kind, None if is_of_logits else self.sites[kind.site])
+    def check_hooks(self, kinds: Collection[HookKind]) -> None:
+        """Refuses the hooks of a request if they cannot be part of a program; see HookTables."""
+        if kinds:
+            self._tables.check_size(kinds)
+        for kind in kinds:
+            is_of_logits = isinstance(kind.intervention, LogitsFunction)
+            self._tables.check(kind, None if is_of_logits else self.sites[kind.site])
 
     def upload(self, in_flight: InFlight, shape: StepShape) -> TapUpload | None:
         """What the next tick needs for the taps of all batches in flight; None if none of them has any.
@@ -181,6 +185,10 @@ class Tapping:
         kinds = next(known, wanted)
         self._known_functions.pop((num_logits, kinds), None)
         self._known_functions[num_logits, kinds] = None
+        if len(self._known_functions) > MAX_PROGRAMS:
+            oldest = next(iter(self._known_functions))
+            del self._known_functions[oldest]
+            self._programs.forget(lambda key: key[0] == "sample_by" and (key[1], key[3]) == oldest)
         rows = np.zeros((len(kinds), num_logits), np.int32)
         for own, kind in zip(taps.logit_rows, wanted, strict=True):
             rows[kinds.index(kind), : len(own)] = own
@@ -228,9 +236,11 @@ class Tapping:
                 stage, local = self._map.local(name)
                 if stage == found.stage:
                     decode[name], prefill[name] = rows(found.part(found.results.captured[local]), found.shape)
-            numbers = [0, *(1 + taps.kinds.index(h.kind) if h.kind in taps.kinds else 0 for h in found.plan.hooks)]
+            own = (1 + taps.kinds.index(h.kind) if h.kind in taps.kinds else 0 for h in found.plan.hooks)
+            numbers = [0, *own, 1 + len(taps.kinds)]
             parts = rows(np.array(numbers, np.int32)[found.part(found.results.failed)], found.shape)
             failed = tuple(np.where(before, before, new) for before, new in zip(failed, parts, strict=True))
+        handle.tapped.clear()  # frees the devices' arrays
         return StepCaptures(
             decode=decode,
             prefill=prefill,
@@ -242,8 +252,6 @@ class Tapping:
     def close(self) -> None:
         """Frees the parameters of hooks; what was placed has to be placed anew."""
         self._tables.close()
-        self._known.clear()
-        self._known_functions.clear()
 
     def _plan(self, taps: Sequence[StepTaps]) -> TapPlan:
         kinds = dict.fromkeys(kind for entry in taps for kind in entry.kinds)
@@ -260,6 +268,7 @@ class Tapping:
             self._known = {key: None for key in self._known if not any(hook.kind in dropped for hook in key[1].hooks)}
             kept = [key for key in self._known_functions if not any(kind in dropped for kind in key[1])]
             self._known_functions = dict.fromkeys(kept)
+            self._num_stand_ins.clear()
 
     def _stand_in(self, shape: StepShape, wanted: TapPlan) -> TapPlan:
         """A plan whose program was used before and does all that is wanted, else the wanted one.
@@ -269,6 +278,8 @@ class Tapping:
         known = (plan for size, plan in self._known if size == shape and plan.covers(wanted))
         plan = wanted if (shape, wanted) in self._known else next(known, wanted)
         if plan != wanted:
+            if len(self._num_stand_ins) > MAX_PROGRAMS:
+                self._num_stand_ins.clear()
             self._num_stand_ins[shape, wanted] += 1
             if self._num_stand_ins[shape, wanted] > MAX_STAND_INS:
                 return wanted

@@ -10,11 +10,17 @@ import pytest
 from conftest import load_golden
 from mesh_tools import on_mesh
 
-from jaxinfer import LLM, EngineClosedError, SamplingParams
+from jaxinfer import LLM, EngineClosedError, SamplingParams, logits_processor
+from jaxinfer.research import scale
 
 BASE = {"max_model_len": 96, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 32}
 PROMPT = list(range(20, 43))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+
+
+@logits_processor
+def same(logits, context):
+    return logits
 
 
 def open_llm(case: str = "gqa", **fields) -> LLM:
@@ -32,7 +38,8 @@ def changed(params):
     ("model", "layout", "settings"),
     [
         ("llama", (1, 1), {"draft_model": "prompt-lookup"}),
-        ("gpt2", (2, 2), {"num_kv_pages": 14}),
+        ("gpt2", (2, 1), {"num_kv_pages": 14}),
+        pytest.param("gpt2", (2, 2), {"num_kv_pages": 14}, marks=pytest.mark.matrix),
         pytest.param("gemma3", (4, 2), {}, marks=pytest.mark.matrix),
         pytest.param("mixtral", (4, 2), {"num_kv_pages": 14}, marks=pytest.mark.matrix),
     ],
@@ -71,6 +78,10 @@ def test_only_some_weights_are_replaced_by_a_tree_that_lacks_the_others():
         np.testing.assert_array_equal(llm.params["norm"]["weight"], norm * 2)
         with pytest.raises(ValueError, match=r"the weights lack embedding.weight \(and \d+ more\)"):
             llm.update_weights({"norm": {"weight": norm}})
+        with pytest.raises(ValueError, match="chooses none of the"):
+            llm.update_weights(llm.params, only=lambda name: name == "nrom.weight")
+        with pytest.raises(TypeError, match="only must be a function"):
+            llm.update_weights(llm.params, only="norm")
         llm.update_weights(llm.params, only=lambda name: "mlp" in name)
         assert llm.weights_version == 2
 
@@ -154,6 +165,7 @@ def test_running_requests_are_waited_for_or_aborted_and_later_ones_get_the_new_w
             llm.update_weights(tree, pause="keep")
 
 
+@pytest.mark.matrix
 def test_replicas_all_get_the_new_weights(few_programs):
     with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
         llm.update_weights(changed(llm.params))
@@ -162,6 +174,61 @@ def test_replicas_all_get_the_new_weights(few_programs):
         assert {out.weights_version for out in found} == {1}
         for engine in llm._replicas:
             np.testing.assert_array_equal(engine.decoder.params["norm.weight"], llm.params["norm"]["weight"])
+
+
+def test_updates_of_several_threads_have_versions_of_their_own():
+    with open_llm() as llm:
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(llm.update_weights(llm.params))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == [1, 2, 3, 4]
+        assert llm.weights_version == 4
+
+
+def test_update_on_the_engine_s_own_thread_is_an_error_and_no_deadlock():
+    with open_llm() as llm:
+        refused = threading.Event()
+
+        def update(ticket):
+            with pytest.raises(RuntimeError, match="runs on the engine's thread"):
+                llm.update_weights(llm.params)
+            refused.set()
+
+        ticket = llm.start(llm.prepare(PROMPT, GREEDY), stream=False, on_update=update)
+        assert ticket.next_output().finish_reason == "length"
+        assert refused.wait(10)
+
+
+def test_closed_llm_has_no_weights(tmp_path):
+    with open_llm() as llm:
+        pass
+    for call in (
+        lambda: llm.params,
+        lambda: llm.save_weights(tmp_path / "a"),
+        lambda: llm.export(tmp_path / "b"),
+        lambda: llm.update_weights({}),
+    ):
+        with pytest.raises(EngineClosedError, match="the LLM is closed"):
+            call()
+
+
+def test_pipeline_with_taps_in_flight_wakes_up(few_programs):
+    with on_mesh("llama", (2, 1)) as llm:
+        tokens = llm.generate(PROMPT, GREEDY).token_ids
+        edited = SamplingParams(
+            temperature=0.0,
+            max_tokens=8,
+            stop_token_ids=[tokens[2]],
+            interventions=[scale.at("layers.*.residual", factor=1.0)],
+            logits_processors=[same.using()],
+        )
+        assert llm.generate(PROMPT, edited).token_ids == tokens[:3]
+        llm.sleep()
+        llm.wake_up()
+        assert llm.generate(PROMPT, GREEDY).token_ids == tokens
 
 
 def test_sleeping_frees_the_devices_and_waking_up_goes_on():
@@ -196,6 +263,9 @@ def test_saved_weights_are_loaded_into_the_same_layout_alone(tmp_path):
             llm.save_weights(tmp_path / "saved")
         with pytest.raises(FileNotFoundError, match="no saved weights"):
             llm.load_weights(tmp_path / "missing")
+        llm.export(tmp_path / "exported")
+        with pytest.raises(ValueError, match="was not written by save_weights"):
+            llm.load_weights(tmp_path / "exported")
     with on_mesh("llama", (1, 1)) as llm, pytest.raises(ValueError, match="same model and parallel sizes"):
         llm.load_weights(tmp_path / "saved")
 

@@ -12,9 +12,11 @@ from jaxinfer.cli import main as cli
 from jaxinfer.cli.ablate import read_ablation
 from jaxinfer.config.engine_config import EngineConfig
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "gqa"
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
 SMALL = """
 title: Pages
+model: GOLDEN
 workload: {num_requests: 3, prompt_len: 12, output_len: 4, prefix_len: 8}
 engine: {max_num_seqs: 4, max_num_batched_tokens: 16}
 vary: {page_size: [8, 16], run_ahead: [true]}
@@ -37,7 +39,7 @@ def test_presets_are_ablations_of_known_settings(file):
 
 def test_ablation_runs_all_combinations_and_draws_them(tmp_path):
     file = tmp_path / "pages.yaml"
-    file.write_text(SMALL)
+    file.write_text(SMALL.replace("GOLDEN", str(GOLDEN)))
     result = run(file, "--repeats", 1, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
     assert "all outputs are equal" in result.output
@@ -65,7 +67,7 @@ def test_differing_outputs_are_an_error_only_where_they_must_be_equal(monkeypatc
     result = ablation_bench.AblationResult(title="x", outputs="equal", runs=runs)
     monkeypatch.setattr(ablation_bench, "measure", lambda *_, **__: result)
     file = tmp_path / "a.yaml"
-    file.write_text(SMALL)
+    file.write_text(SMALL.replace("GOLDEN", str(GOLDEN)))
     found = run(file)
     assert (found.exit_code, "outputs differ where they must not: run_ahead=False" in found.output) == (1, True)
     close = dataclasses.replace(result, outputs="close")

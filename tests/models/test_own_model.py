@@ -30,6 +30,7 @@ def test_decoder_has_few_lines():
     assert len([line for line in cell.source.splitlines() if line.strip()]) <= MOST_LINES
 
 
+@pytest.mark.matrix
 def test_decoder_is_served_with_its_sites_on_a_mesh(notebook):
     found = []
     for stages, shards in ((1, 1), (2, 2)):

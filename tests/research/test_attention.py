@@ -34,11 +34,21 @@ def test_rule_that_hides_nothing_changes_nothing_and_sinks_are_seen_on_a_mesh(fe
     jaxinfer.register_attention("all", masked_attention(lambda query, key: key >= 0))
     jaxinfer.register_attention("streaming", streaming_attention(window=8, sinks=4))
     texts = {}
-    for name, layout in (("auto", (1, 1)), ("all", (1, 1)), ("streaming", (1, 1)), ("streaming", (2, 2))):
+    for name, layout in (("auto", (1, 1)), ("all", (1, 1)), ("streaming", (1, 1)), ("streaming", (1, 2))):
         with on_mesh("llama", layout, attention_backend=name) as llm:
             texts[name, layout] = [out.token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
     assert texts["all", (1, 1)] == texts["auto", (1, 1)]
-    assert texts["streaming", (1, 1)] == texts["streaming", (2, 2)] != texts["auto", (1, 1)]
+    assert texts["streaming", (1, 1)] == texts["streaming", (1, 2)] != texts["auto", (1, 1)]
+
+
+def test_function_that_is_registered_anew_changes_no_llm_that_runs(few_programs):
+    prompts = [list(range(20, 60))]
+    jaxinfer.register_attention("changing", streaming_attention(window=8))
+    with on_mesh("llama", (1, 1), attention_backend="changing") as llm:
+        jaxinfer.register_attention("changing", masked_attention(lambda query, key: key >= 0))
+        before = llm.generate(prompts, GREEDY)[0].token_ids
+    with on_mesh("llama", (1, 1), attention_backend="changing") as llm:
+        assert llm.generate(prompts, GREEDY)[0].token_ids != before
 
 
 @pytest.mark.parametrize(

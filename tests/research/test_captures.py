@@ -112,6 +112,36 @@ def test_sites_are_listed_with_shapes_and_found_by_pattern(llm):
     assert "<td>2 x 12</td>" in sites._repr_html_()
 
 
+def test_captures_of_other_samples_come_whole_or_not_at_all(llm):
+    asked = params(n=2, temperature=1.0, seed=3, stop_token_ids=list(range(300)), min_tokens=1)
+    for out in llm.stream(PROMPT, asked):
+        shapes = [None if output.captures is None else len(output.captures[SITE]) for output in out.outputs]
+        assert all(
+            length is None or length == 23 + len(output.token_ids) - 1
+            for length, output in zip(shapes, out.outputs, strict=True)
+        )
+    assert None not in shapes
+    prompt_only = llm.generate(PROMPT, params(n=3, max_tokens=0))
+    first, *others = (output.captures[SITE] for output in prompt_only.outputs)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.matrix
+def test_taps_with_gpu_kernels_equal_those_without():
+    found = []
+    for backend in ("xla", "pallas"):
+        with LLM(load_golden("gqa").path, **BASE, attention_backend=backend) as llm:
+            sites = ["embedding", "layers.*.*.*", "layers.*.residual", "final_norm"]
+            edits = [add.at(f"layers.{site}", vector=np.ones(48)) for site in ("0.residual", "1.mlp.output")]
+            asked = [params(capture=sites, interventions=edits), params(capture=None)]
+            found.append(llm.generate([PROMPT, PROMPT[4:]], asked, use_tqdm=False))
+    for plain, fused in zip(*found, strict=True):
+        assert plain.token_ids == fused.token_ids
+    for site, values in found[0][0].captures.items():
+        np.testing.assert_allclose(found[1][0].captures[site], values, atol=1e-4, err_msg=site)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -139,7 +169,7 @@ def test_capture_of_too_much_is_refused_with_the_knobs_to_turn():
         assert llm.generate(PROMPT, params()).captures[SITE].shape == (28, 48)
         with pytest.raises(ValueError, match=r"captures could take .*the limit of a call.*fewer prompts a call"):
             llm.generate([PROMPT] * 20, params())
-        with pytest.raises(ValueError, match=r"its parameters take .*lower max_num_seqs"):
+        with pytest.raises(ValueError, match=r"the parameters take .*lower max_num_seqs"):
             llm.generate(PROMPT, params(interventions=[add.at(SITE, vector=np.zeros((40, 48)))]))
         assert len(llm.generate([PROMPT] * 5, params())) == 5
 

@@ -82,11 +82,27 @@ def test_sweep_takes_names_for_its_values(llm):
         ({"temperature": [1.0, -1.0]}, ValueError, "temperature must be"),
         ({"intervention": [None], "interventions": []}, TypeError, "not both"),
         ({"reductions": {"x": ("layers.9.residual", len)}}, ValueError, "the model has layers 0..1"),
+        ({"reductions": {"x": ("layers.*.residual", len)}}, ValueError, r"must name one site, got .* for 2"),
+        ({"reductions": {"x": "embedding"}}, TypeError, r"must be a tuple \(site, function\)"),
+        ({"reductions": {"text": ("embedding", len)}}, ValueError, "there is one already"),
+        ({"intervention": ["abc"]}, TypeError, "intervention must be None, what Intervention.at returns"),
+        ({"intervention": [add]}, TypeError, "intervention must be None, what Intervention.at returns"),
     ],
 )
 def test_wrong_sweep_is_an_error_at_the_call(llm, fields, error, message):
     with pytest.raises(error, match=message):
         llm.sweep("The house", **fields)
+
+
+def test_sweep_keeps_equal_values_apart_and_survives_a_reduction_that_raises(llm):
+    fields = {"temperature": [0.0, 0.0], "max_tokens": 0, "capture": {"none": None, "one": ["embedding"]}}
+    table = llm.sweep([[3, 4, 5]], reductions={"x": ("embedding", lambda x: 1 / 0), "n": ("embedding", len)}, **fields)
+    assert table.column("temperature") == [0.0, 0.0, "0.0 (1)", "0.0 (1)"]
+    assert (table.column("x"), table.column("n")) == ([None] * 4, [3] * 4)
+    with pytest.raises(TypeError, match="column 'prompt' must have numbers"):
+        table.plot("prompt")
+    with pytest.raises(ValueError, match="the table has no rows"):
+        Table([]).plot()
 
 
 ROWS = [
@@ -120,7 +136,7 @@ def test_table_is_shown_and_handed_on():
         table.column("y")
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("layout", [(1, 1), pytest.param((2, 2), marks=pytest.mark.matrix)])
 def test_lens_equals_norm_and_head_on_the_residual_of_transformers(layout):
     golden = dict(np.load(GOLDEN / "sites" / "llama.npz"))
     tensors = load_file(GOLDEN / "mesh" / "llama" / "model.safetensors")
@@ -152,5 +168,9 @@ def test_lens_is_a_table_and_a_picture(llm):
     mpl.pyplot.close("all")
     with pytest.raises(ValueError, match=r"layers entry must be in 0..1|layers entry must be"):
         llm.logit_lens("The house", layers=[2])
+    with pytest.raises(TypeError, match="got a list of prompts"):
+        llm.logit_lens(["hi", "there"])
+    with pytest.raises(TypeError, match="layers must be a sequence"):
+        llm.logit_lens("hi", layers=3)
     with pytest.raises(ValueError, match="at least one layer"):
         llm.logit_lens("The house", layers=[])

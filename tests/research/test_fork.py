@@ -63,7 +63,7 @@ def test_fork_equals_a_fresh_prompt_and_shares_its_pages(llm):
 @pytest.mark.parametrize(
     "layout", [(1, 1), pytest.param((2, 2), marks=pytest.mark.matrix), pytest.param((4, 2), marks=pytest.mark.matrix)]
 )
-@pytest.mark.parametrize("setting", ["tight pool", "drafts"])
+@pytest.mark.parametrize("setting", [pytest.param("tight pool", marks=pytest.mark.matrix), "drafts"])
 def test_forks_in_a_crowd_equal_what_followed(layout, setting, few_programs):
     settings = {"tight pool": {"num_kv_pages": 14}, "drafts": {"draft_model": "prompt-lookup"}}[setting]
     params = [SamplingParams(max_tokens=24, seed=seed, ignore_eos=True, top_k=30) for seed in range(5)]
@@ -88,6 +88,22 @@ def test_fork_without_parameters_takes_the_output_s_with_another_seed(llm):
     assert again.prompt.startswith(fork.prompt)
 
 
+def test_parameters_of_a_fork_follow_from_the_sample_that_is_forked(llm):
+    out = llm.generate("The house", SamplingParams(n=3, max_tokens=20, seed=3, stop=["e"], min_tokens=2))
+    lengths = [len(output.token_ids) for output in out.outputs]
+    assert len(set(lengths)) > 1
+    for index, length in enumerate(lengths):
+        assert llm.fork(out, at=-1, index=index).sampling_params.max_tokens == 20 - (length - 1)
+
+
+def test_log_probabilities_of_a_fork_s_prompt_are_those_of_all_its_tokens(llm):
+    out = llm.generate(PROMPT, SamplingParams(max_tokens=6, seed=1, ignore_eos=True, logprobs=0))
+    fork = llm.fork(out, at=4, sampling_params=SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert len(fork.prompt_logprobs) == len(fork.prompt_token_ids) == 25
+    for mine, theirs, token in zip(fork.prompt_logprobs[21:], out.logprobs, out.token_ids, strict=False):
+        assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-5)
+
+
 def test_prompt_of_a_fork_is_the_text_so_far_with_a_cut_character_marked():
     with LLM(load_golden("gqa").path, tokenizer="byte", **BASE) as llm:
         params = SamplingParams(max_tokens=7, structured={"choice": ["wörter"]}, temperature=0.0)
@@ -103,6 +119,8 @@ def test_prompt_of_a_fork_is_the_text_so_far_with_a_cut_character_marked():
         ({"at": 13}, IndexError, r"at must be in -12..12, the text's tokens, got 13"),
         ({"at": -13}, IndexError, "at must be in"),
         ({"at": 0, "index": 1}, IndexError, r"index must be in 0..0"),
+        ({"at": "x"}, TypeError, "at must be an int"),
+        ({"at": True}, TypeError, "at must be an int"),
         ({"at": 0, "sampling_params": 3}, TypeError, "sampling_params must be SamplingParams"),
         ({"at": 3, "sampling_params": SamplingParams(max_tokens=500)}, ValueError, None),
     ],

@@ -1,5 +1,6 @@
 """Interventions of requests beside requests without any, and the errors of wrong ones."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +91,35 @@ def test_patched_captures_of_one_prompt_carry_its_answer_over_to_another(llm):
     patched = llm.generate(PROMPT, params(patch.at("layers.1.residual", source=source[:23]), max_tokens=1))
     assert patched.token_ids == expected.token_ids
     assert logprobs(patched) == pytest.approx(logprobs(expected), abs=1e-4)
+
+
+def test_source_of_a_patch_must_be_values_of_tokens(llm):
+    source = np.ones((4, 48))
+    for given, message in (
+        ({"source": source[0]}, r"source must be \[tokens, \.\.\.\] of values like x"),
+        ({"source": source[:0]}, "must have an axis of tokens with at least one"),
+        ({"source": source, "mask": [True, False]}, "must have equally many tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.generate(PROMPT, params(patch.at(SITE, **given)))
+
+
+def test_function_that_no_program_can_have_is_an_error_at_the_call(llm):
+    @intervention
+    def calls_python(x, context):
+        return jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with pytest.raises(ValueError, match=r"calls_python at layers\.0\.residual.* cannot be traced"):
+        llm.generate(PROMPT, params(calls_python.at(SITE)))
+    assert llm.generate(PROMPT, params()).finish_reason == "length"
+
+
+def test_model_that_interventions_drive_to_nan_fails_the_request(llm):
+    plain = llm.generate(PROMPT, params()).token_ids
+    huge = add.at("layers.0.mlp.input", vector=np.full(48, 3e38))
+    with pytest.raises(RequestFailedError, match="the interventions drive the model to NaN or infinity, first at"):
+        llm.generate([PROMPT, PROMPT], [params(), params(huge)])
+    assert llm.generate(PROMPT, params()).token_ids == plain
 
 
 def test_function_sees_position_prompt_and_layer(llm):
@@ -191,6 +221,9 @@ def test_value_that_is_not_finite_fails_its_request_alone(llm):
         (lambda: add.at(SITE, vectr=VECTOR), TypeError, "unknown argument 'vectr'; did you mean 'vector'"),
         (lambda: add.at(SITE), TypeError, "intervention add needs vector"),
         (lambda: add.at(SITE, vector=VECTOR * np.nan), ValueError, "vector of intervention add must be finite"),
+        (lambda: add.at(SITE, vector=VECTOR.astype(np.float64) * 1e300), ValueError, "must be finite in float32"),
+        (lambda: ablate.at(SITE, index=2**40), ValueError, r"index of intervention ablate must be in -2\*\*31"),
+        (lambda: add.at(None, vector=VECTOR), TypeError, r"site must be a name or pattern from llm\.sites"),
         (lambda: add.at(SITE, vector="up"), TypeError, "vector of intervention add must be numbers"),
         (
             lambda: add.at(SITE, vector=VECTOR, tokens="some"),
@@ -220,7 +253,7 @@ def test_program_of_a_plain_step_knows_nothing_of_taps(llm):
     wrapper = llm._loaded.wrapper
     shape = wrapper.shapes.all_shapes()[0]
     text = wrapper.compiled("forward", shape).as_text()
-    assert "tap" not in text
+    assert "tap layers" not in text
     keys = [key for key in wrapper._programs._programs if key[0] == "tapped"]
     assert keys
     assert "tap layers.0.residual" in wrapper._programs.get(*keys[0]).as_text()

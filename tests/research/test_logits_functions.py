@@ -1,5 +1,7 @@
 """The user's logits processors and samplers: against the engine's own, on meshes, beside other requests, and wrong."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,7 +105,8 @@ def run(llm: LLM) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ((2, 2), {"num_kv_pages": 14}),
+        pytest.param((2, 2), {"num_kv_pages": 14}, marks=pytest.mark.matrix),
+        ((1, 2), {}),
         pytest.param((4, 2), {}, marks=pytest.mark.matrix),
         pytest.param((1, 4), {"draft_model": "prompt-lookup"}, marks=pytest.mark.matrix),
     ],
@@ -135,6 +138,17 @@ def test_requests_with_different_parameters_share_one_program(llm):
         llm.generate([PROMPT] * 4, asked)
         counts.append(llm.stats().num_compilations)
     assert counts[1] == counts[2]
+
+
+def test_outputs_are_counted_after_preemption_and_in_forks():
+    never_again = params(logits_processors=[less_frequent.using(penalty=1e6)], temperature=0.0, max_tokens=40)
+    with LLM(load_golden("gqa").path, **BASE | {"num_kv_pages": 12}) as llm:
+        outputs = llm.generate([PROMPT, PROMPT[2:], PROMPT[4:]], never_again)
+        assert llm.stats().num_preemptions > 0
+        for out in outputs:
+            assert len(set(out.token_ids)) == 40
+        fork = llm.fork(outputs[0], at=15, sampling_params=dataclasses.replace(never_again, max_tokens=25))
+        assert fork.token_ids == outputs[0].token_ids[15:]
 
 
 def test_masked_tokens_stay_masked(llm):

@@ -122,6 +122,11 @@ class Request:
         return 0 if self.edits is None else self.edits.min_tokens
 
     @property
+    def is_tapped(self) -> bool:
+        """Whether it captures or changes values inside the model, or has functions of logits."""
+        return self.capture is not None or bool(self.hooks) or bool(self.logits_hooks)
+
+    @property
     def num_unchanged(self) -> int:
         """Leading positions that no hook changes, so that their keys and values are those of the same plain text."""
         return min((hook.span.start for hook in self.hooks), default=2**31)

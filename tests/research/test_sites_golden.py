@@ -3,6 +3,7 @@
 Everything is compared in a crowd that is chunked, preempted and, in one case, decoded with drafts.
 """
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -29,6 +30,11 @@ TOLERANCE = 1e-4
 @intervention
 def steer(x, context, *, vector):
     return x + vector
+
+
+@intervention
+def unchanged(x, context):
+    return x
 
 
 @intervention
@@ -96,7 +102,8 @@ def test_captures_and_interventions_in_a_crowd_equal_transformers(family, layout
         for site in sites:
             assert llm.sites()[site].dims[:-1] == found[f"at.{site}"].shape[1:-1]
         prompts = [prompt, *[edit_prompt] * len(edited), list(range(40, 70)), edit_prompt, prompt]
-        params = [captured, *edited.values(), company, company, captured]
+        no_op = [unchanged.at("layers.1.mlp.output"), unchanged.at("layers.4.residual")][: 1 + (family != "gpt2")]
+        params = [captured, *edited.values(), company, company, dataclasses.replace(captured, interventions=no_op)]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         preemptions = llm.stats().num_preemptions
     assert (preemptions > 0) == (setting == "tight pool")

@@ -1,52 +1,24 @@
 """Interventions: functions that change a value at a site of the model, with parameters of their own for each request.
 
-Owns: making an intervention of a function, binding it to a site and to parameters, what tells its programs apart.
+Owns: making an intervention of a function, binding it to a site, what tells its programs apart.
 Does not know: jax, how the function is put into a program (layers/taps.py), the built-in ones (research/).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from jaxinfer.config.keywords import unknown_keyword
+from jaxinfer.request_functions import RequestFunction, function_parameters
 from jaxinfer.sites import Sites, Tokens, TokenSpan, require_tokens, token_span
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class Intervention:
-    """A function that changes a token's value at a site; made by `intervention`, put to use by `at`.
-
-    Args:
-      function: (x, context, **parameters) -> x, traceable by JAX.
-      per_token: names of the parameters that have an entry for each token of the window, of which the function gets the
-        one of its token.
-      constants: arrays that are the same for all requests, passed like parameters.
-    """
-
-    function: Callable[..., Any]
-    per_token: tuple[str, ...] = ()
-    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return getattr(self.function, "__name__", repr(self.function))
-
-    def with_constants(self, **arrays: Any) -> Intervention:
-        """The intervention with some parameters set for all requests, such as the weights of a sparse autoencoder.
-
-        Bind it once and keep the result: every result is an intervention with programs of its own.
-
-        Raises:
-          TypeError, ValueError: as at.
-        """
-        self._require_known(arrays)
-        return replace(self, constants={**self.constants, **parameter_arrays(str(self), arrays)})
+class Intervention(RequestFunction):
+    """A function that changes a token's value at a site; made by `intervention`, put to use by `at`."""
 
     def at(self, site: str, /, *, tokens: Tokens = "all", **parameters: Any) -> BoundIntervention:
         """The intervention at a site, for SamplingParams(interventions=[...]).
@@ -65,28 +37,15 @@ class Intervention:
         """
         if not isinstance(site, str):
             raise TypeError(f"site must be a name or pattern from llm.sites(), got {site!r}")
-        self._require_known(parameters)
-        known = function_parameters(self.function)
-        missing = [name for name, needed in known.items() if needed and name not in {*parameters, *self.constants}]
-        if missing:
-            raise TypeError(f"{self} needs {', '.join(missing)}")
         return BoundIntervention(
             intervention=self,
             site=site,
             tokens=require_tokens("tokens", tokens),
-            parameters=parameter_arrays(str(self), parameters),
+            parameters=self.parameter_arrays(parameters),
         )
 
     def __str__(self) -> str:
         return f"intervention {self.name}"
-
-    def _require_known(self, given: Mapping[str, Any]) -> None:
-        known = function_parameters(self.function)
-        for name in given:
-            if name not in known:
-                raise unknown_keyword(name, known)
-            if name in self.constants:
-                raise TypeError(f"{name} of {self} is a constant already")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -106,26 +65,6 @@ class BoundIntervention:
     parameters: Mapping[str, np.ndarray]
 
 
-@runtime_checkable
-class SiteFunction(Protocol):
-    """What HookKind needs of an intervention, or of a processor of logits."""
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The user's function."""
-        ...
-
-    @property
-    def per_token(self) -> tuple[str, ...]:
-        """Names of the parameters that have an entry for each token."""
-        ...
-
-    @property
-    def constants(self) -> Mapping[str, np.ndarray]:
-        """Parameters that are the same for all requests."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class HookKind:
     """What the requests that share a program have in common of an intervention at one site.
@@ -137,10 +76,18 @@ class HookKind:
       signature: (name, dims, dtype) of the parameters of a request.
     """
 
-    intervention: SiteFunction
+    intervention: RequestFunction
     site: str
     ordinal: int
     signature: tuple[tuple[str, tuple[int, ...], str], ...]
+
+    @classmethod
+    def of(
+        cls, intervention: RequestFunction, site: str, ordinal: int, parameters: Mapping[str, np.ndarray]
+    ) -> HookKind:
+        """The kind of an intervention with such parameters."""
+        signature = tuple((name, array.shape, array.dtype.name) for name, array in sorted(parameters.items()))
+        return cls(intervention, site, ordinal, signature)
 
     def __str__(self) -> str:
         return f"{self.intervention} at {self.site}"
@@ -189,10 +136,9 @@ def bound_hooks(bound: Sequence[BoundIntervention], sites: Sites, *, prompt_len:
     hooks: list[Hook] = []
     for entry in bound:
         span = _cut_to_parameters(entry, token_span(entry.tokens, prompt_len=prompt_len))
-        signature = tuple((name, array.shape, array.dtype.name) for name, array in sorted(entry.parameters.items()))
         for site in sites.find(entry.site):
             ordinal = sum(hook.kind.site == site.name for hook in hooks)
-            kind = HookKind(entry.intervention, site.name, ordinal, signature)
+            kind = HookKind.of(entry.intervention, site.name, ordinal, entry.parameters)
             hooks.append(Hook(kind=kind, span=span, parameters=entry.parameters, prompt_len=prompt_len))
     return tuple(hooks)
 
@@ -255,45 +201,3 @@ def _make(function: Callable[..., Any], per_token: Sequence[str]) -> Interventio
         if name not in known:
             raise unknown_keyword(name, known)
     return Intervention(function=function, per_token=tuple(per_token))
-
-
-def function_parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """The parameters of a function (x, context, *, parameters) by name, and whether they have no default.
-
-    Raises:
-      TypeError: the function takes other arguments.
-    """
-    entries = list(inspect.signature(function).parameters.values())
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if [entry.kind in positional for entry in entries[:2]] != [True, True] or any(
-        entry.kind is not inspect.Parameter.KEYWORD_ONLY for entry in entries[2:]
-    ):
-        raise TypeError(
-            f"expected a function (x, context, *, parameters), got {function!r} with {inspect.signature(function)}; "
-            "put a * in front of the parameters"
-        )
-    return {entry.name: entry.default is inspect.Parameter.empty for entry in entries[2:]}
-
-
-def parameter_arrays(owner: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Numbers and arrays as numpy arrays of 32 bits; owner is whose they are, for error messages.
-
-    Raises:
-      TypeError: a value is not made of numbers.
-      ValueError: a value is NaN or infinite.
-    """
-    arrays = {}
-    for name, value in given.items():
-        array = np.asarray(value)
-        if array.dtype.kind == "V" and hasattr(value, "astype"):  # bfloat16
-            array = np.asarray(value.astype(np.float32))
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} of {owner} must be numbers, got dtype {array.dtype}")
-        if array.dtype.kind in "iu" and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
-            raise ValueError(f"{name} of {owner} must be in -2**31..2**31 - 1, got {array.min()}..{array.max()}")
-        wanted = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.bool_}[array.dtype.kind]
-        with np.errstate(over="ignore"):
-            arrays[name] = array.astype(wanted)
-        if array.dtype.kind == "f" and not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} of {owner} must be finite in float32, got NaN, infinity or a larger number")
-    return arrays

@@ -7,13 +7,13 @@ Does not know: jax, how they are put into the sampler's program (sampling/user_f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxinfer.config.keywords import unknown_keyword
-from jaxinfer.interventions import Hook, HookKind, function_parameters, parameter_arrays
+from jaxinfer.interventions import Hook, HookKind
+from jaxinfer.request_functions import RequestFunction, function_parameters
 from jaxinfer.sites import LOGITS, TokenSpan
 
 SAMPLER = "sampler"
@@ -21,33 +21,16 @@ SAMPLER = "sampler"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class LogitsFunction:
+class LogitsFunction(RequestFunction):
     """A function of a row of logits; made by `logits_processor` or `sampler`, put to use by `using`.
 
     Args:
-      function: (logits, context, **parameters) -> logits or scores, traceable by JAX.
+      function, constants: as RequestFunction's; the function returns logits, or a sampler's scores. No parameter has an
+        entry for each token.
       role: what its result is taken for.
-      constants: arrays that are the same for all requests, passed like parameters.
     """
 
-    function: Callable[..., Any]
     role: Literal["processor", "sampler"]
-    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return getattr(self.function, "__name__", repr(self.function))
-
-    @property
-    def per_token(self) -> tuple[str, ...]:
-        """Nothing; an intervention may have parameters with an entry for each token, a function of logits has none."""
-        return ()
-
-    def with_constants(self, **arrays: Any) -> LogitsFunction:
-        """The function with some parameters set for all requests; see Intervention.with_constants."""
-        self._require_known(arrays)
-        return replace(self, constants={**self.constants, **parameter_arrays(str(self), arrays)})
 
     def using(self, **parameters: Any) -> BoundLogitsFunction:
         """The function with the parameters of a request, for SamplingParams.
@@ -60,20 +43,7 @@ class LogitsFunction:
           TypeError: an unknown or missing parameter, or one that is not made of numbers.
           ValueError: a parameter is NaN or infinite.
         """
-        self._require_known(parameters)
-        known = function_parameters(self.function)
-        missing = [name for name, needed in known.items() if needed and name not in {*parameters, *self.constants}]
-        if missing:
-            raise TypeError(f"{self} needs {', '.join(missing)}")
-        return BoundLogitsFunction(function=self, parameters=parameter_arrays(str(self), parameters))
-
-    def _require_known(self, given: Mapping[str, Any]) -> None:
-        known = function_parameters(self.function)
-        for name in given:
-            if name not in known:
-                raise unknown_keyword(name, known)
-            if name in self.constants:
-                raise TypeError(f"{name} of {self} is a constant already")
+        return BoundLogitsFunction(function=self, parameters=self.parameter_arrays(parameters))
 
     def __str__(self) -> str:
         kind = "logits processor" if self.role == "processor" else "sampler"
@@ -137,7 +107,6 @@ def logits_hooks(
     bound = [(entry, LOGITS) for entry in processors] + ([] if own_sampler is None else [(own_sampler, SAMPLER)])
     hooks = []
     for ordinal, (entry, site) in enumerate(bound):
-        signature = tuple((name, array.shape, array.dtype.name) for name, array in sorted(entry.parameters.items()))
-        kind = HookKind(entry.function, site, ordinal, signature)
+        kind = HookKind.of(entry.function, site, ordinal, entry.parameters)
         hooks.append(Hook(kind=kind, span=TokenSpan(0), parameters=entry.parameters, prompt_len=prompt_len))
     return tuple(hooks)

@@ -57,6 +57,7 @@ class TapPlanner:
         if not captured and not needed and not logit_rows:
             return None
         kinds = tuple(needed)
+        logit_kinds = tuple(sorted(logit_rows, key=lambda kind: kind.ordinal))
         decode_rows = np.zeros((len(kinds), shape.num_decode), np.int32)
         prefill_rows = np.zeros((len(kinds), shape.num_prefill), np.int32)
         for number, entries in enumerate(needed.values()):
@@ -70,10 +71,10 @@ class TapPlanner:
             kinds=kinds,
             decode_rows=decode_rows,
             prefill_rows=prefill_rows,
-            logit_kinds=tuple(sorted(logit_rows, key=lambda kind: kind.ordinal)),
-            logit_rows=np.array(
-                [logit_rows[kind] for kind in sorted(logit_rows, key=lambda kind: kind.ordinal)], np.int32
-            ).reshape(len(logit_rows), shape.num_logits),
+            logit_kinds=logit_kinds,
+            logit_rows=np.array([logit_rows[kind] for kind in logit_kinds], np.int32).reshape(
+                len(logit_kinds), shape.num_logits
+            ),
             placed=tuple(placed),
             live=frozenset(kind for kinds in self._placed.values() for kind in kinds),
         )

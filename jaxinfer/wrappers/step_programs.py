@@ -18,7 +18,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxinfer.communication.mesh import PIPE, TENSOR
 from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_COLUMNS
 from jaxinfer.communication.volume import CollectiveVolume, collective_volumes
 from jaxinfer.interventions import HookKind, HookTable
@@ -322,27 +321,7 @@ class StepPrograms:
 
         It runs the full sampler, so that it serves every mixture of rows.
         """
-
-        def sample(leaves, state, edits, hidden, rows):
-            state = jax.tree.unflatten(self._state_tree, state)
-            edits = jax.tree.unflatten(self._edit_tree, edits)
-            head, rows = self._head.merge(leaves), LogitRows(*rows)
-            full = SamplerVariant.FULL
-            state, edits, result = sample_step(head, state, edits, hidden, rows, variant=full, num_top=num_top)
-            return jax.tree.leaves(state), jax.tree.leaves(edits), result
-
-        mapped = self._sharded(
-            sample,
-            in_specs=(self._head.specs, REPLICATED, self._edit_specs, REPLICATED, REPLICATED),
-            out_specs=(REPLICATED, self._edit_specs, REPLICATED),
-        )
-        return jax.jit(mapped, donate_argnums=(1, 2)).trace(
-            self._placed(self._head.leaves, self._head.specs),
-            self._placed(self._state, [REPLICATED] * len(self._state)),
-            self._placed(self._edits, self._edit_specs),
-            self._hidden(num_logits),
-            self._rows(num_logits),
-        )
+        return self._sample_edited(num_logits, num_top, ())
 
     def sample_by(self, num_logits: int, num_top: int | None, kinds: tuple[HookKind, ...]) -> jax.stages.Traced:
         """(head_leaves, state, edits, hidden, rows, function_rows, tables) -> (state, edits, result).
@@ -350,26 +329,33 @@ class StepPrograms:
         Like sample_edited, with the user's functions. function_rows: int32[I, M], the row of each logit row in the
         table of each function; tables: a HookTable for each of them.
         """
+        return self._sample_edited(num_logits, num_top, kinds)
 
-        def sample(leaves, state, edits, hidden, rows, function_rows, tables):
+    def _sample_edited(self, num_logits: int, num_top: int | None, kinds: tuple[HookKind, ...]) -> jax.stages.Traced:
+        def sample(leaves, state, edits, hidden, rows, *hooks):
             state = jax.tree.unflatten(self._state_tree, state)
             edits = jax.tree.unflatten(self._edit_tree, edits)
             head, rows = self._head.merge(leaves), LogitRows(*rows)
+            functions = FunctionsOfLogits(kinds=kinds, rows=hooks[0], tables=hooks[1]) if kinds else None
+            full = SamplerVariant.FULL
             state, edits, result = sample_step(
-                head,
-                state,
-                edits,
-                hidden,
-                rows,
-                variant=SamplerVariant.FULL,
-                num_top=num_top,
-                functions=FunctionsOfLogits(kinds=kinds, tables=tables, rows=function_rows),
+                head, state, edits, hidden, rows, variant=full, num_top=num_top, functions=functions
             )
             return jax.tree.leaves(state), jax.tree.leaves(edits), result
 
+        hooks: list[Any] = []
+        if kinds:
+            hooks = [jax.ShapeDtypeStruct((len(kinds), num_logits), jnp.int32), [self._table(kind) for kind in kinds]]
         mapped = self._sharded(
             sample,
-            in_specs=(self._head.specs, REPLICATED, self._edit_specs, *[REPLICATED] * 4),
+            in_specs=(
+                self._head.specs,
+                REPLICATED,
+                self._edit_specs,
+                REPLICATED,
+                REPLICATED,
+                *[REPLICATED] * len(hooks),
+            ),
             out_specs=(REPLICATED, self._edit_specs, REPLICATED),
         )
         return jax.jit(mapped, donate_argnums=(1, 2)).trace(
@@ -378,8 +364,7 @@ class StepPrograms:
             self._placed(self._edits, self._edit_specs),
             self._hidden(num_logits),
             self._rows(num_logits),
-            jax.ShapeDtypeStruct((len(kinds), num_logits), jnp.int32),
-            [self._table(kind) for kind in kinds],
+            *hooks,
         )
 
     def trace_function(self, kind: HookKind) -> None:
@@ -448,9 +433,7 @@ class StepPrograms:
         def logits(leaves, hidden):
             return self._head.merge(leaves).logits(hidden)
 
-        mapped = self._sharded(
-            logits, in_specs=(self._head.specs, REPLICATED), out_specs=PartitionSpec(None, (PIPE, TENSOR))
-        )
+        mapped = self._sharded(logits, in_specs=(self._head.specs, REPLICATED), out_specs=VOCABULARY_COLUMNS)
         return jax.jit(mapped).trace(self._placed(self._head.leaves, self._head.specs), self._hidden(num_logits))
 
     def copy(self, num_copies: int) -> jax.stages.Traced:

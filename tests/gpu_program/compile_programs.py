@@ -6,7 +6,8 @@ It takes jax[cuda12] or jax[cuda13] but no driver. What it cannot show is time, 
 matrix products: without a device nothing is autotuned, and products get XLA's default tiles and splits.
 
 Programs are written as decode:ROWS, prefill:DECODE_ROWSxPREFILL_ROWS (rows of 16 tokens) and sample:ROWS:VARIANT or
-sample:ROWS:VARIANT:NUM_TOP.
+sample:ROWS:VARIANT:NUM_TOP. tapped:ROWS is decode:ROWS that adds a vector of each row's to a layer's residual stream
+and captures it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from program_report import array_shapes, find_collectives, num_launches, parse_t
 from jaxinfer.communication.mesh import PIPE, TENSOR
 from jaxinfer.communication.volume import collective_volumes
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.interventions import HookKind
+from jaxinfer.layers.taps import LocalHook, TapPlan
 from jaxinfer.models.registry import parse_model_config
+from jaxinfer.research.interventions import add
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
 from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
@@ -119,7 +123,17 @@ class Programs:
             return self._programs.sample(int(rows), SamplerVariant[more[0].upper()], num_top), {}
         num_decode, _, num_prefill = rows.partition("x")
         shape = self._shape(int(num_decode), int(num_prefill or 0))
-        return self._programs.forward(shape), compiler_options("gpu", shape.num_tokens)
+        options = compiler_options("gpu", shape.num_tokens)
+        if kind == "tapped":
+            return self._programs.tapped(shape, self._plan()), options
+        return self._programs.forward(shape), options
+
+    def _plan(self) -> TapPlan:
+        """One vector added to the residual stream of the first layer, which is captured."""
+        site = "layers.0.residual"
+        width = self._programs.sites()[site].shape[0]
+        kind = HookKind.of(add, site, 0, {"vector": np.zeros(width, np.float32), "scale": np.ones((), np.float32)})
+        return TapPlan(captured=frozenset({site}), hooks=(LocalHook(kind=kind, site=site),))
 
     def _shape(self, num_decode: int, num_prefill: int) -> StepShape:
         num_logits = num_decode + (num_prefill > 0)

@@ -72,6 +72,15 @@ def test_forward_is_one_command_buffer_with_few_kernels_a_layer(name):
     assert many["temp_bytes"] <= most_bytes
 
 
+@pytest.mark.parametrize("num_rows", [1, 32])
+def test_steering_and_capturing_a_site_takes_few_kernels_and_stays_in_the_command_buffer(num_rows):
+    names = f"decode:{num_rows}", f"tapped:{num_rows}"
+    plain, tapped = (compiled(names, "--layers", "2")[name] for name in names)
+    assert tapped["loops"] == tapped["conditionals"] == tapped["eager_kernels"] == 0
+    assert tapped["command_buffers"] == 1
+    assert plain["kernels"] < tapped["kernels"] <= plain["kernels"] + 8
+
+
 @pytest.mark.parametrize("num_rows", [1, 32, 128])
 @pytest.mark.parametrize("variant", SAMPLE)
 def test_samplers_take_few_kernels_and_their_fallbacks_are_conditional(variant, num_rows):

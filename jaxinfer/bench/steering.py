@@ -9,20 +9,15 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from jaxinfer.bench.report import format_table
 from jaxinfer.bench.session import Session
 from jaxinfer.bench.workload import random_prompts
-from jaxinfer.interventions import Hook, bound_hooks, intervention
+from jaxinfer.interventions import Hook, bound_hooks
 from jaxinfer.request import Request
-
-
-@intervention
-def _steer(x: Any, context: Any, *, vector: Any, scale: Any) -> Any:
-    return x + scale * vector
+from jaxinfer.research.interventions import add
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +79,7 @@ def _hooks(session: Session, count: int, prompt_len: int, seed: int) -> list[Hoo
     rng = np.random.default_rng((seed, 3))
     site = f"layers.{session.model_config.num_layers // 2}.residual"
     size = session.model_config.hidden_size
-    bound = [_steer.at(site, vector=rng.standard_normal(size), scale=rng.uniform(0.1, 1)) for _ in range(count)]
+    bound = [add.at(site, vector=rng.standard_normal(size), scale=rng.uniform(0.1, 1)) for _ in range(count)]
     return [bound_hooks([entry], session.engine.sites, prompt_len=prompt_len)[0] for entry in bound]
 
 

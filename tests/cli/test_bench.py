@@ -77,6 +77,23 @@ def test_latency_dash_prints_json_only(run, session):
     assert json.loads(run("latency", "--model", GQA, *LENGTHS, *SMALL, "--json", "-").stdout)["command"] == "latency"
 
 
+def test_steering_takes_turns_and_plain_requests_keep_their_outputs(run, session, monkeypatch):
+    add, is_steered = session.engine.add_request, []
+
+    def add_request(request):
+        is_steered.append(bool(request.hooks))
+        add(request)
+
+    monkeypatch.setattr(session.engine, "add_request", add_request)
+    arguments = ("--model", GQA, *LENGTHS, "--repeats", 1, "--num-requests", 2)
+    result = json.loads(run("steering", *arguments, "--json", "-").stdout)["result"]
+    assert is_steered == [False, False, True, False] * 2  # the first of each kind is not timed
+    assert len(result["plain_tokens_per_s"]) == len(result["steered_tokens_per_s"]) == 1
+    assert (result["num_steered"], result["num_differing"]) == (1, 0)
+    with pytest.raises(ValueError, match="num_steered must be <= num_requests, got 3 > 2"):
+        run("steering", *arguments, "--num-steered", 3)
+
+
 def test_throughput_counts_are_the_traces(run, session, tmp_path):
     trace, plot = tmp_path / "trace.jsonl", tmp_path / "plot.png"
     trace.write_text('{"prompt_len": 9, "output_len": 4}\n{"prompt_len": 15, "output_len": 2}\n')

@@ -23,10 +23,11 @@ from jaxinfer.outputs import RequestOutput
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sampling_params import SamplingParams
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.4}
 """Largest allowed error of a log-probability, in nats. In float32, another order of sums changes it by about 1e-5 in
 these models. In bfloat16, weights and activations are rounded to 8 bits, and the logits of these random models spread
-over a few units (errors measured on a CPU: up to 0.1)."""
+over a few units: transformers' own log-probabilities in bfloat16 are off by 0.1 to 0.2 for gqa, qwen2 and mixtral, and
+by 0.65 for phi3_long (jaxinfer's by 0.26 on an H100)."""
 NUM_CASES_AT_ONCE = 8
 
 

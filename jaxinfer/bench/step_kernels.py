@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.kernels.pallas_experts import expert_groups
+from jaxinfer.kernels.pallas_gemm import few_rows_linear
 from jaxinfer.kernels.pallas_gemv import RowNorm
 from jaxinfer.kernels.pallas_norm import add_norm
 from jaxinfer.kernels.pallas_sampling import best_first, largest_threshold
+from jaxinfer.layers.linear import gated, project
 from jaxinfer.layers.moe import expert_dense
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.residual import PendingSum, total
@@ -61,9 +63,19 @@ def comparisons() -> list[Comparison]:
             case="addition and norm",
             dtype=dtype,
             tolerance=tolerance,
-            error=functools.partial(_add_norm_error, num_parts, dtype),
+            error=functools.partial(_add_norm_error, dtype),
         )
-        for num_parts, dtype, tolerance in ((1, "float32", 1e-5), (4, "bfloat16", 2**-7))
+        for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2**-7))
+    ]
+    found += [
+        Comparison(
+            case=f"linear layer of {num_rows} rows, {num_out} features",
+            dtype=dtype,
+            tolerance=tolerance,
+            error=functools.partial(_few_rows_error, num_rows, num_out, dtype),
+        )
+        for num_rows, num_out in ((2, 1024), (20, 3000), (33, 6144))
+        for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2**-6))
     ]
     sampling = {"best tokens": _best_first_error, "top-k": _count_error}
     found += [Comparison(case=name, dtype="float32", tolerance=_EXACT, error=error) for name, error in sampling.items()]
@@ -87,14 +99,26 @@ def _experts_error(num_tokens: int, dtype: str) -> float:
     return _relative(found, expected)
 
 
-def _add_norm_error(num_parts: int, dtype: str) -> float:
-    rng = np.random.default_rng(num_parts)
-    x, weight = (jnp.asarray(rng.standard_normal(dims, np.float32), dtype) for dims in ((33, 1100), (1100,)))
-    parts = jnp.asarray(rng.standard_normal((num_parts, 33, 1100), np.float32))
+def _few_rows_error(num_rows: int, num_out: int, dtype: str) -> float:
+    rng = np.random.default_rng(num_rows)
+    x, weight, bias = (
+        jnp.asarray(rng.standard_normal(dims, np.float32) / dims[-1] ** 0.5, dtype)
+        for dims in ((num_rows, 1100), (num_out, 1100), (num_out,))
+    )
+    found = jax.jit(lambda x, w, b: few_rows_linear(x, w, bias=b, gate=jax.nn.silu))(x, weight, bias)
+    expected = jax.jit(lambda x, w, b: gated(project(x, w) + b, jax.nn.silu))(x, weight, bias)
+    return _relative(found, expected)
+
+
+def _add_norm_error(dtype: str) -> float:
+    rng = np.random.default_rng(4)
+    x, y, weight = (
+        jnp.asarray(rng.standard_normal(dims, np.float32), dtype) for dims in ((33, 1100),) * 2 + ((1100,),)
+    )
     norm = RMSNorm(1100, eps=_EPS, num_stages=None, dtype=weight.dtype)
     norm.weight[...] = weight
-    new, normed = jax.jit(lambda x, parts, weight: add_norm(x, parts, RowNorm(weight, _EPS, 0.0)))(x, parts, weight)
-    expected = jax.jit(lambda x, parts: total(PendingSum(x, parts)))(x, parts)
+    new, normed = jax.jit(lambda x, y, weight: add_norm(x, y, RowNorm(weight, _EPS, 0.0)))(x, y, weight)
+    expected = jax.jit(lambda x, y: total(PendingSum(x, y)))(x, y)
     return max(_relative(new, expected), _relative(normed, norm(expected)))
 
 

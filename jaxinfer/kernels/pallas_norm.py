@@ -1,11 +1,8 @@
-"""The addition to the residual stream and the norm that follows it, as one Pallas kernel.
-
-A block's output may come in parts (the product that made it is split along its inputs, so that a few rows fill the
-whole GPU); the kernel adds them up as well. XLA would take a kernel for each of the three steps.
+"""The addition to the residual stream and the norm that follows it, as one Pallas kernel; XLA would take two.
 
 Owns: the kernel. layers/residual.py and layers/norm.py have the same steps one by one, for other backends and as this
 kernel's oracle.
-Does not know: which block made the parts.
+Does not know: which block made what is added.
 """
 
 from __future__ import annotations
@@ -22,25 +19,26 @@ from jaxtyping import Array, Float
 
 from jaxinfer.kernels.pallas_gemv import RowNorm
 
-_FEATURES_PER_WARP = 1024
+_FEATURES_PER_WARP = 256
+"""With 1,024, a step of 32 rows of the 0.6B shape takes an H100 2.36 ms, with these 2.33."""
 
 
 class _Inputs(NamedTuple):
     """The operands: arrays where the kernel is called, references inside it."""
 
     x: Any
-    parts: Any
+    y: Any
     weight: Any
 
 
 def add_norm(
-    x: Float[Array, "T D"], parts: Float[Array, "S T D"], norm: RowNorm
+    x: Float[Array, "T D"], y: Float[Array, "T D"], norm: RowNorm
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """Adds the sum of the parts to x, and norms the result.
+    """Adds y to x, and norms the result.
 
     Args:
         x: the residual stream.
-        parts: what is to be added, in x's dtype or float32.
+        y: what is to be added.
         norm: as RMSNorm applies it to the new stream.
 
     Returns:
@@ -49,7 +47,7 @@ def add_norm(
     """
     run = functools.partial(_run, eps=norm.eps, offset=norm.offset)
     return lax.platform_dependent(
-        _Inputs(x, parts, norm.weight),
+        _Inputs(x, y, norm.weight),
         cpu=functools.partial(run, interpret=True),
         default=functools.partial(run, interpret=False),
     )
@@ -73,15 +71,14 @@ def _run(inputs: _Inputs, *, eps: float, offset: float, interpret: bool) -> tupl
 
 def _kernel(inputs: _Inputs, sum_ref: Any, normed_ref: Any, *, eps: float, offset: float) -> None:
     """One block: one token."""
-    num_parts, _, num_features = inputs.parts.shape
+    num_features = inputs.x.shape[1]
     token, feature = pl.program_id(0), jnp.arange(pl.next_power_of_2(num_features))
     exists = feature < num_features
 
     def loaded(ref: Any) -> Float[Array, " D"]:
         return plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
 
-    added = sum(loaded(inputs.parts.at[part, token, feature]) for part in range(num_parts))
-    total = (loaded(inputs.x.at[token, feature]) + added).astype(sum_ref.dtype)
+    total = (loaded(inputs.x.at[token, feature]) + loaded(inputs.y.at[token, feature])).astype(sum_ref.dtype)
     plgpu.store(sum_ref.at[token, feature], total, mask=exists)
     wide = total.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.sum(wide * wide) / num_features + eps)

@@ -21,16 +21,12 @@ from jaxtyping import Array, Float
 
 from jaxinfer.communication.collectives import num_shards, sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARALLEL
+from jaxinfer.kernels.pallas_gemm import few_rows_linear
 from jaxinfer.kernels.pallas_gemv import one_row_linear
 from jaxinfer.layers.residual import Norm, PendingSum, Stream, added
 
 MANY_ROWS = 64
-"""From so many rows on, a product fills a GPU without being split, and is left to cuBLAS (wrappers/xla_options.py)."""
-_MIN_TILES, _OUT_TILE = 256, 64
-"""A product of few rows is split until it has this many tiles of so many output features: an H100 has 132
-multiprocessors, with two tiles for each."""
-_SHORTEST_SUM, _LONGEST_SUM = 128, 2048
-"""Inputs of one part. XLA splits longer sums itself, with a kernel more to add them up."""
+"""From so many rows on, a GPU's products are left to cuBLAS (wrappers/xla_options.py)."""
 
 
 def project(
@@ -67,34 +63,6 @@ def _product_of_two_halves(
     halves = weight.reshape(2, weight.shape[0] // 2, weight.shape[1])
     both = jnp.broadcast_to(x, (2, *x.shape))
     return einsum("bti,boi->tbo", both, halves).reshape(x.shape[0], -1)
-
-
-def project_in_parts(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "S T O"]:
-    """The product as S parts whose sum it is, for GPUs: each part takes its share of the inputs.
-
-    A product of few rows takes the time of reading its weights, for which it must keep the whole GPU busy. One with few
-    output features cannot, unless its inputs are split as well. Results of more parts than one are float32.
-    """
-    num_parts = _num_parts(*weight.shape)
-    if num_parts == 1:
-        return project(x, weight)[None]
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(
-        "tsi,osi->sto",
-        x.reshape(x.shape[0], num_parts, -1),
-        weight.reshape(weight.shape[0], num_parts, -1),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _num_parts(num_out: int, num_in: int) -> int:
-    """How many parts a product of few rows is split into: a power of two that divides the inputs evenly."""
-    wanted = max(_MIN_TILES * _OUT_TILE / num_out, num_in / _LONGEST_SUM)
-    num_parts = 1
-    while num_parts < wanted and num_in % (2 * num_parts * _SHORTEST_SUM) == 0:
-        num_parts *= 2
-    return num_parts
 
 
 def gated(x: Float[Array, "*T G"], gate: Callable[[Array], Array]) -> Float[Array, "*T F"]:
@@ -135,7 +103,8 @@ class ColumnParallelLinear(nnx.Module):
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: whether the layer has a bias.
       dtype: of the parameters.
-      backend: name of the kernel backend; with "pallas", norm, product and gate of a single row are one kernel.
+      backend: name of the kernel backend; with "pallas", product and gate of a few rows are one kernel, for a single
+        row with the norm.
     """
 
     def __init__(
@@ -172,7 +141,10 @@ class ColumnParallelLinear(nnx.Module):
             x = norm(x)
         if self.backend == "pallas" and x.shape[0] == 1:
             return one_row_linear(x, self.weight[0], norm=row_norm, bias=bias, gate=gate)
-        y = project(x if norm is None or row_norm is None else norm(x), self.weight[0])
+        x = x if norm is None or row_norm is None else norm(x)
+        if self.backend == "pallas" and x.shape[0] < MANY_ROWS:
+            return few_rows_linear(x, self.weight[0], bias=bias, gate=gate)
+        y = project(x, self.weight[0])
         y = y if bias is None else y + bias
         return y if gate is None else gated(y, gate)
 
@@ -186,8 +158,8 @@ class RowParallelLinear(nnx.Module):
       bias: whether the layer has a bias.
       dtype: of the parameters.
       backend: name of the kernel backend. With "pallas", a single row is computed in one kernel, which also adds bias
-        and residual where neither a psum nor a norm comes in between; and the addition of a few rows to the residual
-        waits for the norm of the next block.
+        and residual where neither a psum nor a norm comes in between; a few rows have a kernel too, and their addition
+        to the residual waits for the norm of the next block.
     """
 
     def __init__(
@@ -228,7 +200,9 @@ class RowParallelLinear(nnx.Module):
                 return one_row_linear(x, self.weight[0], bias=bias, residual=residual)
             y = one_row_linear(x, self.weight[0])
         elif self.backend == "pallas" and is_last and x.shape[0] < MANY_ROWS and bias is None and residual is not None:
-            return PendingSum(residual, project_in_parts(x, self.weight[0]))
+            return PendingSum(residual, few_rows_linear(x, self.weight[0]))
+        elif self.backend == "pallas" and x.shape[0] < MANY_ROWS:
+            y = few_rows_linear(x, self.weight[0])
         else:
             y = project(x, self.weight[0])
         y = sum_over_tensor(y)

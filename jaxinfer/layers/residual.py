@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxinfer.kernels.pallas_gemv import RowNorm
@@ -34,11 +33,11 @@ class PendingSum(NamedTuple):
 
     Args:
       x: the stream before.
-      parts: their sum over the first axis is the block's output; in x's dtype or float32.
+      y: the block's output.
     """
 
     x: Float[Array, "T D"]
-    parts: Float[Array, "S T D"]
+    y: Float[Array, "T D"]
 
 
 Stream: TypeAlias = Array | PendingSum
@@ -47,15 +46,12 @@ Stream: TypeAlias = Array | PendingSum
 
 def added(x: Float[Array, "T D"], y: Float[Array, "T D"], *, backend: str) -> Stream:
     """x + y; with the "pallas" backend, the addition of several rows waits for the norm of the next block."""
-    return PendingSum(x, y[None]) if backend == "pallas" and x.shape[0] > 1 else x + y
+    return PendingSum(x, y) if backend == "pallas" and x.shape[0] > 1 else x + y
 
 
 def total(stream: Stream) -> Float[Array, "T D"]:
     """The stream with everything added."""
-    if not isinstance(stream, PendingSum):
-        return stream
-    added = jnp.sum(stream.parts.astype(jnp.float32), axis=0)
-    return (stream.x.astype(jnp.float32) + added).astype(stream.x.dtype)
+    return stream.x + stream.y if isinstance(stream, PendingSum) else stream
 
 
 def settled(stream: Stream, norm: Norm | None) -> tuple[Float[Array, "T D"], Float[Array, "T D"], Norm | None]:
@@ -68,4 +64,4 @@ def settled(stream: Stream, norm: Norm | None) -> tuple[Float[Array, "T D"], Flo
     if not isinstance(stream, PendingSum) or row_norm is None:
         x = total(stream)
         return x, x, norm
-    return *add_norm(stream.x, stream.parts, row_norm), None
+    return *add_norm(stream.x, stream.y, row_norm), None

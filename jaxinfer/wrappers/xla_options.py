@@ -22,8 +22,8 @@ def compiler_options(platform: str, num_tokens: int) -> dict[str, bool | str]:
     """
     if platform == "gpu" and num_tokens >= MANY_ROWS:
         # XLA's autotuner times each matrix product alone. Triton's win there by splitting sums, but every split costs
-        # one more kernel, for the addition. Step of an 8B model on an H100: with 128 rows 13.28 ms with Triton's
-        # products and 12.68 ms without, with 32 rows 7.87 and 7.98 ms.
+        # one more kernel, for the addition. Step of an 8B model with 128 rows on an H100: 13.28 ms with Triton's
+        # products, 12.68 ms without.
         return {"xla_gpu_enable_triton_gemm": False}
     return {}
 
@@ -51,4 +51,5 @@ def tuned_alike(platform: str) -> Mapping[str, Callable[..., Hashable]]:
     if platform != "gpu":
         return {}
     head = {name: lambda num_rows, *_: ("head", num_rows) for name in ("sample", "sample_edited", "score", "logits")}
-    return {"forward": lambda shape: ("layers", shape.num_tokens), **head}
+    layers = {name: lambda shape, *_: ("layers", shape.num_tokens) for name in ("forward", "chain")}
+    return {**layers, **head}

@@ -14,9 +14,7 @@ from jaxinfer.layers.linear import (
     ColumnParallelLinear,
     FusedPart,
     RowParallelLinear,
-    _num_parts,
     project,
-    project_in_parts,
 )
 from jaxinfer.layers.residual import PendingSum, total
 
@@ -64,25 +62,6 @@ def test_column_then_row_parallel_equals_two_products(num_rows: int, bias: bool)
     pair = jax.shard_map(lambda x: row(column(x)), mesh=make_mesh(), in_specs=everywhere, out_specs=everywhere)
     np.testing.assert_allclose(jax.jit(pair)(x), expected, rtol=1e-4, atol=1e-5)
     assert column.weight.get_metadata()["parts"] == parts
-
-
-@pytest.mark.parametrize(
-    ("num_out", "num_in", "expected"),
-    [(4096, 4096, 4), (4096, 14336, 8), (28672, 4096, 2), (1024, 3072, 8), (576, 1536, 4), (48, 100, 1)],
-)
-def test_num_parts_fill_a_gpu_and_divide_the_inputs(num_out: int, num_in: int, expected: int) -> None:
-    assert _num_parts(num_out, num_in) == expected and num_in % expected == 0
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_project_in_parts_sum_to_the_product(dtype: str) -> None:
-    x, weight = normal(5, 1024, dtype=dtype), normal(6, 1024, dtype=dtype)
-    parts = jax.jit(project_in_parts)(x, weight)
-    assert parts.shape == (8, 5, 6) and parts.dtype == jnp.float32
-    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    np.testing.assert_allclose(parts.sum(axis=0), expected, rtol=1e-4, atol=1e-4)  # sums of 1024 terms in float32
-    whole = jax.jit(project_in_parts)(x[:, :96], weight[:, :96])  # too few inputs to be split
-    np.testing.assert_array_equal(whole[0], project(x[:, :96], weight[:, :96]))
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

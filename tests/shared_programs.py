@@ -19,6 +19,7 @@ from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
 PROGRAMS = (
     "forward",
+    "chain",
     "tapped",
     "place",
     "sample_by",

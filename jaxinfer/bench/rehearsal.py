@@ -6,7 +6,7 @@ Does not know: what is measured.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from jaxinfer.bench.zero_wrapper import ZeroWrapper
@@ -23,10 +23,11 @@ class RecordingWrapper(ZeroWrapper):
     Args:
       shapes: the step shapes of the real wrapper.
       num_pages: its KV pages.
+      chain_len: its own.
     """
 
-    def __init__(self, shapes: StepShapes, num_pages: int):
-        super().__init__(shapes, num_pages)
+    def __init__(self, shapes: StepShapes, num_pages: int, *, chain_len: int = 1):
+        super().__init__(shapes, num_pages, chain_len=chain_len)
         self.programs: dict[tuple[Hashable, ...], None] = {}
         """The programs, as keys in the order of their first use."""
 
@@ -41,3 +42,8 @@ class RecordingWrapper(ZeroWrapper):
         if batch.has_logits:
             self.programs["sample", batch.shape.num_logits, batch.variant, None] = None
         return super().launch(batch)
+
+    def launch_chain(self, batches: Sequence[StepBatch]) -> list[Any]:
+        """Records the program of the chain."""
+        self.programs["chain", batches[0].shape, self.chain_len, batches[0].variant] = None
+        return list(batches)

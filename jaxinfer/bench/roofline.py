@@ -281,6 +281,7 @@ def measure(
             raise ValueError(
                 f"roofline compares with one device: {name} must be 1, got {getattr(session.config, name)}"
             )
+    num_steps *= session.chain_len  # steps in flight when a run begins or ends blur its time
     all_steps = num_steps * (repeats + 1)
     prompt_len = context - all_steps // 2
     if prompt_len < 1:
@@ -337,7 +338,7 @@ def _decode(bench: _Bench, session: Session, batch_size: int) -> RooflineRow:
         seconds = statistics.median(decoding.run(bench.num_steps) for _ in range(bench.repeats))
         context = (first + decoding.mean_len - 1) / 2  # the first timed step reads `first` positions
         cost = decode_cost(session.model_config, batch_size=batch_size, context=context, itemsize=bench.itemsize)
-        num_steps = min(bench.num_steps, PROFILED_STEPS)
+        num_steps = max(min(bench.num_steps, PROFILED_STEPS), session.chain_len)
         return _row(bench, "decode", batch_size, context, cost, seconds, lambda: decoding.run(num_steps), num_steps)
 
 

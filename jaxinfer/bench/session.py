@@ -124,6 +124,11 @@ class Session(TimedEngine):
         """The wrapper that runs the model."""
         return self._loaded.decoder
 
+    @property
+    def chain_len(self) -> int:
+        """Decode steps of a launch."""
+        return self.decoder.chain_len
+
     def warmup(self) -> None:
         """Compiles every program that the engine can need."""
         self._loaded.warmup()
@@ -136,7 +141,7 @@ class Session(TimedEngine):
             token is 0 and all times are meaningless.
         """
         wrapper = self.decoder
-        recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages)
+        recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages, chain_len=wrapper.chain_len)
         rehearsed = copy.copy(self)
         rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self.max_model_len)
         work(rehearsed)

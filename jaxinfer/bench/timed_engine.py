@@ -42,19 +42,20 @@ class Decoding:
     """A batch of requests whose prompts are prefilled, so that all of them decode.
 
     Args:
-      run_steps: called with n, runs the engine until every row has n more tokens.
+      run_steps: called with n, runs the engine until every row has n more tokens, and returns how many they got: more
+        where steps are launched in chains.
       mean_len: tokens of a row so far, prompt included, mean over the rows.
     """
 
-    run_steps: Callable[[int], None]
+    run_steps: Callable[[int], int]
     mean_len: float
 
     def run(self, num_steps: int) -> float:
-        """Runs num_steps steps and returns the seconds of one, their mean."""
+        """Runs num_steps steps, or whole chains up to there, and returns the seconds of one, their mean."""
         started = time.perf_counter()
-        self.run_steps(num_steps)
-        self.mean_len += num_steps
-        return (time.perf_counter() - started) / num_steps
+        num_run = self.run_steps(num_steps)
+        self.mean_len += num_run
+        return (time.perf_counter() - started) / num_run
 
 
 class TimedEngine:
@@ -133,8 +134,8 @@ class TimedEngine:
                 waiting.discard(event.request_id)
                 lengths[event.request_id] += 1
 
-    def _decode(self, ids: Mapping[str, int], num_steps: int) -> None:
-        """Runs the engine until every row has num_steps more tokens.
+    def _decode(self, ids: Mapping[str, int], num_steps: int) -> int:
+        """Runs the engine until every row has num_steps more tokens; returns how many they got.
 
         With pipeline stages that takes more launches than num_steps, as each brings tokens of some rows only.
         """
@@ -144,6 +145,7 @@ class TimedEngine:
                 raise ValueError(_BATCH_BROKE.format(len(ids)))
             for event in self.engine.step():
                 counts[event.request_id] += 1
+        return min(counts.values())
 
     def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
         return max(1, self.max_model_len - max(map(len, prompts)))

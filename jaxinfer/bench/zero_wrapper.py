@@ -22,10 +22,12 @@ class ZeroWrapper(AbstractModelInferenceWrapper):
     Args:
       shapes: the shapes of steps.
       num_pages: KV pages.
+      chain_len: as the wrapper that it stands for.
     """
 
-    def __init__(self, shapes: StepShapes, num_pages: int):
+    def __init__(self, shapes: StepShapes, num_pages: int, *, chain_len: int = 1):
         self._shapes = shapes
+        self._chain_len = chain_len
         self._num_pages = num_pages
 
     @property
@@ -37,6 +39,11 @@ class ZeroWrapper(AbstractModelInferenceWrapper):
     def num_pages(self) -> int:
         """KV pages, without the dump page."""
         return self._num_pages
+
+    @property
+    def chain_len(self) -> int:
+        """As it was given."""
+        return self._chain_len
 
     @property
     def row_usage(self) -> RowUsage:

@@ -38,6 +38,7 @@ from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.validation import require_int
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.wrappers.assembly import choose_dtype
+from jaxinfer.wrappers.chains import CHAIN_LEN
 
 app = typer.Typer(no_args_is_help=True, help="Measures the engine on this machine.")
 
@@ -167,7 +168,9 @@ def roofline(
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     lengths = _whole_numbers("prefill_len", prefill_lens)
     is_cpu = jax.default_backend() == "cpu"
-    longest = max(context + num_steps * repeats + roofline_bench.PROFILED_STEPS, max(lengths) + 1)
+    chain = fields.get("steps_per_launch") or (1 if is_cpu else CHAIN_LEN)
+    steps = (num_steps * (repeats + 1) + roofline_bench.PROFILED_STEPS) * chain
+    longest = max(context + steps, max(lengths) + 1)
     with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=longest) as session:
         result = roofline_bench.measure(
             session,

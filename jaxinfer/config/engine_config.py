@@ -39,6 +39,8 @@ class EngineConfig:
       enable_prefix_caching: whether requests with equal beginnings share the full KV pages of these.
       enable_chunked_prefill: whether prompts may be split to fit the token budget of a step.
       run_ahead: whether the next step is launched before the last one's tokens are read.
+      steps_per_launch: decode steps that one launch may compute, while no request waits; their tokens arrive together.
+        None chooses 8 on GPUs for models whose steps take less time than their launch, else 1.
       attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
         CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle. Or a name that was given to
         register_attention.
@@ -70,6 +72,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     run_ahead: bool = True
+    steps_per_launch: int | None = None
     attention_backend: str = "auto"
     draft_model: str | None = None
     num_draft_tokens: int = 4
@@ -89,7 +92,7 @@ class EngineConfig:
         }
         for name, low in lowest.items():
             object.__setattr__(self, name, require_int(name, getattr(self, name), low))
-        for name, low in {"max_model_len": 2, "num_kv_pages": 1}.items():
+        for name, low in {"max_model_len": 2, "num_kv_pages": 1, "steps_per_launch": 1}.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_int(name, getattr(self, name), low))
         if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):

@@ -33,6 +33,8 @@ from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.sites import Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.chains import can_chain
+from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 from jaxinfer.wrappers.step_taps import StepTaps
 
@@ -72,6 +74,15 @@ class _InFlight:
     handle: Any
     schedule: Schedule
     taps: StepTaps | None
+    record: StepRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A step to be launched."""
+
+    schedule: Schedule
+    batch: StepBatch
     record: StepRecord | None
 
 
@@ -125,7 +136,7 @@ class DynamicEngine:
         # A sequence with drafts is not scheduled again before its tokens are read. Running ahead would therefore only
         # split such sequences into groups that take turns in half-empty steps.
         self._max_in_flight = self._num_stages + (config.run_ahead and drafter is None)
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[list[_InFlight]] = deque()  # the steps of each launch
         self._sequences: dict[str, SequenceState] = {}
         self._searches: dict[str, BeamSearch] = {}
         self._finished_searches: list[FinishedSearch] = []
@@ -245,7 +256,7 @@ class DynamicEngine:
           its finish_reason. Failed requests and finished beam searches have no such event: failed_requests and
           finished_searches return them.
         """
-        record = None if self.log is None else self.log.begin()
+        record = self._begin_record()
         schedule = self._scheduler.schedule()
         launching = bool(schedule) or self._awaits_the_pipeline()
         if launching:
@@ -253,17 +264,47 @@ class DynamicEngine:
                 schedule = self._drafter.complete(schedule)
             rows_to_sample = self._sampled_with(schedule)
             masks = self._masks(rows_to_sample)
-            batch = make_batch(schedule, self._wrapper.shapes, masks, self._taps)
-            if record is not None:
-                record.scheduled(schedule, batch, self._scheduler)
-            self._in_flight.append(_InFlight(self._wrapper.launch(batch), schedule, batch.taps, record))
-            if record is not None and self.log is not None:
-                self.log.launched(record)
-            self._num_steps += bool(schedule)
+            first = self._plan(schedule, masks, record)
+            self._launch([first, *self._rest_of_chain(first)])
             self._end_failed(rows_to_sample)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
-            return self._collect(self._in_flight.popleft())
+            return [event for step in self._in_flight.popleft() for event in self._collect(step)]
         return []
+
+    def _begin_record(self) -> StepRecord | None:
+        return None if self.log is None else self.log.begin()
+
+    def _plan(self, schedule: Schedule, masks: dict[int, np.ndarray] | None, record: StepRecord | None) -> _Planned:
+        batch = make_batch(schedule, self._wrapper.shapes, masks, self._taps)
+        if record is not None:
+            record.scheduled(schedule, batch, self._scheduler)
+        return _Planned(schedule, batch, record)
+
+    def _rest_of_chain(self, first: _Planned) -> list[_Planned]:
+        """The steps that are launched with a step; none where they could have to do anything but decode."""
+        num_more = self._wrapper.chain_len - 1
+        if not (num_more and can_chain(first.batch) and self._scheduler.only_decodes(num_more)):
+            return []
+        planned = []
+        for _ in range(num_more):
+            record = self._begin_record()
+            planned.append(self._plan(self._scheduler.schedule(), None, record))
+        return planned
+
+    def _launch(self, planned: Sequence[_Planned]) -> None:
+        """Launches a step, or the steps of a chain."""
+        batches = [step.batch for step in planned]
+        handles = self._wrapper.launch_chain(batches) if len(batches) > 1 else [self._wrapper.launch(batches[0])]
+        self._in_flight.append(
+            [
+                _InFlight(handle, step.schedule, step.batch.taps, step.record)
+                for handle, step in zip(handles, planned, strict=True)
+            ]
+        )
+        for step in planned:
+            if step.record is not None and self.log is not None:
+                self.log.launched(step.record)
+            self._num_steps += bool(step.schedule)
 
     def _masks(self, rows_to_sample: Sequence[SamplingRows]) -> dict[int, np.ndarray]:
         """The masks of constrained sequences, by slot, for the rows that are sampled with a launch.
@@ -287,7 +328,7 @@ class DynamicEngine:
         With one stage they are the schedule's own. In a pipeline of S stages they belong to the step launched S - 1
         launches earlier, which now leaves the last stage.
         """
-        recent = [step.schedule for step in self._in_flight] + [schedule]
+        recent = [step.schedule for launch in self._in_flight for step in launch] + [schedule]
         leaving = recent[-self._num_stages].sampled if len(recent) >= self._num_stages else ()
         return [rows for rows in leaving if rows.sequence.finish_reason is None]
 
@@ -308,8 +349,8 @@ class DynamicEngine:
 
     def _awaits_the_pipeline(self) -> bool:
         """Whether a step that is still in the pipeline samples a token for an unfinished sequence."""
-        inside = itertools.islice(reversed(self._in_flight), self._num_stages - 1)
-        return any(rows.sequence.finish_reason is None for step in inside for rows in step.schedule.sampled)
+        inside = itertools.islice(reversed(self._in_flight), self._num_stages - 1)  # pipelines have no chains
+        return any(rows.sequence.finish_reason is None for step, *_ in inside for rows in step.schedule.sampled)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once; no further event names it.

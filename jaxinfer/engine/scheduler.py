@@ -172,6 +172,19 @@ class Scheduler:
         self._commit(schedule)
         return schedule
 
+    def only_decodes(self, num_steps: int) -> bool:
+        """Whether so many more steps would do nothing but decode, if all sequences go on to their longest.
+
+        No request waits, no prompt is being computed, no page has to be taken from anybody, and no token has to be read
+        by the host before the next one is computed.
+        """
+        if self.num_waiting or any(s.is_prefilling or s.is_host_fed or s.constraint is not None for s in self._running):
+            return False
+        ends = [(s, min(s.num_computed_tokens + num_steps, s.max_total_len)) for s in self._running]
+        missing = sum(self._pages.num_missing(sequence, end) for sequence, end in ends)
+        lasts = any(sequence.num_tokens + num_steps <= sequence.max_total_len for sequence in self._running)
+        return lasts and missing <= self.pages.num_available
+
     def append(self, sequence: SequenceState, sampled: Sequence[int], drafts: Sequence[int] = ()) -> int:
         """Records tokens that the host has read and decides whether the sequence has ended.
 

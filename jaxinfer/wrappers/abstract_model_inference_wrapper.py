@@ -87,9 +87,22 @@ class AbstractModelInferenceWrapper(ABC):
         """The logits of values that were captured at "final_norm"; waits for the device."""
         raise ValueError(NO_SITES)
 
+    @property
+    def chain_len(self) -> int:
+        """How many decode steps launch_chain computes at once; 1 if it launches them one by one."""
+        return 1
+
     @abstractmethod
     def launch(self, batch: StepBatch) -> Any:
         """Starts a step, moves those in flight on by one stage, and returns the new step's handle."""
+
+    def launch_chain(self, batches: Sequence[StepBatch]) -> list[Any]:
+        """Starts chain_len steps, each of which decodes after the one before, and returns their handles.
+
+        Args:
+          batches: steps for which chains.can_chain holds; the first one has rows for every slot that another one names.
+        """
+        return [self.launch(batch) for batch in batches]
 
     @abstractmethod
     def collect(self, handle: Any) -> StepResult:

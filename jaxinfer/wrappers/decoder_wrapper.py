@@ -27,6 +27,7 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sites import Site, Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.chains import chain_len
 from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
@@ -34,9 +35,10 @@ from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, fr
 from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
 from jaxinfer.wrappers.sample_step import SCORE_BLOCK
+from jaxinfer.wrappers.step_arrays import HeadInputs
 from jaxinfer.wrappers.step_batch import NO_TARGET, AllowedTokens, SlotEdits, StepBatch
 from jaxinfer.wrappers.step_inputs import pack_inputs
-from jaxinfer.wrappers.step_programs import HeadInputs, StepPrograms
+from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 from jaxinfer.wrappers.tapping import FunctionUpload, Tapping, TapUpload
@@ -145,6 +147,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self.mesh = mesh
         traces = {
             "forward": self._step_programs.forward,
+            "chain": self._step_programs.chain,
             "tapped": self._step_programs.tapped,
             "place": self._step_programs.place,
             "sample_by": self._step_programs.sample_by,
@@ -159,10 +162,14 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         chosen = chosen_options(config.xla_options)
         options: dict[str, Callable[..., dict[str, bool | str]]] = {name: lambda *_: chosen for name in traces}
         options["forward"] = lambda shape: compiler_options(platform, shape.num_tokens) | chosen
+        options["chain"] = lambda shape, *_: options["forward"](shape)
         options["tapped"] = lambda shape, _: compiler_options(platform, shape.num_tokens) | chosen
         in_order = holders is not None and holders.are_several
+        if in_order:  # a run of several processes sends its steps one by one
+            config = dataclasses.replace(config, steps_per_launch=1)
         self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=in_order)
-        self._choice = ProgramChoice(self._programs, self._shapes)
+        self._chain_len = chain_len(config, platform=platform, weight_bytes=self._step_programs.parameter_bytes)
+        self._choice = ProgramChoice(self._programs, self._shapes, chain_len=self._chain_len)
         self._tapping = Tapping(
             self._programs,
             self._step_programs,
@@ -191,6 +198,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def num_compilations(self) -> int:
         """Programs compiled so far."""
         return self._programs.num_compilations
+
+    @property
+    def chain_len(self) -> int:
+        """See the protocol."""
+        return self._chain_len
 
     @property
     def is_compiling(self) -> bool:
@@ -259,6 +271,29 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             if leaving is not None and plan is not None:
                 self._run_exit(leaving, plan, head_inputs)
         return handle
+
+    def launch_chain(self, batches: Sequence[StepBatch]) -> list[StepHandle]:
+        """See the protocol; the steps run one by one while the program of their chain is being compiled."""
+        shape = batches[0].shape
+        key = self._choice.chain(shape, batches[0].variant)
+        if key is None:
+            return [self.launch(batch) for batch in batches]
+        handles = [StepHandle(batch, place=place) for place, batch in enumerate(batches)]
+        for handle in handles:
+            self._in_flight.enter(handle)
+            self._in_flight.count_rows(shape)
+        chain = _Call(
+            self._programs.get(*key), np.stack([pack_inputs(batch, shape, self._shapes) for batch in batches])
+        )
+        arrays = self._arrays
+        with _LAUNCHING:
+            arrays.state, arrays.caches, arrays.ring, result = chain.program(
+                arrays.leaves, arrays.head_leaves, arrays.state, arrays.caches, arrays.ring, chain.words
+            )
+            result.copy_to_host_async()
+        for handle in handles:
+            handle.result = result
+        return handles
 
     def _plan_tick(self, handle: StepHandle) -> _Tick:
         """Lets a step into the pipeline, moves the others on, and gets the programs for that; runs nothing yet."""
@@ -363,7 +398,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
                 f"StepBatch.idle"
             )
         batch = handle.batch
-        words = np.asarray(handle.result)  # with the next line, the one place where the host reads the device
+        words = np.asarray(handle.result)  # with the next lines, the one place where the host reads the device
+        words = words if handle.place is None else words[handle.place]
         scores = None if handle.scores is None else _logprobs(np.asarray(handle.scores))
         failed = None
         if batch.has_logits and batch.taps is not None and batch.taps.logit_kinds:

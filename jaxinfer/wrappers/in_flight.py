@@ -26,6 +26,7 @@ class StepHandle:
     Args:
       batch: the step's work.
       result: the device array that will hold the sampled tokens; None until the step has left the pipeline.
+      place: the step's index in `result`, which holds the tokens of a whole chain; None outside of chains.
       scores: the device array that will hold the log-probabilities of batch.targets; None without targets.
       tapped: what the ticks that moved it have found at sites, one for each stage that it has passed; empty without
         taps.
@@ -34,6 +35,7 @@ class StepHandle:
 
     batch: StepBatch
     result: Any = None
+    place: int | None = None
     scores: Any = None
     tapped: list[Any] = field(default_factory=list)
     functions: Sequence[Any] = ()

@@ -27,11 +27,13 @@ class ProgramChoice:
     Args:
       programs: the compiled programs.
       shapes: the shapes of steps.
+      chain_len: decode steps of a chain; 1 for no chains.
     """
 
-    def __init__(self, programs: ProgramCache, shapes: StepShapes):
+    def __init__(self, programs: ProgramCache, shapes: StepShapes, *, chain_len: int = 1):
         self._programs = programs
         self._shapes = shapes
+        self._chain_len = chain_len
         self._all_shapes = shapes.all_shapes()
         self._copy_sizes = copy_sizes(shapes.max_chunks)
 
@@ -44,6 +46,9 @@ class ProgramChoice:
             wanted += [("sample_edited", num_logits, num_top) for num_top in _NUM_TOPS]
             for variant in SamplerVariant:
                 wanted += [("sample", num_logits, variant, num_top) for num_top in _NUM_TOPS]
+        if self._chain_len > 1:
+            decoding = [shape for shape in self._all_shapes if not shape.num_prefill]
+            wanted += [("chain", shape, self._chain_len, variant) for shape in decoding for variant in SamplerVariant]
         return wanted
 
     def covering_programs(self) -> list[ProgramKey]:
@@ -68,6 +73,12 @@ class ProgramChoice:
         ]
         _, shape = self._programs.first_ready([("forward", shape) for shape in (needed, *ready)])
         return shape
+
+    def chain(self, shape: StepShape, variant: SamplerVariant) -> ProgramKey | None:
+        """The program of a chain of steps of a shape; None if its steps have to run one by one meanwhile."""
+        key = ("chain", shape, self._chain_len, variant)
+        self._programs.first_ready([key])  # asks for it to be the next that is compiled
+        return key if self._programs.is_complete or self._programs.are_ready([key]) else None
 
     def copy_size(self, num_copies: int) -> int:
         """For how many page copies to take the program."""

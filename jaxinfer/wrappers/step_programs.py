@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.communication.sharding import KV_PAGES, PER_STAGE, REPLICATED, VOCABULARY_COLUMNS
@@ -32,61 +32,10 @@ from jaxinfer.wrappers.decoder_step import DecoderStep, StepHooks
 from jaxinfer.wrappers.edit_upload import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.sample_step import FunctionsOfLogits, sample_step, score_step
+from jaxinfer.wrappers.step_arrays import HeadInputs, StepArrays, TapResults
 from jaxinfer.wrappers.step_batch import SAMPLING_FIELDS, SamplerVariant
 from jaxinfer.wrappers.step_inputs import num_input_words, unpack_inputs
 from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
-
-
-@dataclass
-class StepArrays:
-    """The arrays that live on the device from step to step, as flat lists of leaves.
-
-    They are flattened once, since flattening them again in every call would cost time.
-
-    Args:
-      leaves, head_leaves: parameters of the whole model, and those of the head.
-      state, caches, ring: leaves of DecodeState, the KV caches and the pipeline's Ring; every step takes them by
-        donation and returns the new ones.
-      edits: leaves of EditState, donated in the same way to steps with edited rows; empty until the first such step.
-    """
-
-    leaves: list[jax.Array]
-    head_leaves: list[jax.Array]
-    state: list[jax.Array]
-    caches: list[jax.Array]
-    ring: list[jax.Array]
-    edits: list[jax.Array] = field(default_factory=list)
-
-    @property
-    def all(self) -> list[jax.Array]:
-        """Every array; those of the head appear twice, as they are among the model's leaves as well."""
-        return [*self.leaves, *self.head_leaves, *self.state, *self.caches, *self.ring, *self.edits]
-
-
-class HeadInputs(NamedTuple):
-    """The leaves of a LeavingBatch: what the forward program returns for the programs of the head.
-
-    Args:
-      hidden: [M, D], hidden states to sample from.
-      rows: the leaves of LogitRows.
-      prompts: [T, D], hidden states of all prefill tokens; None unless the shape is a scored one.
-    """
-
-    hidden: Any
-    rows: list[Any]
-    prompts: Any = None
-
-
-class TapResults(NamedTuple):
-    """What the taps of a program have found; every array has a part of T tokens for each stage, one after the other.
-
-    Args:
-      captured: [S * T, ...] by site, with the numbers that layers have within their stage.
-      failed: int32[S * T], as Taps.failed.
-    """
-
-    captured: dict[str, Any]
-    failed: Any
 
 
 class StepPrograms:
@@ -206,14 +155,10 @@ class StepPrograms:
 
     def _forward(self, shape: StepShape, plan: TapPlan | None) -> jax.stages.Traced:
         def forward(leaves, state, caches, ring, words, *hooks):
-            step = self._step.merge(leaves)
-            state = jax.tree.unflatten(self._state_tree, state)
-            caches = jax.tree.unflatten(self._cache_tree, caches)
-            ring = jax.tree.unflatten(self._ring_tree, ring)
-            inputs = unpack_inputs(words, shape, self._shapes)
             step_hooks = None if plan is None else StepHooks(plan=plan, rows=hooks[0][0], tables=hooks[1])
-            state, caches, ring, leaving, taps = step(
-                state, caches, ring, inputs, scored=shape.scored, hooks=step_hooks
+            carried = self._unflat(state, caches, ring)
+            state, caches, ring, leaving, taps = self._step.merge(leaves)(
+                *carried, unpack_inputs(words, shape, self._shapes), scored=shape.scored, hooks=step_hooks
             )
             head_inputs = HeadInputs(leaving.hidden, jax.tree.leaves(leaving.rows), leaving.prompts)
             found = () if taps is None else (TapResults(taps.captured, taps.failed),)
@@ -223,9 +168,7 @@ class StepPrograms:
         out_specs = (REPLICATED, KV_PAGES, self._ring_specs, REPLICATED)
         arguments: list[Any] = [
             self._placed(self._step.leaves, self._step.specs),
-            self._placed(self._state, [REPLICATED] * len(self._state)),
-            self._placed(self._caches, [KV_PAGES] * len(self._caches)),
-            self._placed(self._ring, self._ring_specs),
+            *self._carried(),
             jax.ShapeDtypeStruct((num_input_words(shape, self._shapes),), jnp.int32),
         ]
         if plan is not None:
@@ -234,6 +177,54 @@ class StepPrograms:
             arguments += [jax.ShapeDtypeStruct(rows, jnp.int32), [self._table(hook.kind) for hook in plan.hooks]]
         mapped = self._sharded(forward, in_specs=in_specs, out_specs=out_specs)
         return jax.jit(mapped, donate_argnums=(1, 2, 3)).trace(*arguments)
+
+    def chain(self, shape: StepShape, num_steps: int, variant: SamplerVariant) -> jax.stages.Traced:
+        """(leaves, head_leaves, state, caches, ring, words) -> (state, caches, ring, results).
+
+        Several decode steps, each with its sampler, in a loop; donates state, caches and ring. words: int32[num_steps,
+        J], the upload of each step; results: int32[num_steps, M, 1].
+        """
+
+        def chain(leaves, head_leaves, state, caches, ring, words):
+            step, head = self._step.merge(leaves), self._head.merge(head_leaves)
+
+            def one(carried, words):
+                inputs = unpack_inputs(words, shape, self._shapes)
+                state, caches, ring, leaving, _ = step(*carried, inputs, scored=False, hooks=None)
+                state, _, result = sample_step(
+                    head, state, None, leaving.hidden, leaving.rows, variant=variant, num_top=None
+                )
+                return (state, caches, ring), result
+
+            carried, results = lax.scan(one, self._unflat(state, caches, ring), words)
+            return (*map(jax.tree.leaves, carried), results)
+
+        carried_specs = (REPLICATED, KV_PAGES, self._ring_specs)
+        mapped = self._sharded(
+            chain,
+            in_specs=(self._step.specs, self._head.specs, *carried_specs, REPLICATED),
+            out_specs=(*carried_specs, REPLICATED),
+        )
+        return jax.jit(mapped, donate_argnums=(2, 3, 4)).trace(
+            self._placed(self._step.leaves, self._step.specs),
+            self._placed(self._head.leaves, self._head.specs),
+            *self._carried(),
+            jax.ShapeDtypeStruct((num_steps, num_input_words(shape, self._shapes)), jnp.int32),
+        )
+
+    def _carried(self) -> list[list[jax.ShapeDtypeStruct]]:
+        """State, caches and ring, which every step takes and returns."""
+        return [
+            self._placed(self._state, [REPLICATED] * len(self._state)),
+            self._placed(self._caches, [KV_PAGES] * len(self._caches)),
+            self._placed(self._ring, self._ring_specs),
+        ]
+
+    def _unflat(self, state: list[Any], caches: list[Any], ring: list[Any]) -> tuple[Any, Any, Any]:
+        """State, caches and ring from their leaves."""
+        trees = (self._state_tree, self._cache_tree, self._ring_tree)
+        state, caches, ring = map(jax.tree.unflatten, trees, (state, caches, ring))
+        return state, caches, ring
 
     def sites(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The sites of a stage, with the numbers that layers have there, and what a token has at each of them."""

@@ -28,7 +28,8 @@ from jaxinfer.wrappers.hook_tables import HookTables
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.site_map import SiteMap
-from jaxinfer.wrappers.step_programs import StepPrograms, TapResults
+from jaxinfer.wrappers.step_arrays import TapResults
+from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 from jaxinfer.wrappers.step_taps import StepCaptures, StepTaps
 

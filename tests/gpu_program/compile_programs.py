@@ -7,7 +7,7 @@ matrix products: without a device nothing is autotuned, and products get XLA's d
 
 Programs are written as decode:ROWS, prefill:DECODE_ROWSxPREFILL_ROWS (rows of 16 tokens) and sample:ROWS:VARIANT or
 sample:ROWS:VARIANT:NUM_TOP. tapped:ROWS is decode:ROWS that adds a vector of each row's to a layer's residual stream
-and captures it.
+and captures it. chain:ROWS is eight greedy steps of decode:ROWS in one launch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from jaxinfer.layers.taps import LocalHook, TapPlan
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.research.interventions import add
 from jaxinfer.wrappers.assembly import abstract_model, lay_out
+from jaxinfer.wrappers.chains import CHAIN_LEN
 from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
@@ -124,6 +125,8 @@ class Programs:
         num_decode, _, num_prefill = rows.partition("x")
         shape = self._shape(int(num_decode), int(num_prefill or 0))
         options = compiler_options("gpu", shape.num_tokens)
+        if kind == "chain":
+            return self._programs.chain(shape, CHAIN_LEN, SamplerVariant.GREEDY), options
         if kind == "tapped":
             return self._programs.tapped(shape, self._plan()), options
         return self._programs.forward(shape), options

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 _THUNK = re.compile(r"^\s*\d+: k(\w+)\s+(?:\[[^\]]*\])?\s*(\S*)")
 _PART = re.compile(r"(\w*(?:branch|body|condition)\w*):")
 _COLLECTIVE_THUNK = re.compile("AllReduce|AllGather|AllToAll|ReduceScatter|Collective|Permute")
-_NO_LAUNCH = {"CommandBuffer", "While", "Conditional", "Sequential", "WaitForStreams", "AsyncStart", "AsyncDone"}
+_NO_LAUNCH = {"CommandBuffer", "While", "Conditional", "Sequential", "WaitForStreams"}
+_NO_LAUNCH |= {"AsyncStart", "AsyncDone", "DynamicSliceFusion"}
 _COLLECTIVE = re.compile(
     r" = (\(.*?\)|\S+) (all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter)(-start)?\("
 )
@@ -63,7 +64,8 @@ def parse_thunks(text: str) -> list[Thunk]:
         labels = [] if found else _PART.findall(line)
         if not found and not labels:
             continue
-        while open_thunks[-1][0] >= indent:
+        # A loop's "condition:" stands as far left as the loop itself.
+        while open_thunks[-1][0] >= indent + bool(labels):
             open_thunks.pop()
         owner = open_thunks[-1][1]
         if labels:

@@ -24,6 +24,16 @@ THUNKS = """\
     013: kCustomKernel [source | sink] wrapped_compare grid: [1, 1, 1] threads: [1, 1, 1]
   body:
     014: kCustomKernel [source | sink] wrapped_add grid: [1, 1, 1] threads: [1, 1, 1]
+015: kWhile [prev=012 (1) | sink]
+condition:
+    016: kCustomKernel [source | sink] loop_compare grid: [1, 1, 1] threads: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source | sink]
+        017: kCustomKernel [source | sink] loop_add grid: [1, 1, 1] threads: [1, 1, 1]
+        018: kAsyncStart [source | sink] stream=computation_stream[0], async_id=18
+            020: kDynamicSliceFusion [source | sink] params=1, results=1
+                019: kCopy [source | sink] kCopy
+        021: kAsyncDone [source | sink] async_id=18
 """
 HLO = """
 ENTRY %main (x: bf16[32,4096]) -> bf16[32,4096] {
@@ -36,7 +46,7 @@ ENTRY %main (x: bf16[32,4096]) -> bf16[32,4096] {
 
 
 def test_parse_thunks_keeps_what_is_inside_what():
-    buffer, reduce, loop = parse_thunks(THUNKS)
+    buffer, reduce, loop, chain = parse_thunks(THUNKS)
     assert [thunk.kind for thunk in buffer.parts[""]] == [
         "Copy",
         "CustomKernel",
@@ -56,6 +66,9 @@ def test_parse_thunks_keeps_what_is_inside_what():
         "condition": "wrapped_compare",
         "body": "wrapped_add",
     }
+    assert chain.parts["condition"][0].name == "loop_compare"
+    assert [thunk.kind for thunk in chain.parts["body"]] == ["CommandBuffer"]
+    assert num_launches(chain.parts["body"], max) == 2
 
 
 def test_num_launches_counts_one_way_through_conditionals():

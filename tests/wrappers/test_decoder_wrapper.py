@@ -16,7 +16,7 @@ from jaxinfer.constraints.constraint import TokenSet
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request
 from jaxinfer.wrappers import decoder_wrapper
-from jaxinfer.wrappers.step_programs import HeadInputs
+from jaxinfer.wrappers.step_arrays import HeadInputs
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes
 
 # float32 on both sides; sums in another order differ by about 1e-5.

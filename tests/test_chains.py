@@ -1,5 +1,7 @@
 """Several decode steps in one launch give the tokens of single steps, with all models, samplers and meshes."""
 
+import threading
+
 import pytest
 from conftest import load_golden
 from mesh_tools import MODELS, on_mesh
@@ -12,23 +14,15 @@ from jaxinfer.wrappers.programs import ProgramCache
 
 @pytest.fixture
 def chains(monkeypatch):
-    """The number of steps of every chain that runs as one program."""
-    found, launch_chain, launch = [], DecoderWrapper.launch_chain, DecoderWrapper.launch
-    singles = []
+    """The number of steps of every chain; their programs are compiled at once instead of in the background."""
+    found, launch_chain = [], DecoderWrapper.launch_chain
 
-    def counted_chain(self, batches):
-        before = len(singles)
-        handles = launch_chain(self, batches)
-        if len(singles) == before:
-            found.append(len(batches))
-        return handles
+    def counted(self, batches):
+        found.append(len(batches))
+        return launch_chain(self, batches)
 
-    def counted(self, batch):
-        singles.append(batch)
-        return launch(self, batch)
-
-    monkeypatch.setattr(DecoderWrapper, "launch_chain", counted_chain)
-    monkeypatch.setattr(DecoderWrapper, "launch", counted)
+    monkeypatch.setattr(DecoderWrapper, "launch_chain", counted)
+    monkeypatch.setattr(ProgramCache, "compile_next", lambda self, key: self.get(*key))
     return found
 
 
@@ -119,18 +113,24 @@ def test_chain_after_warm_up_compiles_nothing(chains):
     assert chains
 
 
-def test_chain_steps_run_one_by_one_while_its_program_is_compiled(chains, monkeypatch):
-    monkeypatch.setattr(ProgramCache, "_work", lambda self: None)  # the background is held up
+def test_chain_program_is_compiled_in_the_background_while_steps_run_alone(monkeypatch):
+    found, launch_chain = [], DecoderWrapper.launch_chain
+    monkeypatch.setattr(DecoderWrapper, "launch_chain", lambda *call: found.append(call) or launch_chain(*call))
     fields = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "num_kv_pages": 16, "steps_per_launch": 4}
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    held = threading.Event()
+    compile_it = ProgramCache._work
     with LLM(load_golden("gqa").path, **BASE | fields) as llm:
-        llm.warmup(background=True)
-        before = llm.stats().num_compilations
-        tokens = llm.generate([1, 2, 3], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)).token_ids
-        assert len(tokens) == 20 and llm.stats().num_compilations == before
-    assert chains == []
+        monkeypatch.setattr(ProgramCache, "_work", lambda self: held.wait() and compile_it(self))
+        tokens = llm.generate([1, 2, 3], params).token_ids
+        assert found == [] and len(tokens) == 20
+        held.set()
+        llm.decoder._programs.wait()
+        assert llm.generate([1, 2, 3], params).token_ids == tokens
+    assert found
 
 
-def test_chain_pages_stay_in_place():
+def test_chain_pages_stay_in_place(chains):
     with LLM(load_golden("gqa").path, **BASE | {"num_kv_pages": 512, "steps_per_launch": 4}) as llm:
         llm.generate([1, 2, 3], SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True))
         decoder = llm.decoder

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from jaxinfer.bench.zero_wrapper import ZeroWrapper
+from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_shapes import StepShapes
 
@@ -23,11 +24,11 @@ class RecordingWrapper(ZeroWrapper):
     Args:
       shapes: the step shapes of the real wrapper.
       num_pages: its KV pages.
-      chain_len: its own.
+      chains: its rule for steps that are launched together.
     """
 
-    def __init__(self, shapes: StepShapes, num_pages: int, *, chain_len: int = 1):
-        super().__init__(shapes, num_pages, chain_len=chain_len)
+    def __init__(self, shapes: StepShapes, num_pages: int, chains: ChainRule):
+        super().__init__(shapes, num_pages, chains)
         self.programs: dict[tuple[Hashable, ...], None] = {}
         """The programs, as keys in the order of their first use."""
 
@@ -45,5 +46,5 @@ class RecordingWrapper(ZeroWrapper):
 
     def launch_chain(self, batches: Sequence[StepBatch]) -> list[Any]:
         """Records the program of the chain."""
-        self.programs["chain", batches[0].shape, self.chain_len, batches[0].variant] = None
+        self.programs["chain", batches[0].shape, len(batches), batches[0].variant] = None
         return list(batches)

@@ -265,7 +265,7 @@ def measure(
       batch_sizes: numbers of rows of a decode step.
       context: KV positions of a row in the middle of the timed steps; prompts are shorter by half of these steps.
       prefill_lens: lengths in tokens of prompts that are prefilled alone.
-      num_steps: decode steps in one timed run.
+      num_steps: launches of decode steps in one timed run; a launch can hold several steps.
       repeats: timed runs, after one for warm-up.
       read_bytes, matmul_size: as in measure_rates.
       seed: of the prompts.
@@ -281,16 +281,14 @@ def measure(
             raise ValueError(
                 f"roofline compares with one device: {name} must be 1, got {getattr(session.config, name)}"
             )
-    num_steps *= session.chain_len  # steps in flight when a run begins or ends blur its time
-    all_steps = num_steps * (repeats + 1)
-    prompt_len = context - all_steps // 2
-    if prompt_len < 1:
+    all_steps = max(num_steps * session.chain_len(size) for size in batch_sizes) * (repeats + 1)
+    if context <= all_steps // 2:
         raise ValueError(f"context must be above half of the {all_steps} steps of all runs, got {context}")
     dtype = choose_dtype(session.config.dtype, jax.default_backend())
     rates = measure_rates(dtype, read_bytes=read_bytes, matmul_size=matmul_size)
     bench = _Bench(
         batch_sizes=batch_sizes,
-        prompt_len=prompt_len,
+        context=context,
         prefill_lens=prefill_lens,
         num_steps=num_steps,
         repeats=repeats,
@@ -314,7 +312,7 @@ class _Bench:
     """The arguments of measure, and the device's rates."""
 
     batch_sizes: Sequence[int]
-    prompt_len: int
+    context: int
     prefill_lens: Sequence[int]
     num_steps: int
     repeats: int
@@ -332,13 +330,16 @@ def _run_all(bench: _Bench, session: Session) -> tuple[RooflineRow, ...]:
 
 
 def _decode(bench: _Bench, session: Session, batch_size: int) -> RooflineRow:
-    with session.decoding(session.prompts(batch_size, bench.prompt_len, bench.seed, batch_size)) as decoding:
-        decoding.run(bench.num_steps)
+    # Steps are counted in launches, as those in flight when a run begins or ends blur its time.
+    num_steps = bench.num_steps * session.chain_len(batch_size)
+    prompt_len = bench.context - num_steps * (bench.repeats + 1) // 2
+    with session.decoding(session.prompts(batch_size, prompt_len, bench.seed, batch_size)) as decoding:
+        decoding.run(num_steps)
         first = decoding.mean_len
-        seconds = statistics.median(decoding.run(bench.num_steps) for _ in range(bench.repeats))
+        seconds = statistics.median(decoding.run(num_steps) for _ in range(bench.repeats))
         context = (first + decoding.mean_len - 1) / 2  # the first timed step reads `first` positions
         cost = decode_cost(session.model_config, batch_size=batch_size, context=context, itemsize=bench.itemsize)
-        num_steps = max(min(bench.num_steps, PROFILED_STEPS), session.chain_len)
+        num_steps = max(min(bench.num_steps, PROFILED_STEPS), session.chain_len(batch_size))
         return _row(bench, "decode", batch_size, context, cost, seconds, lambda: decoding.run(num_steps), num_steps)
 
 

@@ -124,10 +124,10 @@ class Session(TimedEngine):
         """The wrapper that runs the model."""
         return self._loaded.decoder
 
-    @property
-    def chain_len(self) -> int:
-        """Decode steps of a launch."""
-        return self.decoder.chain_len
+    def chain_len(self, num_rows: int) -> int:
+        """Decode steps of a launch with so many rows."""
+        chains = self.decoder.chains
+        return chains.length if chains.covers(num_rows) else 1
 
     def warmup(self) -> None:
         """Compiles every program that the engine can need."""
@@ -141,7 +141,7 @@ class Session(TimedEngine):
             token is 0 and all times are meaningless.
         """
         wrapper = self.decoder
-        recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages, chain_len=wrapper.chain_len)
+        recorder = RecordingWrapper(wrapper.shapes, wrapper.num_pages, wrapper.chains)
         rehearsed = copy.copy(self)
         rehearsed.engine = DynamicEngine(recorder, self.config, max_model_len=self.max_model_len)
         work(rehearsed)

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
+from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
+
+_NO_CHAINS = ChainRule()
 
 
 class ZeroWrapper(AbstractModelInferenceWrapper):
@@ -22,12 +25,12 @@ class ZeroWrapper(AbstractModelInferenceWrapper):
     Args:
       shapes: the shapes of steps.
       num_pages: KV pages.
-      chain_len: as the wrapper that it stands for.
+      chains: which steps are launched together.
     """
 
-    def __init__(self, shapes: StepShapes, num_pages: int, *, chain_len: int = 1):
+    def __init__(self, shapes: StepShapes, num_pages: int, chains: ChainRule = _NO_CHAINS):
         self._shapes = shapes
-        self._chain_len = chain_len
+        self._chains = chains
         self._num_pages = num_pages
 
     @property
@@ -40,10 +43,9 @@ class ZeroWrapper(AbstractModelInferenceWrapper):
         """KV pages, without the dump page."""
         return self._num_pages
 
-    @property
-    def chain_len(self) -> int:
-        """As it was given."""
-        return self._chain_len
+    def chain_len(self, batch: StepBatch) -> int:
+        """As the rule says."""
+        return self._chains.chain_len(batch)
 
     @property
     def row_usage(self) -> RowUsage:

@@ -39,8 +39,9 @@ class EngineConfig:
       enable_prefix_caching: whether requests with equal beginnings share the full KV pages of these.
       enable_chunked_prefill: whether prompts may be split to fit the token budget of a step.
       run_ahead: whether the next step is launched before the last one's tokens are read.
-      steps_per_launch: decode steps that one launch may compute, while no request waits; their tokens arrive together.
-        None chooses 8 on GPUs for models whose steps take less time than their launch, else 1.
+      steps_per_launch: decode steps that one launch computes, while no request waits; their tokens arrive together.
+        None chooses 8 on GPUs where launching takes longer than computing (up to 32 rows and 6 GB of weights on a
+        device), else 1.
       attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
         CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle. Or a name that was given to
         register_attention.

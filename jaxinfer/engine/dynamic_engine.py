@@ -33,7 +33,6 @@ from jaxinfer.request import Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.sites import Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.chains import can_chain
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 from jaxinfer.wrappers.step_taps import StepTaps
@@ -282,8 +281,8 @@ class DynamicEngine:
 
     def _rest_of_chain(self, first: _Planned) -> list[_Planned]:
         """The steps that are launched with a step; none where they could have to do anything but decode."""
-        num_more = self._wrapper.chain_len - 1
-        if not (num_more and can_chain(first.batch) and self._scheduler.only_decodes(num_more)):
+        num_more = self._wrapper.chain_len(first.batch) - 1
+        if not num_more or not self._scheduler.only_decodes(num_more):
             return []
         planned = []
         for _ in range(num_more):

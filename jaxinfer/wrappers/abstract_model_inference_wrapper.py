@@ -87,9 +87,8 @@ class AbstractModelInferenceWrapper(ABC):
         """The logits of values that were captured at "final_norm"; waits for the device."""
         raise ValueError(NO_SITES)
 
-    @property
-    def chain_len(self) -> int:
-        """How many decode steps launch_chain computes at once; 1 if it launches them one by one."""
+    def chain_len(self, batch: StepBatch) -> int:
+        """How many decode steps should be launched together if this is the first of them; 1 for this one alone."""
         return 1
 
     @abstractmethod
@@ -97,10 +96,11 @@ class AbstractModelInferenceWrapper(ABC):
         """Starts a step, moves those in flight on by one stage, and returns the new step's handle."""
 
     def launch_chain(self, batches: Sequence[StepBatch]) -> list[Any]:
-        """Starts chain_len steps, each of which decodes after the one before, and returns their handles.
+        """Starts as many steps as chain_len of the first one said, and returns their handles.
 
         Args:
-          batches: steps for which chains.can_chain holds; the first one has rows for every slot that another one names.
+          batches: decode steps, each of which continues the one before; the first one has rows for every slot that
+            another one names.
         """
         return [self.launch(batch) for batch in batches]
 

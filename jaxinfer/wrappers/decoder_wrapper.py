@@ -27,7 +27,7 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.request import MAX_LOGPROBS
 from jaxinfer.sites import Site, Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.chains import chain_len
+from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
@@ -168,8 +168,8 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         if in_order:  # a run of several processes sends its steps one by one
             config = dataclasses.replace(config, steps_per_launch=1)
         self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=in_order)
-        self._chain_len = chain_len(config, platform=platform, weight_bytes=self._step_programs.parameter_bytes)
-        self._choice = ProgramChoice(self._programs, self._shapes, chain_len=self._chain_len)
+        self.chains = ChainRule.of(config, platform=platform, weight_bytes=self._step_programs.parameter_bytes)
+        self._choice = ProgramChoice(self._programs, self._shapes, self.chains)
         self._tapping = Tapping(
             self._programs,
             self._step_programs,
@@ -199,10 +199,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         """Programs compiled so far."""
         return self._programs.num_compilations
 
-    @property
-    def chain_len(self) -> int:
-        """See the protocol."""
-        return self._chain_len
+    def chain_len(self, batch: StepBatch) -> int:
+        """See the protocol; steps run alone while the program of their chain is being compiled."""
+        length = self.chains.chain_len(batch)
+        return length if length > 1 and self._choice.has_chain(batch.shape, batch.variant) else 1
 
     @property
     def is_compiling(self) -> bool:
@@ -273,22 +273,18 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return handle
 
     def launch_chain(self, batches: Sequence[StepBatch]) -> list[StepHandle]:
-        """See the protocol; the steps run one by one while the program of their chain is being compiled."""
+        """See the protocol; one program computes all steps."""
         shape = batches[0].shape
-        key = self._choice.chain(shape, batches[0].variant)
-        if key is None:
-            return [self.launch(batch) for batch in batches]
+        program = self._programs.get("chain", shape, len(batches), batches[0].variant)
         handles = [StepHandle(batch, place=place) for place, batch in enumerate(batches)]
         for handle in handles:
             self._in_flight.enter(handle)
             self._in_flight.count_rows(shape)
-        chain = _Call(
-            self._programs.get(*key), np.stack([pack_inputs(batch, shape, self._shapes) for batch in batches])
-        )
+        words = np.stack([pack_inputs(batch, shape, self._shapes) for batch in batches])
         arrays = self._arrays
         with _LAUNCHING:
-            arrays.state, arrays.caches, arrays.ring, result = chain.program(
-                arrays.leaves, arrays.head_leaves, arrays.state, arrays.caches, arrays.ring, chain.words
+            arrays.state, arrays.caches, arrays.ring, result = program(
+                arrays.leaves, arrays.head_leaves, arrays.state, arrays.caches, arrays.ring, words
             )
             result.copy_to_host_async()
         for handle in handles:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxinfer.sampling_params import MAX_LOGPROBS
+from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.in_flight import copy_sizes
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
 from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 
+_NO_CHAINS = ChainRule()
 _NUM_TOPS = (None, MAX_LOGPROBS)
 """How many of the most likely tokens samplers report, for requests without and with log-probabilities."""
 
@@ -27,13 +29,13 @@ class ProgramChoice:
     Args:
       programs: the compiled programs.
       shapes: the shapes of steps.
-      chain_len: decode steps of a chain; 1 for no chains.
+      chains: which steps are launched together.
     """
 
-    def __init__(self, programs: ProgramCache, shapes: StepShapes, *, chain_len: int = 1):
+    def __init__(self, programs: ProgramCache, shapes: StepShapes, chains: ChainRule = _NO_CHAINS):
         self._programs = programs
         self._shapes = shapes
-        self._chain_len = chain_len
+        self._chains = chains
         self._all_shapes = shapes.all_shapes()
         self._copy_sizes = copy_sizes(shapes.max_chunks)
 
@@ -46,10 +48,9 @@ class ProgramChoice:
             wanted += [("sample_edited", num_logits, num_top) for num_top in _NUM_TOPS]
             for variant in SamplerVariant:
                 wanted += [("sample", num_logits, variant, num_top) for num_top in _NUM_TOPS]
-        if self._chain_len > 1:
-            decoding = [shape for shape in self._all_shapes if not shape.num_prefill]
-            wanted += [("chain", shape, self._chain_len, variant) for shape in decoding for variant in SamplerVariant]
-        return wanted
+        decoding = [shape for shape in self._all_shapes if not shape.num_prefill]
+        in_chains = [shape for shape in decoding if self._chains.covers(shape.num_decode)]
+        return wanted + [self._chain(shape, variant) for shape in in_chains for variant in SamplerVariant]
 
     def covering_programs(self) -> list[ProgramKey]:
         """A few programs with which every step can run."""
@@ -74,11 +75,16 @@ class ProgramChoice:
         _, shape = self._programs.first_ready([("forward", shape) for shape in (needed, *ready)])
         return shape
 
-    def chain(self, shape: StepShape, variant: SamplerVariant) -> ProgramKey | None:
-        """The program of a chain of steps of a shape; None if its steps have to run one by one meanwhile."""
-        key = ("chain", shape, self._chain_len, variant)
-        self._programs.first_ready([key])  # asks for it to be the next that is compiled
-        return key if self._programs.is_complete or self._programs.are_ready([key]) else None
+    def has_chain(self, shape: StepShape, variant: SamplerVariant) -> bool:
+        """Whether the program for chains of a shape is compiled; if not, the background begins to compile it."""
+        key = self._chain(shape, variant)
+        if self._programs.are_ready([key]):
+            return True
+        self._programs.compile_next(key)
+        return False
+
+    def _chain(self, shape: StepShape, variant: SamplerVariant) -> ProgramKey:
+        return ("chain", shape, self._chains.length, variant)
 
     def copy_size(self, num_copies: int) -> int:
         """For how many page copies to take the program."""

@@ -59,6 +59,7 @@ class ProgramCache:
         self._waiting: deque[ProgramKey] = deque()  # to be compiled in the background
         self._num_at_work = 0  # threads that compile one of them
         self._workers: list[threading.Thread] = []
+        self._asked: set[ProgramKey] = set()  # by compile_next
 
     @property
     def num_compilations(self) -> int:
@@ -145,8 +146,25 @@ class ProgramCache:
         """
         with self._lock:
             self._waiting.extend(self._one_of_each_kind_first(wanted))
+        self._start_workers(max(1, (os.cpu_count() or 1) // 2))
+
+    def compile_next(self, key: ProgramKey) -> None:
+        """Lets the background compile a program before all others, unless it has tried already; returns at once."""
+        with self._lock:
+            if key in self._asked or key in self._turns:
+                return
+            self._asked.add(key)
+            is_waiting = key in self._waiting
+            if is_waiting:
+                self._waiting.remove(key)
+            self._waiting.appendleft(key)
+        if not is_waiting:
+            self._start_workers(1)
+
+    def _start_workers(self, count: int) -> None:
         atexit.register(self._end_background)
-        for _ in range(max(1, (os.cpu_count() or 1) // 2)):
+        self._workers = [worker for worker in self._workers if worker.is_alive()]
+        for _ in range(count):
             worker = threading.Thread(target=self._work, name="jaxinfer-compiler", daemon=True)
             self._workers.append(worker)
             worker.start()
@@ -209,5 +227,6 @@ class ProgramCache:
     def clear(self) -> None:
         """Drops all programs, and those that wait to be compiled."""
         self._waiting.clear()
-        atexit.unregister(self._end_background)
+        if not self._num_at_work:  # else the end of the process still has to wait for XLA
+            atexit.unregister(self._end_background)
         self._programs.clear()

@@ -16,7 +16,7 @@ from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.request import MAX_LOGPROBS, Request
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.chains import can_chain, chain_len
+from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.step_batch import NO_TARGET, SAMPLING_FIELDS, AllowedTokens, StepBatch
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
@@ -101,10 +101,9 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self.batches: list[StepBatch] = []
         self.masks: list[AllowedTokens] = []
         self._in_flight = InFlight(self._shapes)
-        self._chain_len = chain_len(config, platform="cpu", weight_bytes=0)
+        self.rule = ChainRule.of(config, platform="cpu", weight_bytes=0)
         self.chains: list[int] = []
 
-    chain_len = property(lambda self: self._chain_len)
     shapes = property(lambda self: self._shapes)
     num_pages = property(lambda self: self._num_pages)
     row_usage = property(lambda self: self._in_flight.usage)
@@ -148,8 +147,11 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self.max_pending = max(self.max_pending, self.num_pending)
         return step
 
+    def chain_len(self, batch: StepBatch) -> int:
+        return self.rule.chain_len(batch)
+
     def launch_chain(self, batches: Sequence[StepBatch]) -> list[FakeStep]:
-        assert len(batches) == self.chain_len > 1 and all(map(can_chain, batches))
+        assert {self.chain_len(batch) for batch in batches} == {len(batches)} != {1}
         assert all(batches[0].shape.holds(batch.shape) for batch in batches)
         self.chains.append(len(batches))
         return super().launch_chain(batches)

@@ -6,7 +6,7 @@ from fake_policies import Residues
 from fake_wrapper import continuation
 
 from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.wrappers.chains import CHAIN_LEN, MAX_WEIGHT_BYTES, chain_len
+from jaxinfer.wrappers.chains import CHAIN_LEN, MAX_ROWS, MAX_WEIGHT_BYTES, ChainRule
 
 
 def test_chain_gives_the_text_of_single_steps():
@@ -97,15 +97,16 @@ def test_chain_drops_the_tokens_behind_an_end_and_an_abort():
 @pytest.mark.parametrize(
     ("settings", "platform", "gigabytes", "expected"),
     [
-        ({}, "gpu", 1.2, CHAIN_LEN),
-        ({}, "gpu", MAX_WEIGHT_BYTES / 1e9 + 1, 1),
-        ({}, "cpu", 0.1, 1),
-        ({"steps_per_launch": 3}, "cpu", 16, 3),
-        ({"steps_per_launch": 1}, "gpu", 0.1, 1),
-        ({"steps_per_launch": 4, "pipeline_parallel_size": 2}, "gpu", 0.1, 1),
-        ({"draft_model": "prompt-lookup"}, "gpu", 0.1, 1),
+        ({}, "gpu", 1.2, {1: CHAIN_LEN, MAX_ROWS: CHAIN_LEN, MAX_ROWS + 1: 1}),
+        ({}, "gpu", MAX_WEIGHT_BYTES / 1e9 + 1, {1: 1}),
+        ({}, "cpu", 0.1, {1: 1}),
+        ({"steps_per_launch": 3}, "cpu", 16, {1: 3, 64: 3}),
+        ({"steps_per_launch": 1}, "gpu", 0.1, {1: 1}),
+        ({"steps_per_launch": 4, "pipeline_parallel_size": 2}, "gpu", 0.1, {1: 1}),
+        ({"draft_model": "prompt-lookup"}, "gpu", 0.1, {1: 1}),
     ],
 )
-def test_chain_len_follows_settings_platform_and_weights(settings, platform, gigabytes, expected):
-    config = EngineConfig(**settings)
-    assert chain_len(config, platform=platform, weight_bytes=round(gigabytes * 1e9)) == expected
+def test_chain_rule_follows_settings_platform_weights_and_rows(settings, platform, gigabytes, expected):
+    config = EngineConfig(max_num_seqs=64, **settings)
+    rule = ChainRule.of(config, platform=platform, weight_bytes=round(gigabytes * 1e9))
+    assert {rows: rule.length if rule.covers(rows) else 1 for rows in expected} == expected

@@ -130,7 +130,7 @@ def test_engine_any_history_gives_own_results_and_leaks_no_page(engine_settings,
     history.take(finish(engine))
     history.check()
     most_launches = engine_settings["pipeline_parallel_size"] + engine_settings["run_ahead"]
-    assert wrapper.max_pending <= most_launches * wrapper.chain_len
+    assert wrapper.max_pending <= most_launches * wrapper.rule.length
 
 
 def wrapper_after(engine_settings, actions):

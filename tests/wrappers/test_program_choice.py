@@ -7,6 +7,7 @@ from wrapper_tools import FakeProgram, make_wrapper
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.dynamic_engine import DynamicEngine
 from jaxinfer.request import LogitEdits, Request
+from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache
 from jaxinfer.wrappers.step_batch import SamplerVariant
@@ -76,6 +77,28 @@ def test_sampler_keeps_to_what_was_asked_for_where_it_can():
     assert chosen((full, 20), (full, None)) == (full, None)
     assert chosen((full, None), num_top=20) == (greedy, 20)  # no program that reports log-probabilities
     assert chosen((full, 20), num_top=32) == (greedy, 32)  # a wide beam search compiles its own
+
+
+def test_programs_of_chains_are_for_decode_steps_that_chains_can_have():
+    shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192, coarse=True)
+    rule = ChainRule(length=8, max_rows=32)
+    keys = [key for key in ProgramChoice(FakePrograms(()), shapes, rule).all_programs() if key[0] == "chain"]
+    rows = {key[1].num_decode for key in keys}
+    assert rows == {1, 8, 16, 32} and len(keys) == len(rows) * len(SamplerVariant)
+    assert not any(key[1].num_prefill for key in keys)
+    assert not [key for key in choice_of()[0].all_programs() if key[0] == "chain"]
+
+
+def test_chain_is_there_once_the_background_has_compiled_it(monkeypatch):
+    shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192, coarse=True)
+    asked = []
+    monkeypatch.setattr(FakePrograms, "compile_next", lambda self, key: asked.append(key))
+    shape = shapes.shape(num_decode=1, num_prefill=0, num_logits=1)
+    key = ("chain", shape, 4, SamplerVariant.GREEDY)
+    for ready in ((), (key,)):
+        choice = ProgramChoice(FakePrograms(ready), shapes, ChainRule(length=4))
+        assert choice.has_chain(shape, SamplerVariant.GREEDY) == bool(ready)
+    assert asked == [key]
 
 
 def tokens_of(engine, requests):

@@ -165,6 +165,46 @@ def test_compile_in_background_a_failure_leaves_the_others(caplog):
     assert "('step', 2)" in caplog.text and "out of memory" in caplog.text
 
 
+def test_compile_next_compiles_once_and_does_not_try_a_failure_again(caplog):
+    tried = []
+
+    def build(size, options):
+        tried.append(size)
+        if size == 2:
+            raise ValueError("size 2 does not compile")
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    programs.get("step", 1)
+    for _ in range(2):
+        for size in (1, 2, 3):
+            programs.compile_next(("step", size))
+        programs.wait()
+    assert sorted(tried) == [1, 2, 3]
+    assert [programs.are_ready([("step", size)]) for size in (1, 2, 3)] == [True, False, True]
+    assert caplog.text.count("could not be compiled") == 1
+
+
+def test_compile_next_overtakes_what_the_background_has_to_do():
+    begun, may_end, compiled = threading.Event(), threading.Event(), []
+
+    def build(size, options):
+        compiled.append(size)
+        begun.set()
+        assert may_end.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        programs.compile_in_background([("step", size) for size in (1, 2, 3)])
+        assert begun.wait(SECONDS)
+        programs.compile_next(("step", 3))
+    may_end.set()
+    programs.wait()
+    assert compiled == [1, 3, 2]
+
+
 def test_clear_ends_the_background():
     begun, may_go_on = threading.Event(), threading.Event()
 

@@ -69,9 +69,19 @@ def record_launches(wrapper):
     return times
 
 
+def slowed(collect):
+    def later(handle):
+        time.sleep(0.02)
+        return collect(handle)
+
+    return later
+
+
 def test_replica_that_stops_fails_its_own_requests_only():
     endless = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0)
     with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
+        for replica in llm._replicas:  # so slow that no stream ends before the replica breaks
+            replica.wrapper.collect = slowed(replica.wrapper.collect)
         streams = [llm.stream([number] * 3, endless) for number in range(4)]
         for stream in streams:
             next(stream)

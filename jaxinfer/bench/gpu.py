@@ -91,12 +91,12 @@ def full_plan(golden: Path, configs: Path) -> list[Section]:
     few = ("--cases", "gqa,gemma2,gemma3,qwen2,gpt2,phi3_long,mixtral,rope_llama3", "--dtype", "float32,bfloat16")
     return [
         Section(name="kernels", arguments=("kernels",), expected_s=35, limit_s=80),
-        _large("8b", ("roofline", *eight, *engine, *steps), expected_s=70, limit_s=150),
-        Section(name="0.6b", arguments=("roofline", *small, *engine, *steps), expected_s=45, limit_s=90),
+        _large("8b", ("roofline", *eight, *engine, *steps), expected_s=30, limit_s=150),
+        Section(name="0.6b", arguments=("roofline", *small, *engine, *steps), expected_s=25, limit_s=90),
         Section(name="peer-0.6b", arguments=(*single, *small, *engine), expected_s=70, limit_s=140),
-        Section(name="trace-0.6b", arguments=(*trace, *small, *engine), expected_s=70, limit_s=140),
+        Section(name="trace-0.6b", arguments=(*trace, *small, *engine), expected_s=85, limit_s=140),
         _large("startup-8b", ("startup", *eight), expected_s=50, limit_s=100),
-        Section(name="golden", arguments=("golden", str(golden), *few), expected_s=60, limit_s=100),
+        Section(name="golden", arguments=("golden", str(golden), *few), expected_s=30, limit_s=100),
         _large("trace-8b", (*trace, *eight, *engine), expected_s=90, limit_s=160),
         _large("peer-8b", (*single, *eight, *engine), expected_s=80, limit_s=140),
     ]

@@ -17,11 +17,12 @@ import numpy as np
 
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.sizes import size_text
-from jaxinfer.engine.batch import first_tokens, make_batch
-from jaxinfer.engine.beam_search import Hypothesis
+from jaxinfer.engine.batch import make_batch
 from jaxinfer.engine.beams import BeamSearch
 from jaxinfer.engine.drafting import Drafter
 from jaxinfer.engine.ending import start_constraint
+from jaxinfer.engine.outcomes import FailedRequest, FinishedSearch
+from jaxinfer.engine.reading import keep_scores, token_logprobs
 from jaxinfer.engine.schedule import SamplingRows, Schedule
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import SequenceState
@@ -29,41 +30,13 @@ from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.step_log import StepLog, StepRecord
 from jaxinfer.engine.step_taps import TapPlanner, failed_hooks, keep_captures
 from jaxinfer.errors import INTERRUPTS
-from jaxinfer.request import Request, TokenEvent, TokenLogprobs
+from jaxinfer.request import Request, TokenEvent
 from jaxinfer.sampling_params import BeamSearchParams
 from jaxinfer.sites import Sites
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import LogprobArrays, StepResult
 from jaxinfer.wrappers.step_taps import StepTaps
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinishedSearch:
-    """A beam search that has ended.
-
-    Args:
-      request_id: id of its request.
-      hypotheses: the texts found, best first.
-      num_cached_tokens: prompt tokens that came from the prefix cache.
-    """
-
-    request_id: str
-    hypotheses: tuple[Hypothesis, ...]
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FailedRequest:
-    """A request that was ended by an exception of its constraint.
-
-    Args:
-      request_id: id of the request.
-      error: the exception.
-    """
-
-    request_id: str
-    error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,7 +414,7 @@ class DynamicEngine:
         if step.record is not None:
             step.record.collected()
         if result.scores is not None:
-            _keep_scores(step.schedule, result.scores)
+            keep_scores(step.schedule, result.scores)
         token_ids = result.token_ids.tolist()
         self._taps.give_back()
         if result.captures is not None and step.taps is not None:
@@ -467,7 +440,7 @@ class DynamicEngine:
         self._generation_tokens += 1
         if result.logprobs is None or num_top is None:
             raise ValueError(f"beam search {request_id!r} got no log-probabilities")
-        if search.read(sequence, _token_logprobs(result.logprobs, place, num_top)):
+        if search.read(sequence, token_logprobs(result.logprobs, place, num_top)):
             del self._searches[request_id]
             self._num_finished += 1
             self._finished_searches.append(
@@ -499,7 +472,7 @@ class DynamicEngine:
             TokenEvent(
                 request_id=request.request_id,
                 token_id=sampled[i],
-                logprobs=None if found is None or num_top is None else _token_logprobs(found, first + i, num_top),
+                logprobs=None if found is None or num_top is None else token_logprobs(found, first + i, num_top),
                 prompt_logprobs=scores if i == 0 else None,
                 finish_reason=sequence.finish_reason if i == num_new - 1 else None,
                 num_cached_tokens=sequence.num_cached_tokens or 0,
@@ -507,21 +480,3 @@ class DynamicEngine:
             )
             for i in range(num_new)
         ]
-
-
-def _keep_scores(schedule: Schedule, scores: LogprobArrays) -> None:
-    """Adds the log-probabilities that a step has found for prompt tokens to their sequences."""
-    for chunk, first in first_tokens(schedule):
-        num_top = chunk.sequence.request.prompt_logprobs
-        for position in chunk.scored:
-            token = first + position - chunk.start
-            chunk.sequence.prompt_logprobs.append(_token_logprobs(scores, token, num_top or 0))
-
-
-def _token_logprobs(arrays: LogprobArrays, row: int, num_top: int) -> TokenLogprobs:
-    return TokenLogprobs(
-        logprob=float(arrays.logprob[row]),
-        rank=int(arrays.rank[row]),
-        top_ids=tuple(arrays.top_ids[row, :num_top].tolist()),
-        top_logprobs=tuple(arrays.top_logprobs[row, :num_top].tolist()),
-    )

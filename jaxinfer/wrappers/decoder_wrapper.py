@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from jaxinfer.wrappers.chains import ChainRule
 from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
+from jaxinfer.wrappers.launch_plans import Call, Exit, Tick
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
 from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
@@ -41,52 +41,12 @@ from jaxinfer.wrappers.step_inputs import pack_inputs
 from jaxinfer.wrappers.step_programs import StepPrograms
 from jaxinfer.wrappers.step_result import LogprobArrays, RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
-from jaxinfer.wrappers.tapping import FunctionUpload, Tapping, TapUpload
+from jaxinfer.wrappers.tapping import Tapping
 from jaxinfer.wrappers.xla_options import chosen_options, compiler_options, tuned_alike
 
 _LAUNCHING = threading.Lock()
 """Held while programs are enqueued. If two models share a mesh, all its devices must get their programs in the same
 order, or collectives of the two wait for each other. Nothing is compiled under the lock, or all models would wait."""
-
-
-class _Call(NamedTuple):
-    """A compiled program and the array that the host uploads for it."""
-
-    program: jax.stages.Compiled
-    words: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tick:
-    """What a launch runs first: page copies, if there are any, then the forward program for all batches in flight.
-
-    Args:
-      shape: the shape of the forward program.
-      copy, forward: programs of StepPrograms; copy is None if there is nothing to copy.
-      taps: what the forward program takes for its taps; None for a plain one.
-    """
-
-    shape: StepShape
-    copy: _Call | None
-    forward: _Call
-    taps: TapUpload | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Exit:
-    """What a launch runs next, for the step that leaves the pipeline.
-
-    Args:
-      score: scores the tokens of its prompts; None if it has none to score.
-      edits: upload logit edits and allowed tokens, in this order, before it is sampled.
-      sample: the sampler; None if it samples nothing.
-      functions: what the sampler takes for the user's functions of logits; None without any.
-    """
-
-    score: _Call | None
-    edits: Sequence[_Call]
-    sample: jax.stages.Compiled | None
-    functions: FunctionUpload | None
 
 
 class DecoderWrapper(AbstractModelInferenceWrapper):
@@ -291,24 +251,24 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             handle.result = result
         return handles
 
-    def _plan_tick(self, handle: StepHandle) -> _Tick:
+    def _plan_tick(self, handle: StepHandle) -> Tick:
         """Lets a step into the pipeline, moves the others on, and gets the programs for that; runs nothing yet."""
         shape = self._choice.shape(self._in_flight.enter(handle))
         self._in_flight.count_rows(shape)
         taps = self._tapping.upload(self._in_flight, shape)
         forward: ProgramKey = ("forward", shape) if taps is None else ("tapped", shape, taps.plan)
-        return _Tick(
+        return Tick(
             shape=shape,
             copy=self._plan_copies() if self._in_flight.num_page_copies else None,
-            forward=_Call(self._programs.get(*forward), pack_inputs(handle.batch, shape, self._shapes)),
+            forward=Call(self._programs.get(*forward), pack_inputs(handle.batch, shape, self._shapes)),
             taps=taps,
         )
 
-    def _plan_copies(self) -> _Call:
+    def _plan_copies(self) -> Call:
         size = self._choice.copy_size(self._in_flight.num_page_copies)
-        return _Call(self._programs.get("copy", size), self._in_flight.page_copies(size))
+        return Call(self._programs.get("copy", size), self._in_flight.page_copies(size))
 
-    def _run_tick(self, tick: _Tick) -> HeadInputs:
+    def _run_tick(self, tick: Tick) -> HeadInputs:
         """Runs a tick; returns what the head needs to sample and score the step that leaves."""
         arrays = self._arrays
         if tick.copy is not None:
@@ -323,7 +283,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._tapping.keep(found, tick.taps, self._in_flight, tick.shape)
         return head_inputs
 
-    def _plan_exit(self, leaving: StepHandle, shape: StepShape, allowed: AllowedTokens) -> _Exit:
+    def _plan_exit(self, leaving: StepHandle, shape: StepShape, allowed: AllowedTokens) -> Exit:
         batch = leaving.batch
         samples = batch.has_logits
         functions = self._tapping.functions(leaving, shape.num_logits) if samples else None
@@ -332,19 +292,19 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             sample = self._programs.get("sample_by", shape.num_logits, _reported(batch.num_top), functions.kinds)
         elif samples:
             sample = self._sampler(batch, shape.num_logits)
-        return _Exit(
+        return Exit(
             score=None if batch.targets is None else self._plan_score(batch.targets, shape),
             edits=self._plan_edits(batch.edits, allowed) if samples else (),
             sample=sample,
             functions=functions,
         )
 
-    def _plan_score(self, wanted: Int32[np.ndarray, "P Q"], shape: StepShape) -> _Call:
+    def _plan_score(self, wanted: Int32[np.ndarray, "P Q"], shape: StepShape) -> Call:
         targets = np.full(shape.num_prefill * PREFILL_BLOCK, NO_TARGET, np.int32)
         targets[: wanted.size] = wanted.ravel()
-        return _Call(self._programs.get("score", targets.size, MAX_LOGPROBS), targets)
+        return Call(self._programs.get("score", targets.size, MAX_LOGPROBS), targets)
 
-    def _plan_edits(self, edits: SlotEdits, allowed: AllowedTokens) -> list[_Call]:
+    def _plan_edits(self, edits: SlotEdits, allowed: AllowedTokens) -> list[Call]:
         """Uploads of the logit edits of newly admitted sequences, and of the allowed tokens of constrained ones.
 
         A slot's edits are set right before its sequence is sampled for the first time. If they were set earlier, steps
@@ -354,15 +314,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         for row, (slot, is_edited) in enumerate(zip(edits.slots.tolist(), edits.is_edited.tolist(), strict=True)):
             if is_edited or slot in self._edited_slots:
                 (self._edited_slots.add if is_edited else self._edited_slots.discard)(slot)
-                calls += [_Call(self._programs.get("edit"), words) for words in pack_edits(edits, row)]
+                calls += [Call(self._programs.get("edit"), words) for words in pack_edits(edits, row)]
         uploads = pack_allowed(allowed, self._step_programs.padded_vocab_size)
-        return calls + [_Call(self._programs.get("allow"), words) for words in uploads]
+        return calls + [Call(self._programs.get("allow"), words) for words in uploads]
 
     def _sampler(self, batch: StepBatch, num_logits: int) -> jax.stages.Compiled:
         num_top = _reported(batch.num_top)
         return self._programs.get(*self._choice.sampler(num_logits, batch.variant, num_top, is_edited=batch.edited))
 
-    def _run_exit(self, leaving: StepHandle, plan: _Exit, inputs: HeadInputs) -> None:
+    def _run_exit(self, leaving: StepHandle, plan: Exit, inputs: HeadInputs) -> None:
         """Samples and scores the step that leaves, and starts copying its results to the host."""
         arrays = self._arrays
         if plan.score is not None:

@@ -2,12 +2,14 @@
 
 import threading
 
+import numpy as np
 import pytest
 from conftest import load_golden
 from mesh_tools import MODELS, on_mesh
 from test_equalities import BASE, alone, outputs_of
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.research.interventions import add
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.programs import ProgramCache
 
@@ -87,6 +89,28 @@ def test_chain_beside_requests_that_have_none(chains):
     assert chains
 
 
+@pytest.mark.parametrize("is_capture", [True, False])
+def test_chain_is_not_begun_before_taps_that_begin_later(is_capture, chains):
+    length, found = 6, []
+    for steps in (1, 4):
+        with LLM("demo", num_kv_pages=64, max_num_seqs=8, steps_per_launch=steps) as llm:
+            prompt = llm.tokenizer.encode("In the beginning God")[:length]
+            if is_capture:
+                taps = {"capture": ["layers.1.residual"], "capture_tokens": slice(length + 6, length + 12)}
+            else:
+                width = llm.model_config.hidden_size
+                vector = np.linspace(-3, 3, width, dtype=np.float32)
+                taps = {"interventions": [add.at("layers.1.residual", tokens=slice(length + 6, None), vector=vector)]}
+            params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, **taps)
+            plain = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+            outputs = [llm.generate(prompt, entry) for entry in (params, plain, params)]
+            found.append([output.token_ids for output in outputs])
+            if is_capture:
+                assert outputs[0].captures["layers.1.residual"].shape[0] == 6
+    assert found[0] == found[1]
+    assert chains  # of the plain request
+
+
 def test_chain_streams_and_ends_early(chains):
     with LLM("demo", num_kv_pages=64, steps_per_launch=4) as llm:
         whole = llm.generate("In the", SamplingParams(max_tokens=40, temperature=0.0))
@@ -114,20 +138,19 @@ def test_chain_after_warm_up_compiles_nothing(chains):
 
 
 def test_chain_program_is_compiled_in_the_background_while_steps_run_alone(monkeypatch):
-    found, launch_chain = [], DecoderWrapper.launch_chain
-    monkeypatch.setattr(DecoderWrapper, "launch_chain", lambda *call: found.append(call) or launch_chain(*call))
+    held, compile_it, launched, launch = threading.Event(), ProgramCache._try, [], DecoderWrapper.launch
+    monkeypatch.setattr(ProgramCache, "_try", lambda self, key: held.wait() and compile_it(self, key))
+    monkeypatch.setattr(DecoderWrapper, "launch", lambda self, batch: launched.append(batch) or launch(self, batch))
     fields = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "num_kv_pages": 16, "steps_per_launch": 4}
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
-    held = threading.Event()
-    compile_it = ProgramCache._work
     with LLM(load_golden("gqa").path, **BASE | fields) as llm:
-        monkeypatch.setattr(ProgramCache, "_work", lambda self: held.wait() and compile_it(self))
         tokens = llm.generate([1, 2, 3], params).token_ids
-        assert found == [] and len(tokens) == 20
+        assert len(tokens) == 20 == len(launched)
         held.set()
-        llm.decoder._programs.wait()
+        llm.decoder.wait_for_programs()
+        launched.clear()
         assert llm.generate([1, 2, 3], params).token_ids == tokens
-    assert found
+    assert len(launched) < 8  # the prompt, and what is too short for a chain
 
 
 def test_chain_pages_stay_in_place(chains):

@@ -88,9 +88,11 @@ def _measure_batch(
         peer_s, peer_tokens = _timed(peer, prompts, output_len)
         ours_s, our_tokens = _timed(session, prompts, output_len)
         equal += [theirs == ours for theirs, ours in zip(peer_tokens, our_tokens, strict=True)]
-        if number:  # the first turn of each is its warm-up
+        if number:
             peer_times.append(peer_s)
             our_times.append(ours_s)
+        else:  # the first turn of each is its warm-up
+            session.wait_for_programs()
     peer_s, ours_s = statistics.median(peer_times), statistics.median(our_times)
     return CompareRow(
         batch_size=batch_size,

@@ -234,7 +234,7 @@ def _our_times(session: Session, order: PeerOrder, work: Work) -> SideTimes:
     started = time.perf_counter()
     session.compile_for(lambda dry: run(work.prompts(order.fields["vocab_size"], order.seed, 0), dry))
     compile_s = time.perf_counter() - started
-    times = _times(run, order, work)
+    times = _times(run, order, work, lambda _: session.wait_for_programs())
     return dataclasses.replace(times, first_s=times.first_s + compile_s)
 
 

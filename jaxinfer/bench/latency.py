@@ -74,7 +74,9 @@ def timed_runs(
 ) -> list[StepTimes]:
     """The times of `repeats` runs after one for warm-up; every run has prompts of its own."""
     prompts = [session.prompts(batch_size, prompt_len, seed, batch_size, number) for number in range(repeats + 1)]
-    return [session.time_steps(batch, num_steps) for batch in prompts][1:]
+    session.time_steps(prompts[0], num_steps)
+    session.wait_for_programs()
+    return [session.time_steps(batch, num_steps) for batch in prompts[1:]]
 
 
 def _row(times: Sequence[StepTimes], batch_size: int, prompt_len: int, output_len: int) -> LatencyRow:

@@ -129,6 +129,10 @@ class Session(TimedEngine):
         chains = self.decoder.chains
         return chains.length if chains.covers(num_rows) else 1
 
+    def wait_for_programs(self) -> None:
+        """Waits for programs that are compiled in the background, which would slow down what is measured."""
+        self.decoder.wait_for_programs()
+
     def warmup(self) -> None:
         """Compiles every program that the engine can need."""
         self._loaded.warmup()

@@ -65,6 +65,7 @@ def measure(
             outputs[is_steered] = _run(session, prompts, hooks if is_steered else (), output_len, repeat)
             if repeat:
                 runs[is_steered].append(num_requests * output_len / (time.perf_counter() - started))
+        session.wait_for_programs()
     plain_ids = [str(number) for number in range(num_steered, num_requests)]
     return SteeringResult(
         num_requests=num_requests,

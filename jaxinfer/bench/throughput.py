@@ -84,6 +84,7 @@ def measure(session: Session, trace: Sequence[TraceEntry], *, prefix_len: int = 
         session.warmup()
     else:
         _serve(session.engine, trace, prompts(0), "warm-up")
+    session.wait_for_programs()
     before = session.engine.stats()
     served = _serve(session.engine, trace, prompts(1), "throughput")
     after = session.engine.stats()

@@ -175,10 +175,10 @@ class Scheduler:
     def only_decodes(self, num_steps: int) -> bool:
         """Whether so many more steps would do nothing but decode, if all sequences go on to their longest.
 
-        No request waits, no prompt is being computed, no page has to be taken from anybody, and no token has to be read
-        by the host before the next one is computed.
+        No request waits, no prompt is being computed, nothing is captured or changed inside the model, no page has to
+        be taken from anybody, and no token has to be read by the host before the next one is computed.
         """
-        if self.num_waiting or any(s.is_prefilling or s.is_host_fed or s.constraint is not None for s in self._running):
+        if self.num_waiting or any(sequence.needs_single_steps for sequence in self._running):
             return False
         ends = [(s, min(s.num_computed_tokens + num_steps, s.max_total_len)) for s in self._running]
         missing = sum(self._pages.num_missing(sequence, end) for sequence, end in ends)

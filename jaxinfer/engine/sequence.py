@@ -103,6 +103,11 @@ class SequenceState:
         return not (self.is_ready or self.is_parked)
 
     @property
+    def needs_single_steps(self) -> bool:
+        """Whether the next steps have more to do for the sequence than to decode it."""
+        return self.is_prefilling or self.is_host_fed or self.constraint is not None or self.request.is_tapped
+
+    @property
     def num_reusable(self) -> int:
         """How many leading tokens need not be computed if their keys and values are there already.
 

@@ -88,7 +88,7 @@ class AbstractModelInferenceWrapper(ABC):
         raise ValueError(NO_SITES)
 
     def chain_len(self, batch: StepBatch) -> int:
-        """How many decode steps should be launched together if this is the first of them; 1 for this one alone."""
+        """How many decode steps can be launched together if this is the first of them; 1 for this one alone."""
         return 1
 
     @abstractmethod

@@ -125,7 +125,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         options["chain"] = lambda shape, *_: options["forward"](shape)
         options["tapped"] = lambda shape, _: compiler_options(platform, shape.num_tokens) | chosen
         in_order = holders is not None and holders.are_several
-        if in_order:  # a run of several processes sends its steps one by one
+        if holders is not None:  # a run of several processes sends its steps one by one
             config = dataclasses.replace(config, steps_per_launch=1)
         self._programs = ProgramCache(traces, options, tuned_alike(platform), in_order=in_order)
         self.chains = ChainRule.of(config, platform=platform, weight_bytes=self._step_programs.parameter_bytes)
@@ -160,14 +160,17 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return self._programs.num_compilations
 
     def chain_len(self, batch: StepBatch) -> int:
-        """See the protocol; steps run alone while the program of their chain is being compiled."""
-        length = self.chains.chain_len(batch)
-        return length if length > 1 and self._choice.has_chain(batch.shape, batch.variant) else 1
+        """See the protocol."""
+        return self.chains.chain_len(batch)
 
     @property
     def is_compiling(self) -> bool:
         """Whether a program is being compiled now."""
         return self._programs.is_compiling
+
+    def wait_for_programs(self) -> None:
+        """Waits until no program is being compiled in the background."""
+        self._programs.wait()
 
     @property
     def kv_bytes(self) -> int:
@@ -233,9 +236,17 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         return handle
 
     def launch_chain(self, batches: Sequence[StepBatch]) -> list[StepHandle]:
-        """See the protocol; one program computes all steps."""
-        shape = batches[0].shape
-        program = self._programs.get("chain", shape, len(batches), batches[0].variant)
+        """See the protocol; steps are launched one by one while the program of their chain is being compiled.
+
+        Raises:
+          ValueError: a step cannot be in a chain.
+        """
+        if any(self.chains.chain_len(batch) != len(batches) for batch in batches):
+            raise ValueError(f"a chain has {self.chains.length} steps that do nothing but decode plain requests")
+        shape, variant = batches[0].shape, batches[0].variant
+        if not self._choice.has_chain(shape, variant):
+            return [self.launch(batch) for batch in batches]
+        program = self._programs.get("chain", shape, len(batches), variant)
         handles = [StepHandle(batch, place=place) for place, batch in enumerate(batches)]
         for handle in handles:
             self._in_flight.enter(handle)

@@ -8,6 +8,7 @@ Does not know: what the programs compute.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import threading
@@ -60,6 +61,7 @@ class ProgramCache:
         self._num_at_work = 0  # threads that compile one of them
         self._workers: list[threading.Thread] = []
         self._asked: set[ProgramKey] = set()  # by compile_next
+        self._is_closed = False
 
     @property
     def num_compilations(self) -> int:
@@ -89,7 +91,8 @@ class ProgramCache:
                 with self._tuned_once(key):
                     program = self._compile(*key)
                 with self._lock:
-                    self._programs[key] = program
+                    if not self._is_closed:
+                        self._programs[key] = program
                     self._num_compilations += 1
         return program
 
@@ -146,37 +149,48 @@ class ProgramCache:
         """
         with self._lock:
             self._waiting.extend(self._one_of_each_kind_first(wanted))
-        self._start_workers(max(1, (os.cpu_count() or 1) // 2))
+            for _ in range(max(1, (os.cpu_count() or 1) // 2)):
+                self._start_worker(self._work)
 
     def compile_next(self, key: ProgramKey) -> None:
-        """Lets the background compile a program before all others, unless it has tried already; returns at once."""
+        """Lets a thread of its own compile a program, unless that was tried already; returns at once."""
         with self._lock:
-            if key in self._asked or key in self._turns:
+            if self._is_closed or key in self._asked or key in self._turns:
                 return
             self._asked.add(key)
-            is_waiting = key in self._waiting
-            if is_waiting:
+            if key in self._waiting:
                 self._waiting.remove(key)
-            self._waiting.appendleft(key)
-        if not is_waiting:
-            self._start_workers(1)
+                self._waiting.appendleft(key)
+            else:
+                self._start_worker(functools.partial(self._try, key))
 
-    def _start_workers(self, count: int) -> None:
+    def _start_worker(self, work: Callable[[], None]) -> None:
+        """Starts a thread; the caller holds the lock."""
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                with self._lock:
+                    self._workers.remove(threading.current_thread())
+                    if self._is_closed and not self._workers:
+                        atexit.unregister(self._end_background)
+
         atexit.register(self._end_background)
-        self._workers = [worker for worker in self._workers if worker.is_alive()]
-        for _ in range(count):
-            worker = threading.Thread(target=self._work, name="jaxinfer-compiler", daemon=True)
-            self._workers.append(worker)
-            worker.start()
+        worker = threading.Thread(target=run, name="jaxinfer-compiler", daemon=True)
+        self._workers.append(worker)
+        worker.start()
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is nothing to be compiled in the background, or it is done."""
+        """Whether compile_in_background has nothing to do, or is done."""
         return not self._waiting and not self._num_at_work
 
     def wait(self) -> None:
         """Waits until the background has compiled everything."""
-        for worker in self._workers:
+        with self._lock:
+            workers = list(self._workers)
+        for worker in workers:
             worker.join()
 
     def first_ready(self, options: Sequence[ProgramKey]) -> ProgramKey:
@@ -212,21 +226,31 @@ class ProgramCache:
                 self._num_at_work += 1  # first, so that is_complete never takes a program on its way for a ready one
                 key = self._waiting.popleft()
             try:
-                self.get(*key)
-            except Exception:  # whoever needs the program will compile it then, and raise what is wrong
-                logger.warning("program %s could not be compiled in the background", key, exc_info=True)
+                self._try(key)
             finally:
                 with self._lock:
                     self._num_at_work -= 1
 
+    def _try(self, key: ProgramKey) -> None:
+        try:
+            self.get(*key)
+        except Exception:  # whoever needs the program will compile it then, and raise what is wrong
+            logger.warning("program %s could not be compiled in the background", key, exc_info=True)
+
     def _end_background(self) -> None:
         """Compiles nothing more in the background; waits for what is being compiled."""
-        self._waiting.clear()
+        self._close()
         self.wait()
 
     def clear(self) -> None:
-        """Drops all programs, and those that wait to be compiled."""
-        self._waiting.clear()
-        if not self._num_at_work:  # else the end of the process still has to wait for XLA
-            atexit.unregister(self._end_background)
-        self._programs.clear()
+        """Drops all programs, and those that wait to be compiled; the cache keeps none from then on."""
+        self._close()
+        with self._lock:
+            self._programs.clear()
+            if not self._workers:  # else the end of the process has to wait for XLA
+                atexit.unregister(self._end_background)
+
+    def _close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            self._waiting.clear()

@@ -205,6 +205,25 @@ def test_compile_next_overtakes_what_the_background_has_to_do():
     assert compiled == [1, 3, 2]
 
 
+def test_clear_keeps_no_program_that_is_compiled_later():
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def build(size, options):
+        begun.set()
+        assert may_go_on.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+    programs = cache_of(build)
+    programs.compile_next(("step", 1))
+    assert begun.wait(SECONDS) and programs.is_complete  # it is no warm-up
+    programs.clear()
+    programs.compile_next(("step", 2))
+    may_go_on.set()
+    programs.wait()
+    assert not programs.are_ready([("step", 1)]) and programs.num_compilations == 1
+    assert programs._workers == []
+
+
 def test_clear_ends_the_background():
     begun, may_go_on = threading.Event(), threading.Event()
 

@@ -137,6 +137,17 @@ def test_chain_after_warm_up_compiles_nothing(chains):
     assert chains
 
 
+def test_chain_program_is_not_asked_for_where_no_chain_can_begin(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ProgramCache, "compile_next", lambda self, key: asked.append(key))
+    with LLM(load_golden("gqa").path, **BASE | {"max_num_seqs": 1, "steps_per_launch": 8}) as llm:
+        short = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)  # one with the prompt, then seven
+        llm.generate([[1, 2, 3], [4, 5]], short, use_tqdm=False)
+        assert asked == []
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    assert asked
+
+
 def test_chain_program_is_compiled_in_the_background_while_steps_run_alone(monkeypatch):
     held, compile_it, launched, launch = threading.Event(), ProgramCache._try, [], DecoderWrapper.launch
     monkeypatch.setattr(ProgramCache, "_try", lambda self, key: held.wait() and compile_it(self, key))

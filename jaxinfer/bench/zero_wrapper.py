@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
-from jaxinfer.wrappers.chains import ChainRule
+from jaxinfer.wrappers.chains import NO_CHAINS, ChainRule
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
 from jaxinfer.wrappers.step_shapes import StepShapes
-
-_NO_CHAINS = ChainRule()
 
 
 class ZeroWrapper(AbstractModelInferenceWrapper):
@@ -28,7 +26,7 @@ class ZeroWrapper(AbstractModelInferenceWrapper):
       chains: which steps are launched together.
     """
 
-    def __init__(self, shapes: StepShapes, num_pages: int, chains: ChainRule = _NO_CHAINS):
+    def __init__(self, shapes: StepShapes, num_pages: int, chains: ChainRule = NO_CHAINS):
         self._shapes = shapes
         self._chains = chains
         self._num_pages = num_pages

@@ -149,7 +149,7 @@ def roofline(
     prefill_lens: Annotated[
         str, typer.Option("--prefill-len", help="tokens of a prompt that is prefilled alone; several with commas")
     ] = "256",
-    num_steps: Annotated[int, typer.Option(min=1, help="decode steps timed at once")] = 16,
+    num_steps: Annotated[int, typer.Option(min=1, help="launches of decode steps timed at once")] = 16,
     repeats: Repeats = 3,
     read_mib: Annotated[int, typer.Option(min=0, help="MiB read for the bandwidth; 0: 512 on CPU, 4096 elsewhere")] = 0,
     matmul_size: Annotated[

@@ -173,10 +173,11 @@ class Scheduler:
         return schedule
 
     def only_decodes(self, num_steps: int) -> bool:
-        """Whether so many more steps would do nothing but decode, if all sequences go on to their longest.
+        """Whether so many more steps have something to decode and nothing else to do, if no sequence ends early.
 
-        No request waits, no prompt is being computed, nothing is captured or changed inside the model, no page has to
-        be taken from anybody, and no token has to be read by the host before the next one is computed.
+        At least one sequence has so many tokens to go. No request waits, no prompt is being computed, nothing is
+        captured or changed inside the model, no page has to be taken from anybody, and no token has to be read by the
+        host before the next one is computed.
         """
         if self.num_waiting or any(sequence.needs_single_steps for sequence in self._running):
             return False

@@ -38,9 +38,9 @@ _SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Trito
 
 _DECODE_TILE, _PREFILL_TILE = 64, 64
 """Positions whose keys a block of each kernel loads at once; fewer where a head takes more than _HEAD_BYTES."""
-# Measured on an H100 with the heads of the 8B shape. A prompt of 8k tokens: 1.50 ms a layer with these, 1.59 with 2
+# Measured on an H100 with the heads of the 8B shape. A prompt of 8k tokens: 1.51 ms a layer with these, 1.59 with 2
 # stages, 1.54 with 4, 1.93 with 8 warps, 1.59 if a head's tiles run one after the other instead of all heads' longest
-# first; cuDNN takes 1.06 where keys lie in one piece. 32 and 128 decode rows at 1k: 61.0 and 205.6 us with these, 62.3
+# first; cuDNN takes 1.06 where keys lie in one piece. 32 and 128 decode rows at 1k: 61.5 and 204.9 us with these, 62.3
 # and 205.7 with 2 warps, 63.7 and 211.8 with 8, 66.2 and 212.8 with tiles of 32 keys and 4 stages.
 _DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _PREFILL_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)

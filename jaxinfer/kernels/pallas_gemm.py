@@ -28,6 +28,11 @@ from jaxtyping import Array, Float
 _SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton supports
 _MANY_FEATURES = 4096
 """Output features from which on blocks of 32 of them are enough to fill an H100, which has 132 multiprocessors."""
+_SHARED_BYTES = 96 * 1024
+"""Shared memory of a block at most: two blocks for each multiprocessor of an H100, one for those of smaller GPUs."""
+_MOST_STAGES, _INNER = 6, 256
+"""Stages, and input features read at a time, at most. In the measurement above, tiles of 32 features and 128 inputs in
+6 stages took 2.284 ms with 32 rows, tiles of 64 features and 128 inputs in 5 stages 2.222 ms."""
 
 
 class _Inputs(NamedTuple):
@@ -36,13 +41,6 @@ class _Inputs(NamedTuple):
     x: Any
     weight: Any
     bias: Any
-
-
-_SHARED_BYTES = 96 * 1024
-"""Shared memory of a block at most: two blocks for each multiprocessor of an H100, one for those of smaller GPUs."""
-_MOST_STAGES, _INNER = 6, 256
-"""Stages, and input features read at a time, at most. In the measurement above, tiles of 32 features and 128 inputs in
-6 stages took 2.284 ms with 32 rows, tiles of 64 features and 128 inputs in 5 stages 2.222 ms."""
 
 
 class Tiles(NamedTuple):
@@ -132,8 +130,10 @@ def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | N
         place = step * tiles.inner + jnp.arange(tiles.inner)  # [I]
         is_inside = place < num_in
         x = plgpu.load(
-            inputs.x.at[row, place[:, None]], mask=is_inside[:, None] & (row < num_rows), other=0.0
-        )  # [I, T]
+            inputs.x.at[row, place[:, None]],  # [I, T]
+            mask=is_inside[:, None] & (row < num_rows),
+            other=0.0,
+        )
         added = []
         for start, total in zip(starts, sums, strict=True):
             weight = plgpu.load(

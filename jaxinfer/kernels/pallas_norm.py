@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxinfer.kernels.pallas_gemv import RowNorm
 
 _FEATURES_PER_WARP = 256
-"""With 1,024, a step of 32 rows of the 0.6B shape takes an H100 2.36 ms, with these 2.33."""
+"""A step of 32 rows of the 0.6B shape takes an H100 2.33 ms with 256 features a warp, 2.36 ms with 1,024."""
 
 
 class _Inputs(NamedTuple):

@@ -17,9 +17,9 @@ from jaxinfer.wrappers.step_batch import StepBatch
 CHAIN_LEN = 8
 """Steps of a chain where the settings name no number. Its tokens arrive together, so that longer ones are felt."""
 MAX_WEIGHT_BYTES, MAX_ROWS = 6e9, 32
-"""Bytes of weights on a device, and rows of a step, up to which launching can take longer than computing: an H100 reads
-so many bytes in 2 ms. With the 0.6B shape, chains took 90 % of the time of single steps at 32 rows and all of it at
-128."""
+"""Bytes of weights on a device, and rows of a step, up to which launching can take longer than computing. Steps that
+only waited for the host took 1.7 to 2.6 ms beside an H100, which reads 6 GB in 2 ms, and computes 32 rows of the 0.6B
+shape in 2.4 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +69,7 @@ class ChainRule:
             or batch.taps is not None
         )
         return self.length if is_plain and self.covers(batch.shape.num_decode) else 1
+
+
+NO_CHAINS = ChainRule()
+"""Every step is launched alone."""

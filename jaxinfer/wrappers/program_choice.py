@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxinfer.sampling_params import MAX_LOGPROBS
-from jaxinfer.wrappers.chains import ChainRule
+from jaxinfer.wrappers.chains import NO_CHAINS, ChainRule
 from jaxinfer.wrappers.in_flight import copy_sizes
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
 from jaxinfer.wrappers.step_batch import SamplerVariant
 from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 
-_NO_CHAINS = ChainRule()
 _NUM_TOPS = (None, MAX_LOGPROBS)
 """How many of the most likely tokens samplers report, for requests without and with log-probabilities."""
 
@@ -32,7 +31,7 @@ class ProgramChoice:
       chains: which steps are launched together.
     """
 
-    def __init__(self, programs: ProgramCache, shapes: StepShapes, chains: ChainRule = _NO_CHAINS):
+    def __init__(self, programs: ProgramCache, shapes: StepShapes, chains: ChainRule = NO_CHAINS):
         self._programs = programs
         self._shapes = shapes
         self._chains = chains

@@ -153,7 +153,10 @@ class ProgramCache:
                 self._start_worker(self._work)
 
     def compile_next(self, key: ProgramKey) -> None:
-        """Lets a thread of its own compile a program, unless that was tried already; returns at once."""
+        """Begins to compile a program in the background, before all that wait there; returns at once.
+
+        A program that was asked for before is not tried again, even if it could not be compiled.
+        """
         with self._lock:
             if self._is_closed or key in self._asked or key in self._turns:
                 return

@@ -27,6 +27,19 @@ class FakeTrace:
         return self._build(compiler_options)
 
 
+class HeldBuild:
+    """Builds programs of a size once it may; keeps the sizes in the order in which they were begun."""
+
+    def __init__(self):
+        self.sizes, self.begun, self.may_end = [], threading.Event(), threading.Event()
+
+    def __call__(self, size, options):
+        self.sizes.append(size)
+        self.begun.set()
+        assert self.may_end.wait(SECONDS)
+        return FakeProgram(lambda: size)
+
+
 def cache_of(build, options=None, tuned_alike=None):
     """A cache of programs "step", which are whatever build(argument, options) returns."""
     traces = {"step": lambda size: FakeTrace(lambda options: build(size, options))}
@@ -131,24 +144,17 @@ def test_compile_all_first_of_equal_matrix_products_is_compiled_alone():
 
 
 def test_compile_in_background_a_program_that_is_wanted_comes_next():
-    order, begun, may_go_on = [], threading.Event(), threading.Event()
-
-    def build(size, options):
-        order.append(size)
-        begun.set()
-        assert may_go_on.wait(SECONDS)
-        return FakeProgram(lambda: size)
-
+    build = HeldBuild()
     programs = cache_of(build)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 2)  # one thread
         programs.compile_in_background([("step", size) for size in (1, 2, 3, 4)])
-    assert begun.wait(SECONDS) and not programs.is_complete
+    assert build.begun.wait(SECONDS) and not programs.is_complete
     keys = [("step", 4), ("step", 5)]
     assert programs.first_ready(keys) == ("step", 4) and not programs.are_ready(keys[:1])
-    may_go_on.set()
+    build.may_end.set()
     programs.wait()
-    assert programs.is_complete and order == [1, 4, 2, 3]
+    assert programs.is_complete and build.sizes == [1, 4, 2, 3]
     assert programs.first_ready([("step", 9), ("step", 3)]) == ("step", 3)
 
 
@@ -186,56 +192,37 @@ def test_compile_next_compiles_once_and_does_not_try_a_failure_again(caplog):
 
 
 def test_compile_next_overtakes_what_the_background_has_to_do():
-    begun, may_end, compiled = threading.Event(), threading.Event(), []
-
-    def build(size, options):
-        compiled.append(size)
-        begun.set()
-        assert may_end.wait(SECONDS)
-        return FakeProgram(lambda: size)
-
+    build = HeldBuild()
     programs = cache_of(build)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 1)
         programs.compile_in_background([("step", size) for size in (1, 2, 3)])
-        assert begun.wait(SECONDS)
+        assert build.begun.wait(SECONDS)
         programs.compile_next(("step", 3))
-    may_end.set()
+    build.may_end.set()
     programs.wait()
-    assert compiled == [1, 3, 2]
+    assert build.sizes == [1, 3, 2]
 
 
 def test_clear_keeps_no_program_that_is_compiled_later():
-    begun, may_go_on = threading.Event(), threading.Event()
-
-    def build(size, options):
-        begun.set()
-        assert may_go_on.wait(SECONDS)
-        return FakeProgram(lambda: size)
-
+    build = HeldBuild()
     programs = cache_of(build)
     programs.compile_next(("step", 1))
-    assert begun.wait(SECONDS) and programs.is_complete  # it is no warm-up
+    assert build.begun.wait(SECONDS) and programs.is_complete  # it is no warm-up
     programs.clear()
     programs.compile_next(("step", 2))
-    may_go_on.set()
+    build.may_end.set()
     programs.wait()
     assert not programs.are_ready([("step", 1)]) and programs.num_compilations == 1
     assert programs._workers == []
 
 
 def test_clear_ends_the_background():
-    begun, may_go_on = threading.Event(), threading.Event()
-
-    def build(size, options):
-        begun.set()
-        assert may_go_on.wait(SECONDS)
-        return FakeProgram(lambda: size)
-
+    build = HeldBuild()
     programs = cache_of(build)
     programs.compile_in_background([("step", size) for size in range(100)])
-    assert begun.wait(SECONDS)
+    assert build.begun.wait(SECONDS)
     programs.clear()
-    may_go_on.set()
+    build.may_end.set()
     programs.wait()
     assert programs.num_compilations < 100

@@ -49,7 +49,7 @@ class LoadedReplicas:
             num_pages = shared.least("KV pages of all replicas", num_pages)
         for loaded in self.engines:  # whichever replica gets a request, and whichever process checks it
             loaded.engine.lower_page_limit(num_pages)
-        self.longest_request = min(self.engines[0].max_model_len, num_pages * config.page_size)
+        self.longest_request = self.engines[0].engine.longest_request
         """Tokens of prompt and output that one request can have on every replica; the same on all processes."""
 
     def make_runner(self, controllers: Sequence[TextGenerationController], provenance: Provenance) -> Runner:

@@ -86,6 +86,7 @@ class SharedReplica:
                 jax.devices()[0].platform, config, max_model_len=context_length(config, model_config)
             ),
             num_pages=config.num_kv_pages or self.holders.fewest_pages(),
+            span=model_config.widest_span(config.span),
             vocab_size=model_config.vocab_size,
         )
         return self.join(wrapper, model_config, is_draft=is_draft)

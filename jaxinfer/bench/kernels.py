@@ -46,7 +46,7 @@ class KernelCase:
       same_text: whether the rows are consecutive blocks of one prompt; else each row has a text of its own, with
         lengths from 0 to max_len.
       full: whether every row has num_queries live queries and (unless they share a text) max_len positions.
-      features: any of the keywords window, softcap and sinks=True.
+      features: any of the keywords window, sink_tokens, softcap and sinks=True.
     """
 
     name: str
@@ -111,14 +111,16 @@ def small_cases() -> list[KernelCase]:
         "decode": {"num_rows": 7, "num_queries": 1},
         "prefill": {"num_rows": 7, "num_queries": 16},
     }
-    everything = {"window": 70, "softcap": 3.0, "sinks": True}
+    everything = {"window": 70, "sink_tokens": 20, "softcap": 3.0, "sinks": True}
+    features = {name: {name: value} for name, value in everything.items()}
+    features["sink_tokens"]["window"] = everything["window"]
     varied: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         *((f"head {size}", ("float32", "bfloat16"), {"head_dim": size}) for size in (64, 80, 128)),
         *(
             (f"group {n // k}", ("bfloat16",), {"num_heads": n, "num_kv_heads": k})
             for n, k in ((2, 2), (9, 3), (16, 1))
         ),
-        *((name, ("float32",), {"features": {name: value}}) for name, value in everything.items()),
+        *((name, ("float32",), {"features": values}) for name, values in features.items()),
         ("all features", ("float32", "bfloat16"), {"features": everything}),
         ("one text", ("bfloat16",), {"same_text": True}),
     ]

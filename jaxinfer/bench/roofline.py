@@ -200,8 +200,7 @@ def _product_weights(config: ModelConfig, num_tokens: int) -> tuple[float, float
 
 def _positions_seen(config: ModelConfig, context: float) -> float:
     """KV positions that one row reads, summed over all layers; a layer with a window reads only that."""
-    windows = config.windows or (None,) * config.num_layers
-    return sum(context if window is None else min(context, window) for window in windows)
+    return sum(context if window is None else min(context, window) for window in config.layer_windows)
 
 
 def datasheet_bytes_per_s(device_kind: str) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.config.keywords import names_nearest_field
 from jaxinfer.config.validation import require_bool, require_choice, require_float, require_int
 
@@ -45,6 +46,10 @@ class EngineConfig:
       attention_backend: "auto" picks by platform: "pallas" (GPU kernels of attention and of what stands around it) on
         CUDA devices from Ampere on, else "xla"; "reference" is the slow oracle. Or a name that was given to
         register_attention.
+      sliding_window: every token sees only so many of the last ones, itself included, in layers whose own window is not
+        shorter. KV pages that no layer sees any more are given back. None leaves the model as it is.
+      sink_tokens: how many of a text's first tokens stay in sight beside sliding_window (4 in the paper; most models
+        lose their way without any).
       draft_model: what proposes tokens for speculative decoding, which verifies several in one step and gives the same
         output in fewer steps. Either the directory or hub id of a checkpoint with the same vocabulary, or
         "prompt-lookup", which proposes what followed the last tokens where they occurred before in the text. None
@@ -58,6 +63,9 @@ class EngineConfig:
 
     Raises:
       TypeError, ValueError: a field is outside its range; the message names field, value and range.
+
+    Source: sink_tokens as in Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", but with
+      positions in the text, not in the cache.
     """
 
     dtype: str = "auto"
@@ -75,6 +83,8 @@ class EngineConfig:
     run_ahead: bool = True
     steps_per_launch: int | None = None
     attention_backend: str = "auto"
+    sliding_window: int | None = None
+    sink_tokens: int = 0
     draft_model: str | None = None
     num_draft_tokens: int = 4
     seed: int = 0
@@ -87,15 +97,18 @@ class EngineConfig:
         lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
         lowest |= {
             "max_research_bytes": 0,
+            "sink_tokens": 0,
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
             "data_parallel_size": 1,
         }
         for name, low in lowest.items():
             object.__setattr__(self, name, require_int(name, getattr(self, name), low))
-        for name, low in {"max_model_len": 2, "num_kv_pages": 1, "steps_per_launch": 1}.items():
+        for name, low in {"max_model_len": 2, "num_kv_pages": 1, "steps_per_launch": 1, "sliding_window": 1}.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_int(name, getattr(self, name), low))
+        if self.sink_tokens and self.sliding_window is None:
+            raise ValueError(f"sink_tokens needs a sliding_window beside it, got sink_tokens {self.sink_tokens} alone")
         if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):
             raise TypeError(
                 f'draft_model must be a checkpoint\'s directory or hub id, "prompt-lookup" or None, got '
@@ -116,6 +129,11 @@ class EngineConfig:
         object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**63 - 1))
         if self.xla_options is not None:
             object.__setattr__(self, "xla_options", _require_options("xla_options", self.xla_options))
+
+    @property
+    def span(self) -> AttentionSpan:
+        """What these settings let a token see of its text."""
+        return AttentionSpan(self.sliding_window, self.sink_tokens)
 
 
 def _require_options(name: str, value: object) -> dict[str, bool | int | float | str]:

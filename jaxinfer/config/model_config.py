@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxinfer.config.attention_span import AttentionSpan, widest
 from jaxinfer.config.validation import require_choice, require_float, require_int
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
@@ -188,6 +189,19 @@ class ModelConfig:
         for factors in (rope.short_factors, rope.long_factors):
             if rope.kind == "longrope" and len(factors) != rotated // 2:
                 raise ValueError(f"longrope needs {rotated // 2} factors for {rotated} dims, got {len(factors)}")
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Each layer's window, None for none."""
+        return self.windows or (None,) * self.num_layers
+
+    def widest_span(self, limit: AttentionSpan) -> AttentionSpan:
+        """What the tokens of a text see of it in at least one layer.
+
+        Args:
+          limit: what the engine's settings let them see.
+        """
+        return widest(map(limit.within, self.layer_windows))
 
     def rope_for(self, window: int | None) -> RopeConfig:
         """The rotary embedding of a layer with this window.

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.engine.batch import make_batch
 from jaxinfer.engine.schedule import DecodeRow, PrefillChunk, Schedule
 from jaxinfer.engine.sequence import SequenceState
@@ -49,6 +50,12 @@ class DraftModel:
         self._wrapper = wrapper
         self._num_tokens = num_tokens
         self._num_computed: weakref.WeakKeyDictionary[SequenceState, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def span(self) -> AttentionSpan:
+        """What the small model sees; it may go back by one prefill row to tokens that it has not computed."""
+        window = self._wrapper.span.window
+        return dataclasses.replace(self._wrapper.span, window=None if window is None else window + PREFILL_BLOCK)
 
     def plan(self, sequence: SequenceState, most: int) -> Sequence[int]:
         """Placeholders for drafts, as many as may be proposed; see Drafter.plan."""

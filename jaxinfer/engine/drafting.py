@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.engine.schedule import Schedule
 from jaxinfer.engine.sequence import SequenceState
 
@@ -26,6 +27,11 @@ NGRAM_LENS = (3, 2)
 @runtime_checkable
 class Drafter(Protocol):
     """Proposes drafts for host-fed sequences."""
+
+    @property
+    def span(self) -> AttentionSpan:
+        """Which KV pages of a text proposing reads."""
+        ...
 
     def plan(self, sequence: SequenceState, most: int) -> Sequence[int]:
         """Tokens that may follow a sequence's last one.
@@ -58,6 +64,7 @@ class PromptLookup:
     """
 
     def __init__(self, num_tokens: int):
+        self.span = AttentionSpan(1)  # no pages
         self._num_tokens = num_tokens
         self._indexes: weakref.WeakKeyDictionary[SequenceState, _NgramIndex] = weakref.WeakKeyDictionary()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.config.attention_span import widest
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.sizes import size_text
 from jaxinfer.engine.batch import make_batch
@@ -97,6 +98,7 @@ class DynamicEngine:
             shapes=wrapper.shapes,
             num_pages=wrapper.num_pages,
             max_model_len=max_model_len,
+            span=wrapper.span if drafter is None else widest([wrapper.span, drafter.span]),
             plan_drafts=None if drafter is None else self._plan_drafts,
         )
         self.log: StepLog | None = None
@@ -123,6 +125,11 @@ class DynamicEngine:
     def lower_page_limit(self, num_pages: int) -> None:
         """Refuses requests that need more than so many KV pages, for another replica may have no more."""
         self._scheduler.limits.lower_pages(num_pages)
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of prompt and output that one request can have."""
+        return self._scheduler.limits.longest
 
     def check_request(self, request: Request, *, beam_width: int = 1) -> None:
         """Refuses what add_request or add_beam_search would refuse, without queueing anything.
@@ -382,7 +389,7 @@ class DynamicEngine:
         Args:
           page_hashes: of the text's full pages (page_allocator.page_hashes).
         """
-        return len(self._scheduler.pages.find(page_hashes))
+        return self._scheduler.num_cached_pages(page_hashes)
 
     def stats(self) -> EngineStats:
         """The present load, and counts since the engine began."""

@@ -8,9 +8,8 @@ Does not know: requests, devices. Never imports jax.
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -33,28 +32,12 @@ def page_hashes(token_ids: Sequence[int], page_size: int) -> list[bytes]:
     return hashes[1:]
 
 
-@dataclass(slots=True)
-class _CachedPage:
-    """A page whose content can be found by hash.
-
-    Args:
-      hash: hash of the text up to the end of the page.
-      parent: the cached page before it in the text; 0 for the first page.
-      num_children: how many cached pages continue the text after it.
-      last_used: the allocator's clock at its last release.
-    """
-
-    hash: bytes
-    parent: int
-    num_children: int = 0
-    last_used: int = 0
-
-
 class PageAllocator:
     """Pages with reference counts and a prefix cache.
 
-    A page is free (no owner, no content worth keeping), cached (no owner, content findable) or in use. Cached pages
-    count as available: allocate evicts the least recently used one that no other cached page continues.
+    A page is free (no owner, no content worth keeping), idle (no owner, content findable) or in use. Idle pages count
+    as available: allocate evicts the one that was released first. The pages of a text are released from its end, so a
+    page goes before those in front of it, without which it could not be found.
 
     Args:
       num_pages: pages 1 .. num_pages.
@@ -64,17 +47,15 @@ class PageAllocator:
         self.num_pages = num_pages
         self._free = list(range(num_pages, 0, -1))
         self._owners = [0] * (num_pages + 1)
-        self._cached: dict[int, _CachedPage] = {}
+        self._hashes: dict[int, bytes] = {}  # of pages whose content can be found
         self._by_hash: dict[bytes, int] = {}
-        self._evictable: list[tuple[int, int]] = []  # heap of (last_used, page); some entries are out of date
-        self._num_idle_cached = 0
+        self._idle: OrderedDict[int, None] = OrderedDict()  # in the order of their eviction
         self._outdated: set[int] = set()  # pages in use since before a flush; never published
-        self._clock = 0
 
     @property
     def num_available(self) -> int:
-        """Pages that allocate can hand out, cached ones included."""
-        return len(self._free) + self._num_idle_cached
+        """Pages that allocate can hand out, idle ones included."""
+        return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
@@ -84,7 +65,7 @@ class PageAllocator:
     @property
     def num_cached(self) -> int:
         """Pages without an owner whose content can still be found."""
-        return self._num_idle_cached
+        return len(self._idle)
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` available pages; each then has one owner.
@@ -99,15 +80,9 @@ class PageAllocator:
             self._owners[page] = 1
         return pages
 
-    def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """The cached pages of the longest known beginning of a hash chain; takes no ownership."""
-        pages = []
-        for page_hash in hashes:
-            page = self._by_hash.get(page_hash)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """For each hash the page with that content, 0 if there is none; takes no ownership."""
+        return [self._by_hash.get(page_hash, 0) for page_hash in hashes]
 
     def num_idle(self, pages: Sequence[int]) -> int:
         """How many of these pages have no owner; sharing them leaves so many fewer available."""
@@ -121,9 +96,9 @@ class PageAllocator:
         """
         for page in pages:
             if self._owners[page] == 0:
-                if page not in self._cached:
+                if page not in self._idle:
                     raise ValueError(f"page {page} is free and cannot be shared")
-                self._num_idle_cached -= 1
+                del self._idle[page]
             self._owners[page] += 1
 
     def publish(self, page: int, page_hash: bytes, *, parent: int) -> bool:
@@ -132,75 +107,51 @@ class PageAllocator:
         Args:
           page: a page in use.
           page_hash: hash of the text up to the end of the page.
-          parent: the page before it in the owner's text, 0 for none. The parent must be findable too, so that whoever
-            shares a page also shares its parent. A page whose content is findable in another page therefore stays
-            private, and so do the pages after it.
+          parent: the page before it among its owner's pages, 0 for none. The parent must be findable too, so that
+            whoever shares a page also shares its parent. A page whose content is findable in another page therefore
+            stays private, and so do the pages after it.
 
         Returns:
           Whether the page is findable now.
         """
-        if page in self._cached:
+        if page in self._hashes:
             return True
-        if page in self._outdated or page_hash in self._by_hash or (parent and parent not in self._cached):
+        if page in self._outdated or page_hash in self._by_hash or (parent and parent not in self._hashes):
             return False
-        self._cached[page] = _CachedPage(page_hash, parent)
+        self._hashes[page] = page_hash
         self._by_hash[page_hash] = page
-        if parent:
-            self._cached[parent].num_children += 1
         return True
 
     def release(self, pages: Sequence[int]) -> None:
-        """Takes one owner from each page; a page without owners is then cached if it was published, else free.
+        """Takes one owner from each page; a page without owners is then idle if it was published, else free.
+
+        Args:
+          pages: in the order of the text.
 
         Raises:
           ValueError: a page has no owner.
         """
-        self._clock += 1
-        for page in pages:
+        for page in reversed(pages):
             if self._owners[page] == 0:
                 raise ValueError(f"page {page} has no owner and cannot be released")
             self._owners[page] -= 1
             if self._owners[page]:
                 continue
-            if page in self._cached:
-                self._num_idle_cached += 1
-                self._cached[page].last_used = self._clock
-                self._offer(page)
+            if page in self._hashes:
+                self._idle[page] = None
             else:
                 self._outdated.discard(page)
                 self._free.append(page)
 
     def flush(self) -> None:
         """Empties the prefix cache; pages in use stay with their owners, but can no longer be found or published."""
-        self._free.extend(page for page in self._cached if self._owners[page] == 0)
+        self._free.extend(self._idle)
         self._outdated.update(page for page, owners in enumerate(self._owners) if owners)
-        self._cached.clear()
+        self._hashes.clear()
         self._by_hash.clear()
-        self._evictable.clear()
-        self._num_idle_cached = 0
-
-    def _offer(self, page: int) -> None:
-        if not self._is_evictable(page):
-            return
-        heapq.heappush(self._evictable, (self._cached[page].last_used, page))
-        if len(self._evictable) > 2 * self.num_pages:  # drop stale entries, or reused pages pile them up
-            pages = [page for page in self._cached if self._is_evictable(page)]
-            self._evictable = [(self._cached[page].last_used, page) for page in pages]
-            heapq.heapify(self._evictable)
-
-    def _is_evictable(self, page: int) -> bool:
-        return page in self._cached and not self._cached[page].num_children and not self._owners[page]
+        self._idle.clear()
 
     def _evict(self) -> int:
-        while True:
-            last_used, page = heapq.heappop(self._evictable)
-            if self._is_evictable(page) and self._cached[page].last_used == last_used:
-                break
-        entry = self._cached[page]
-        del self._cached[page]
-        del self._by_hash[entry.hash]
-        self._num_idle_cached -= 1
-        if entry.parent:
-            self._cached[entry.parent].num_children -= 1
-            self._offer(entry.parent)
+        page, _ = self._idle.popitem(last=False)
+        del self._by_hash[self._hashes.pop(page)]
         return page

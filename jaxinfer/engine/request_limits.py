@@ -7,8 +7,8 @@ Does not know: queues, what else runs. Never imports jax.
 from __future__ import annotations
 
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.engine.pages_in_sight import PagesInSight
 from jaxinfer.request import Request, RequestTooLongError
-from jaxinfer.wrappers.step_shapes import pages_for
 
 
 class RequestLimits:
@@ -16,12 +16,13 @@ class RequestLimits:
 
     Args:
       config: the engine's settings.
+      in_sight: which pages sequences see.
       num_pages: pages of the KV pool, without the dump page.
       max_model_len: limit on the tokens of prompt and output together.
     """
 
-    def __init__(self, config: EngineConfig, *, num_pages: int, max_model_len: int):
-        self._page_size = config.page_size
+    def __init__(self, config: EngineConfig, *, in_sight: PagesInSight, num_pages: int, max_model_len: int):
+        self._in_sight = in_sight
         self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._is_models_own = config.max_model_len is None
@@ -29,6 +30,13 @@ class RequestLimits:
     def lower_pages(self, num_pages: int) -> None:
         """Refuses from now on what needs more pages, although the pool may have them: not every replica's has."""
         self._num_pages = min(num_pages, self._num_pages)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output that one request can have."""
+        if self._in_sight.most(self._max_model_len) <= self._num_pages:
+            return self._max_model_len
+        return self._num_pages * self._in_sight.page_size
 
     def max_total_len(self, request: Request) -> int:
         """The length at which a request ends, in tokens of prompt and output together."""
@@ -56,7 +64,7 @@ class RequestLimits:
                 f"{self._max_model_len} less one for the output); {ways_out}"
             )
         length = self.max_total_len(request)
-        needed = pages_for(length, self._page_size) * num_sequences
+        needed = self._in_sight.most(length) * num_sequences
         if needed > self._num_pages:
             times = "" if num_sequences == 1 else f"{num_sequences} x "
             raise RequestTooLongError(

@@ -19,9 +19,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jaxinfer.captured_values import CapturedValues
+from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.ending import end_reason, start_constraint
 from jaxinfer.engine.page_allocator import PageAllocator
+from jaxinfer.engine.pages_in_sight import PagesInSight
 from jaxinfer.engine.request_limits import RequestLimits
 from jaxinfer.engine.schedule import Schedule, num_right
 from jaxinfer.engine.sequence import NO_SLOT, SequenceState
@@ -46,6 +48,7 @@ class Scheduler:
       shapes: the shapes of steps, which bound how many rows and chunks a step can have.
       num_pages: pages of the KV pool, without the dump page.
       max_model_len: limit on the tokens of prompt and output together.
+      span: what tokens see of their text; pages that are out of sight are given back.
       plan_drafts: given a sequence and a maximum, returns the drafts to verify after its last token, as
         Drafter.plan does; None never drafts.
     """
@@ -57,13 +60,15 @@ class Scheduler:
         shapes: StepShapes,
         num_pages: int,
         max_model_len: int,
+        span: AttentionSpan = WHOLE_TEXT,
         plan_drafts: Callable[[SequenceState, int], Sequence[int]] | None = None,
     ):
-        self.limits = RequestLimits(config, num_pages=num_pages, max_model_len=max_model_len)
+        in_sight = PagesInSight(span, page_size=config.page_size, max_chunk=config.max_num_batched_tokens)
+        self.limits = RequestLimits(config, in_sight=in_sight, num_pages=num_pages, max_model_len=max_model_len)
         self._config = config
         self._shapes = shapes
         self._plan_drafts = plan_drafts
-        self._pages = SequencePages(num_pages, page_size=config.page_size, caching=config.enable_prefix_caching)
+        self._pages = SequencePages(num_pages, in_sight=in_sight, caching=config.enable_prefix_caching)
         self._turns = Turns(config, shapes)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running: list[SequenceState] = []
@@ -88,6 +93,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences without a slot, those that wait for their prefix source's prompt included."""
         return len(self._waiting) + self._waiting.num_followers
+
+    def num_cached_pages(self, page_hashes: Sequence[bytes]) -> int:
+        """See DynamicEngine.num_cached_pages."""
+        return self._pages.num_cached(page_hashes)
 
     def add(
         self,
@@ -222,6 +231,11 @@ class Scheduler:
             self._waiting.remove(sequence)
         self._waiting.let_follow(sequence)
 
+    @property
+    def _prefilling(self) -> list[SequenceState]:
+        """The running sequences that compute known tokens, the oldest first."""
+        return sorted((s for s in self._running if s.is_prefilling), key=lambda sequence: sequence.order)
+
     def _append(self, sequence: SequenceState, token_id: int) -> None:
         sequence.token_ids.append(token_id)
         reason = end_reason(sequence)
@@ -231,6 +245,10 @@ class Scheduler:
             self._pages.publish(sequence)
 
     def _fill_step(self) -> Schedule:
+        for sequence in self._prefilling:
+            if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
+                self._pages.give_back_unseen(sequence)
+                self._grow(sequence, self._pages.next_end(sequence))
         decoding = self._turns.to_decode(self._running, step=self._step)
         num_chunks = sum(not sequence.is_decoding or sequence.is_host_fed for sequence in decoding)
         num_free_slots = len(self._free_slots)
@@ -244,8 +262,7 @@ class Scheduler:
         for sequence in decoding:
             if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
                 self._add_ready(plan, sequence)
-        prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
-        for sequence in sorted(prefilling, key=lambda sequence: sequence.order):
+        for sequence in self._prefilling:
             plan.add_known_tokens(sequence)
         self._admit(plan)
         return plan.schedule()
@@ -264,6 +281,7 @@ class Scheduler:
 
     def _add_ready(self, plan: StepPlan, sequence: SequenceState) -> None:
         """Adds a ready sequence: a decode row, or a chunk if it has drafts or the device lacks its last token."""
+        self._pages.give_back_unseen(sequence)
         drafts = self._drafts(plan, sequence) if sequence.is_host_fed else ()
         end, num_pages = sequence.num_computed_tokens + 1 + len(drafts), len(sequence.pages)
         if sequence.is_decoding and not drafts:

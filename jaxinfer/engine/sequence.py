@@ -43,6 +43,7 @@ class SequenceState:
       last_sampled: number of the scheduler's step that last sampled a token for this sequence.
       slot: decode slot while running, else NO_SLOT.
       pages: KV pages in order while running.
+      first_kept: the first page, the sink tokens' aside, that the sequence has not given back.
       page_hashes: hash chain over the full pages, as far as it has been needed.
       num_published: leading pages that were offered to the prefix cache.
       num_cached_tokens: prompt tokens found in the prefix cache at first admission; None before.
@@ -69,6 +70,7 @@ class SequenceState:
     last_sampled: int = 0
     slot: int = NO_SLOT
     pages: list[int] = field(default_factory=list)
+    first_kept: int = 0
     page_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_cached_tokens: int | None = None

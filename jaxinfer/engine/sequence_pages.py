@@ -1,7 +1,7 @@
 """The KV pages of each sequence.
 
-Owns: the allocation, sharing, publishing and release of pages by sequence, and the search for the part of a sequence
-whose keys are in the pool already.
+Owns: the allocation, sharing, publishing and release of pages by sequence, the return of those that nobody sees any
+more, and the search for the part of a sequence whose keys are in the pool already.
 Does not know: queues, which sequence is preempted when pages run out. Never imports jax.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxinfer.engine.page_allocator import PageAllocator, next_page_hash
+from jaxinfer.engine.pages_in_sight import PagesInSight
 from jaxinfer.engine.sequence import NO_SLOT, SequenceState
 from jaxinfer.wrappers.step_shapes import pages_for
 
@@ -21,7 +22,7 @@ class Prefix:
 
     Args:
       num_tokens: its length.
-      pages: full pages, which the sequence can share.
+      pages: full pages, which the sequence can share; 0 where it sees none of a page.
       partial_page: a page that is full only in part, which the sequence has to copy; 0 if there is none.
     """
 
@@ -29,19 +30,25 @@ class Prefix:
     pages: Sequence[int]
     partial_page: int = 0
 
+    @property
+    def shared(self) -> list[int]:
+        """The pages without the zeros."""
+        return [page for page in self.pages if page]
+
 
 class SequencePages:
     """The pages of a pool, by sequence.
 
     Args:
       num_pages: pages of the pool, without the dump page.
-      page_size: tokens in a page.
+      in_sight: which pages sequences see.
       caching: whether full pages can be found again by their content (the prefix cache).
     """
 
-    def __init__(self, num_pages: int, *, page_size: int, caching: bool):
+    def __init__(self, num_pages: int, *, in_sight: PagesInSight, caching: bool):
         self.allocator = PageAllocator(num_pages)
-        self._page_size = page_size
+        self._in_sight = in_sight
+        self._page_size = in_sight.page_size
         self._caching = caching
 
     def find_prefix(self, sequence: SequenceState) -> Prefix:
@@ -54,34 +61,56 @@ class SequencePages:
             prefix_source is not None
             and prefix_source.slot != NO_SLOT
             and prefix_source.num_computed_tokens >= num_tokens
+            and prefix_source.first_kept <= self._in_sight.first(num_tokens)
         )
         if prefix_source is not None and is_there and sequence.num_reusable == num_tokens:
             num_full, rest = divmod(num_tokens, self._page_size)
-            return Prefix(num_tokens, prefix_source.pages[:num_full], prefix_source.pages[num_full] if rest else 0)
+            pages = prefix_source.pages
+            return Prefix(num_tokens, self._seen(pages[:num_full], num_tokens), pages[num_full] if rest else 0)
         if not self._caching:
             return Prefix(0, ())
         self._extend_hashes(sequence, len(sequence.token_ids) // self._page_size)
         num_reusable = min(sequence.num_reusable, sequence.request.num_unchanged)
-        pages = self.allocator.find(sequence.page_hashes[: num_reusable // self._page_size])
-        return Prefix(len(pages) * self._page_size, pages)
+        found = self.allocator.find(sequence.page_hashes[: num_reusable // self._page_size])
+        pages = found[: self._in_sight.num_usable(found)]
+        num_tokens = len(pages) * self._page_size
+        return Prefix(num_tokens, self._seen(pages, num_tokens))
+
+    def num_cached(self, hashes: Sequence[bytes]) -> int:
+        """With how many of a text's first pages, by their hashes, a sequence could go on; any thread may ask."""
+        return self._in_sight.num_usable(self.allocator.find(hashes))
 
     def num_taken(self, sequence: SequenceState, prefix: Prefix) -> int:
         """By how many pages take will reduce the available ones."""
-        num_new = pages_for(len(sequence.token_ids), self._page_size) - len(prefix.pages)
-        return num_new + self.allocator.num_idle(prefix.pages)
+        return self._num_new(sequence, prefix) + self.allocator.num_idle(prefix.shared)
 
     def take(self, sequence: SequenceState, prefix: Prefix) -> tuple[tuple[int, int], ...]:
-        """Gives a sequence the pages for its known tokens: those of the prefix, shared, and new ones.
+        """Gives a sequence the pages for its known tokens, or as many as it sees: the prefix's, shared, and new ones.
 
         Returns:
           The (source, destination) pages to copy before the sequence is computed.
         """
-        self.allocator.share(prefix.pages)
-        num_shared = len(prefix.pages)
-        new = self.allocator.allocate(pages_for(len(sequence.token_ids), self._page_size) - num_shared)
+        self.allocator.share(prefix.shared)
+        new = self.allocator.allocate(self._num_new(sequence, prefix))
         sequence.pages = [*prefix.pages, *new]
-        sequence.num_computed_tokens, sequence.num_published = prefix.num_tokens, num_shared
+        sequence.num_computed_tokens, sequence.num_published = prefix.num_tokens, len(prefix.pages)
+        sequence.first_kept = self._in_sight.first(prefix.num_tokens)
         return ((prefix.partial_page, new[0]),) if prefix.partial_page else ()
+
+    def next_end(self, sequence: SequenceState) -> int:
+        """How many of its known tokens a sequence needs pages for, whatever part of them the next step computes."""
+        return self._in_sight.end(sequence.num_computed_tokens, len(sequence.token_ids))
+
+    def give_back_unseen(self, sequence: SequenceState) -> None:
+        """Releases the pages that no token of a sequence sees from the next one on.
+
+        Steps that are launched read them before whoever gets them writes, since the device runs launches in order. The
+        sequence's page table still names them.
+        """
+        first = self._in_sight.first(sequence.num_computed_tokens)
+        if first > sequence.first_kept:
+            self.allocator.release(sequence.pages[sequence.first_kept : first])
+            sequence.first_kept = first
 
     def num_missing(self, sequence: SequenceState, num_tokens: int) -> int:
         """How many more pages a sequence needs to hold num_tokens tokens."""
@@ -106,8 +135,9 @@ class SequencePages:
     def release(self, sequence: SequenceState) -> None:
         """Publishes a sequence's full pages, then releases all its pages."""
         self.publish(sequence)
-        self.allocator.release(sequence.pages)
-        sequence.pages, sequence.num_computed_tokens, sequence.num_published = [], 0, 0
+        kept = [page for index, page in enumerate(sequence.pages) if self._has(sequence, index)]
+        self.allocator.release(kept)
+        sequence.pages, sequence.num_computed_tokens, sequence.num_published, sequence.first_kept = [], 0, 0, 0
 
     def publish(self, sequence: SequenceState) -> None:
         """Offers the sequence's new full pages to the prefix cache.
@@ -125,9 +155,23 @@ class SequencePages:
         self._extend_hashes(sequence, num_full)
         while sequence.num_published < num_full:
             index = sequence.num_published
-            parent = sequence.pages[index - 1] if index else 0
-            self.allocator.publish(sequence.pages[index], sequence.page_hashes[index], parent=parent)
+            parent = sequence.pages[index - 1] if index and self._has(sequence, index - 1) else 0
+            if self._has(sequence, index):
+                self.allocator.publish(sequence.pages[index], sequence.page_hashes[index], parent=parent)
             sequence.num_published += 1
+
+    def _has(self, sequence: SequenceState, index: int) -> bool:
+        """Whether a page of a sequence has not been given back."""
+        return index < self._in_sight.num_sinks or index >= sequence.first_kept
+
+    def _seen(self, pages: Sequence[int], position: int) -> Sequence[int]:
+        """The pages before a position, 0 in place of those that the token there does not see."""
+        num_sinks, first = self._in_sight.num_sinks, self._in_sight.first(position)
+        return [*pages[:num_sinks], *[0] * len(pages[num_sinks:first]), *pages[first:]]
+
+    def _num_new(self, sequence: SequenceState, prefix: Prefix) -> int:
+        end = self._in_sight.end(prefix.num_tokens, len(sequence.token_ids))
+        return pages_for(end, self._page_size) - len(prefix.pages)
 
     def _extend_hashes(self, sequence: SequenceState, num_pages: int) -> None:
         while len(sequence.page_hashes) < num_pages:

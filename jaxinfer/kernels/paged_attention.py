@@ -35,8 +35,8 @@ def register_attention(name: str, function: Callable[..., Array]) -> None:
         name: how the settings call it. A function that was registered under the name before is replaced, for LLMs that
             are loaded from then on.
         function: keeps the contract of `paged_attention`: (q, k_pages, v_pages, page_table, kv_len, q_len, *, scale,
-            window, softcap, sinks, sequence_id) -> Float[R, Q, N, H] in q's dtype. It sees the heads of one shard, and
-            its device's pages. What stands around attention runs as with "xla".
+            window, sink_tokens, softcap, sinks, sequence_id) -> Float[R, Q, N, H] in q's dtype. It sees the heads of
+            one shard, and its device's pages. What stands around attention runs as with "xla".
 
     Raises:
         TypeError: name is not a string, or function cannot be called.
@@ -49,7 +49,7 @@ def register_attention(name: str, function: Callable[..., Array]) -> None:
         raise ValueError(f"attention backend {name!r} is built in; register the function under another name")
     q, pages = (jax.ShapeDtypeStruct(dims, jnp.float32) for dims in ((2, 3, 4, 8), (5, 2, 8, 8)))
     table, lengths = (jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2, 4), (2,)))
-    options = {"scale": 0.5, "window": None, "softcap": None, "sinks": None, "sequence_id": None}
+    options = {"scale": 0.5, "window": None, "sink_tokens": 0, "softcap": None, "sinks": None, "sequence_id": None}
     try:
         found = jax.eval_shape(lambda *arrays: function(*arrays, **options), q, pages, pages, table, lengths, lengths)
     except Exception as error:  # whatever the user's function raises
@@ -114,6 +114,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     sequence_id: Int[Array, " R"] | None = None,
@@ -123,8 +124,9 @@ def paged_attention(
 
     Position p of row r is stored in page `page_table[r, p // C]` at offset `p % C`. The row's live queries are its last
     `q_len[r]` positions: query j stands at position `kv_len[r] - q_len[r] + j`. It sees the positions up to its own;
-    with a window w, only the last w of these, its own included. Query head n reads kv head `n // (N // K)`. Positions
-    from `kv_len[r]` on, in the last page or in pages beyond it, may hold anything, even NaN.
+    with a window w, only the last w of these, its own included, and the first `sink_tokens`. Query head n reads kv head
+    `n // (N // K)`. Positions from `kv_len[r]` on, in the last page or in pages beyond it, may hold anything, even NaN,
+    and so may pages of which no live query of the row sees any position.
 
     Args:
         q: queries, float[R, Q, N, H]; in row r, queries j >= q_len[r] are padding.
@@ -135,6 +137,7 @@ def paged_attention(
         q_len: int[R], live queries of each row; at most kv_len[r].
         scale: factor on the scores before the softcap.
         window: how many tokens each query sees, itself included; None for all. An array may differ between devices.
+        sink_tokens: how many of a row's first positions every query sees beside its window; an array like window.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for no cap.
         sinks: float[N], for each head one more logit in the softmax's denominator, which has no value; None for none.
         sequence_id: int[R], the number of the sequence that each row belongs to. Rows with the same number are pieces
@@ -161,6 +164,7 @@ def paged_attention(
         q_len,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
         sinks=sinks,
         sequence_id=sequence_id,
@@ -175,6 +179,7 @@ def segmented_attention(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     backend: str = "xla",
 ) -> Float[Array, "T N H"]:
@@ -183,7 +188,7 @@ def segmented_attention(
     Args:
         q: queries of all tokens.
         segments: in the order of their tokens; together they have T.
-        k_pages, v_pages, scale, window, softcap, backend: as paged_attention's.
+        k_pages, v_pages, scale, window, sink_tokens, softcap, backend: as paged_attention's.
 
     Returns:
         Float[T, N, H] in q's dtype; padding queries and empty rows are zeros.
@@ -192,7 +197,7 @@ def segmented_attention(
         ValueError: as paged_attention.
     """
     _check(q.shape[1], k_pages.shape[1], window, backend)
-    options = {"scale": scale, "window": window, "softcap": softcap}
+    options = {"scale": scale, "window": window, "sink_tokens": sink_tokens, "softcap": softcap}
     if backend == "pallas":
         return segmented_attention_pallas(q, k_pages, v_pages, segments, **options)
     attended, start = [], 0
@@ -221,6 +226,7 @@ def segmented_weights(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
 ) -> Float[Array, "T N S"]:
     """The attention weights of all tokens of a step over the positions of their rows, for looking at.
@@ -228,7 +234,7 @@ def segmented_weights(
     No backend keeps them, so they are computed anew, whichever backend computes the attention itself.
 
     Args:
-      q, k_pages, segments, scale, window, softcap: as segmented_attention's.
+      q, k_pages, segments, scale, window, sink_tokens, softcap: as segmented_attention's.
 
     Returns:
       Float32[T, N, S], S positions of the longest row that a page table can hold; zeros for padding queries.
@@ -245,6 +251,7 @@ def segmented_weights(
             segment.q_len,
             scale=scale,
             window=window,
+            sink_tokens=sink_tokens,
             softcap=softcap,
         )  # [R, N, Q, S]
         found.append(weights.swapaxes(1, 2).reshape(segment.num_tokens, q.shape[1], -1))

@@ -64,7 +64,8 @@ class _Inputs(NamedTuple):
 
     Args:
         q: [T, N, H], the queries of all tokens of the step.
-        k_pages, v_pages, window, sinks: as paged_attention's.
+        k_pages, v_pages, sinks: as paged_attention's.
+        window, sink_tokens: int32[1]; None for no window, and for no sink tokens beside one.
         page_table, kv_len, q_len, sequence_id: as Segment's.
     """
 
@@ -76,6 +77,7 @@ class _Inputs(NamedTuple):
     q_len: Any
     sequence_id: Any
     window: Any
+    sink_tokens: Any
     sinks: Any
 
 
@@ -119,6 +121,7 @@ def paged_attention_pallas(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     sequence_id: Int[Array, " R"] | None = None,
@@ -137,7 +140,15 @@ def paged_attention_pallas(
     segment = Segment(page_table, kv_len, q_len, own if sequence_id is None else sequence_id, num_queries=num_queries)
     tokens = q.reshape(num_rows * num_queries, num_heads, head_dim)
     return segmented_attention_pallas(
-        tokens, k_pages, v_pages, [segment], scale=scale, window=window, softcap=softcap, sinks=sinks
+        tokens,
+        k_pages,
+        v_pages,
+        [segment],
+        scale=scale,
+        window=window,
+        sink_tokens=sink_tokens,
+        softcap=softcap,
+        sinks=sinks,
     ).reshape(q.shape)
 
 
@@ -149,6 +160,7 @@ def segmented_attention_pallas(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "T N H"]:
@@ -156,7 +168,7 @@ def segmented_attention_pallas(
 
     Args: as in `jaxinfer.kernels.paged_attention.segmented_attention`, and the sinks of paged_attention.
     """
-    bound = None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,))
+    has_sink_tokens = window is not None and not (isinstance(sink_tokens, int) and sink_tokens == 0)
 
     def attend(segment: Segment, start: int, out: Array | None) -> Float[Array, "T N H"]:
         inputs = _Inputs(
@@ -167,7 +179,8 @@ def segmented_attention_pallas(
             kv_len=segment.kv_len,
             q_len=segment.q_len,
             sequence_id=segment.sequence_id,
-            window=bound,
+            window=None if window is None else jnp.reshape(jnp.asarray(window, jnp.int32), (1,)),
+            sink_tokens=jnp.reshape(jnp.asarray(sink_tokens, jnp.int32), (1,)) if has_sink_tokens else None,
             sinks=sinks,
         )
         run = functools.partial(
@@ -265,29 +278,34 @@ def _decode_kernel(inputs: _Inputs, _: Any, out_ref: Any, *stats: Any, num_split
     q = plgpu.load(inputs.q.at[token[:, None], head[:, None], dims], mask=mask, other=0.0)
 
     tile_len = _tile_len(_DECODE_TILE, inputs.k_pages)
-    first, end = 0, pl.cdiv(kv_len, tile_len)
+    first, end, seen_from = 0, pl.cdiv(kv_len, tile_len), 0
     if inputs.window is not None:
-        first = lax.div(jnp.maximum(kv_len - q_len - inputs.window[0] + 1, 0), tile_len)
+        seen_from = _seen_from(inputs, kv_len - q_len)
+        first = lax.div(seen_from, tile_len)
     share = pl.cdiv(end - first, num_splits)
-    first += split * share
+    own_first = first + split * share
     found = _start(member, q.shape[1])
     if inputs.sinks is not None:  # the first split starts with the sink, as if it were its first key
         sink = plgpu.load(inputs.sinks.at[head], mask=is_query, other=0.0).astype(jnp.float32) * _LOG2_E
         found = found._replace(
             top=jnp.where(split == 0, sink, found.top), total=jnp.where(split == 0, 1.0, found.total)
         )
-    found = _attend(
+    attend = functools.partial(
+        _attend,
         inputs,
-        found,
         q=q,
         query_position=query_position,
         row=row,
         kv_head=kv_head,
         kv_len=kv_len,
+        seen_from=seen_from,
         tile_len=tile_len,
-        tiles=(first, jnp.minimum(first + share, end)),
         settings=settings,
     )
+    if inputs.sink_tokens is not None:
+        num_sinks = jnp.where(split == 0, _num_sink_tiles(inputs, kv_len, first, tile_len), 0)
+        found = attend(found, tiles=(0, num_sinks))
+    found = attend(found, tiles=(own_first, jnp.minimum(own_first + share, end)))
     if num_splits == 1:
         out = _normalised(found).astype(out_ref.dtype)
         plgpu.store(out_ref.at[token[:, None], head[:, None], dims], out, mask=mask)
@@ -363,7 +381,7 @@ def _prefill_kernel(
         is_first = jnp.min(jnp.where(mine, local_row, rows_per_tile)) == number
         own_len = jnp.max(jnp.where(mine, kv_len, 0))
         own_position = jnp.where(mine, query_position, -1)
-        first, end = 0, jnp.where(is_first, pl.cdiv(own_len, tile_len), 0)
+        end = jnp.where(is_first, pl.cdiv(own_len, tile_len), 0)
         earliest = jnp.min(jnp.where(own_position >= 0, own_position, own_len))
         attend = functools.partial(
             _attend,
@@ -377,8 +395,12 @@ def _prefill_kernel(
             settings=settings,
         )
         if inputs.window is not None:
-            first = lax.div(jnp.maximum(earliest - inputs.window[0] + 1, 0), tile_len)
-            return attend(found, tiles=(first, end))
+            seen_from = _seen_from(inputs, earliest)
+            first = lax.div(seen_from, tile_len)
+            if inputs.sink_tokens is not None:
+                num_sinks = jnp.where(is_first, _num_sink_tiles(inputs, own_len, first, tile_len), 0)
+                found = attend(found, tiles=(0, num_sinks), seen_from=seen_from)
+            return attend(found, tiles=(first, end), seen_from=seen_from)
         # Where all queries of the tile are this sequence's, the tiles of keys that all of them see (most of a long
         # prompt) need no mask.
         num_seen = jnp.where(is_first & (jnp.min(own_position) >= 0), lax.div(earliest + 1, tile_len), 0)
@@ -401,6 +423,7 @@ def _attend(
     tile_len: int,
     tiles: tuple[Any, Any],
     settings: _Settings,
+    seen_from: Any = 0,
     masked: bool = True,
 ) -> _Softmax:
     """Continues the softmax of M queries over a range of tiles of one row's keys.
@@ -416,6 +439,7 @@ def _attend(
         tile_len: positions in a tile.
         tiles: the first tile and the end (one past the last).
         settings: scale and softcap.
+        seen_from: the first position that one of the queries sees within its window.
         masked: False where every query sees all keys of these tiles.
     """
     page_size, head_dim = inputs.k_pages.shape[2:]
@@ -434,15 +458,18 @@ def _attend(
         else:  # the tile lies within one page
             page = inputs.page_table[row, lax.div(tile, page_size // tile_len)]
         where = (page, kv_head, lax.rem(position, page_size)[:, None], dims)
-        # 0 * NaN is NaN: values need the mask too.
-        mask = inside & (position < kv_len)[:, None] if masked else inside & (position >= 0)[:, None]
+        # 0 * NaN is NaN: values need the mask too. Pages outside the window may be other texts' by now.
+        live = position < kv_len if masked else position >= 0
+        if inputs.window is not None:
+            live &= _near_or_sink(inputs, position, seen_from)
+        mask = inside & live[:, None]
         k = plgpu.load(inputs.k_pages.at[where], mask=mask, other=0.0)
         score = dot(q, k, (((1,), (1,)), ((), ())))  # [M, B]
         score = score * (scale * _LOG2_E) if softcap is None else _capped(score * scale, softcap)
         if masked:
             visible = position[None, :] <= query_position[:, None]
             if inputs.window is not None:
-                visible &= position[None, :] > query_position[:, None] - inputs.window[0]
+                visible &= _near_or_sink(inputs, position[None, :], query_position[:, None] - inputs.window[0] + 1)
             score = jnp.where(visible, score, _LEAST)
         top = jnp.maximum(found.top, jnp.max(score, axis=1))
         weight = jnp.exp2(score - top[:, None])
@@ -454,6 +481,22 @@ def _attend(
         )
 
     return lax.fori_loop(*tiles, attend_tile, found)
+
+
+def _seen_from(inputs: _Inputs, query_position: Any) -> Any:
+    """The first position within the window of a query at this position."""
+    return jnp.maximum(query_position - inputs.window[0] + 1, 0)
+
+
+def _near_or_sink(inputs: _Inputs, position: Any, first: Any) -> Any:
+    """Which positions a query sees whose window begins at `first`."""
+    near = position >= first
+    return near if inputs.sink_tokens is None else near | (position < inputs.sink_tokens[0])
+
+
+def _num_sink_tiles(inputs: _Inputs, kv_len: Any, first: Any, tile_len: int) -> Any:
+    """Tiles in front of tile `first` that hold sink tokens of a row."""
+    return jnp.minimum(pl.cdiv(jnp.minimum(inputs.sink_tokens[0], kv_len), tile_len), first)
 
 
 def _capped(score: Float[Array, "M B"], softcap: float) -> Float[Array, "M B"]:

@@ -25,6 +25,7 @@ def paged_attention_reference(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     sequence_id: Int[Array, " R"] | None = None,
@@ -48,11 +49,13 @@ def paged_attention_reference(
         q_len,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
         sinks=sinks,
         visible=visible,
     )
     values = _gathered(v_pages, page_table, kv_len, num_heads=q.shape[2])
+    values = jnp.where(weights.any(axis=(1, 2))[..., None, None], values, 0.0)  # 0 * NaN is NaN
     return jnp.einsum("rnqs,rsnh->rqnh", weights, values, precision=jax.lax.Precision.HIGHEST).astype(q.dtype)
 
 
@@ -65,6 +68,7 @@ def attention_weights_reference(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     visible: Visibility | None = None,
@@ -83,7 +87,7 @@ def attention_weights_reference(
     query_position = (kv_len - q_len)[:, None] + query  # [R, Q]
     seen = live[:, None, :] & (position <= query_position[..., None])  # [R, Q, S]
     if window is not None:
-        seen &= position > query_position[..., None] - window
+        seen &= (position > query_position[..., None] - window) | (position < sink_tokens)
     if visible is not None:
         seen &= visible(query_position[..., None], position)
     seen &= (query < q_len[:, None])[..., None]

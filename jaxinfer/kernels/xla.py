@@ -26,11 +26,12 @@ def paged_attention_xla(
     *,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    sink_tokens: int | Int[Array, ""] = 0,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     sequence_id: Int[Array, " R"] | None = None,
 ) -> Float[Array, "R Q N H"]:
-    """Attends page by page, from the first page inside the window to the last live page.
+    """Attends page by page: those of the sink tokens, then from the first page inside the window to the last live one.
 
     Rows are sorted by their number of pages and cut into groups. Each step of the loop takes the next page of every row
     of one group, so a group takes as many steps as its longest row has pages; after sorting, the rows of a group differ
@@ -53,23 +54,29 @@ def paged_attention_xla(
 
     size = min(num_rows, _MAX_ROWS, max(1, _MAX_QUERIES // num_queries))  # rows of a group, B below
     num_groups = -(-num_rows // size)
-    first = jnp.zeros_like(kv_len)
+    num_sinks = 0 if window is None else -(-sink_tokens // page_size)  # pages
+    first = jnp.zeros_like(kv_len)  # the first page behind those of the sinks
     if window is not None:
-        first = jnp.maximum(kv_len - q_len - window + 1, 0) // page_size
-    order = jnp.arange(num_rows) if num_groups == 1 else jnp.argsort(-(-kv_len // page_size) - first)
+        first = jnp.maximum(jnp.maximum(kv_len - q_len - window + 1, 0) // page_size, num_sinks)
+    num_live = -(-kv_len // page_size)
+    num_pages = jnp.minimum(num_sinks, num_live) + jnp.maximum(num_live - first, 0)
+    order = jnp.arange(num_rows) if num_groups == 1 else jnp.argsort(num_pages)
     slot = jnp.argsort(order)
     order = jnp.pad(order, (0, num_groups * size - num_rows), mode="edge")
     q_packed = q.reshape(num_rows, num_queries, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q_packed = q_packed.reshape(num_rows, num_kv_heads, group * num_queries, head_dim)
     rows = tuple(x[order] for x in (q_packed, page_table, first, kv_len, q_len))
-    num_steps = (-(-rows[3] // page_size) - rows[2]).reshape(num_groups, size).max(axis=1)
+    num_steps = num_pages[order].reshape(num_groups, size).max(axis=1)
     last_step = jnp.cumsum(num_steps)
 
     def attend_page(step, carry):
         index = jnp.sum(step >= last_step) if num_groups > 1 else 0  # the group at work
         group_rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size), (rows, carry))
         (q, table, first, kv_len, q_len), (top, total, out) = group_rows
-        page = first + step - (last_step - num_steps)[index]  # [B]
+        number = step - (last_step - num_steps)[index]
+        page = first + number  # [B]
+        if window is not None:
+            page = jnp.where(number < num_sinks, number, page - num_sinks)
         page_id = jnp.take_along_axis(table, jnp.minimum(page, table.shape[1] - 1)[:, None], axis=1)[:, 0]
         page_id = jnp.where(page * page_size < kv_len, page_id, 0)
         k = k_pages.at[page_id].get(mode="promise_in_bounds")  # [B, K, C, H]
@@ -80,7 +87,8 @@ def paged_attention_xla(
         visible = live[:, None] & (position[:, None] <= query_position[..., None])
         visible &= (query < q_len[:, None])[..., None]
         if window is not None:
-            visible &= position[:, None] > query_position[..., None] - window
+            near = position[:, None] > query_position[..., None] - window
+            visible &= near | (position < sink_tokens)[:, None]
         visible = visible[:, None]  # [B, 1, G*Q, C]
         order = "bkch,bkqh->bkcq" if num_queries == 1 else "bkqh,bkch->bkqc"
         lhs, rhs = (k, q) if num_queries == 1 else (q, k)

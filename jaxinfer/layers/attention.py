@@ -7,6 +7,7 @@ Does not know: how attention is computed (kernels/ does), nor which requests the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import is_built_in, segmented_attention, segmented_weights
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
@@ -56,6 +58,13 @@ _ALL = 2**30
 others."""
 
 
+class _Seen(TypedDict):
+    """The keywords by which kernels know what a query sees."""
+
+    window: int | Int[Array, ""] | None
+    sink_tokens: int | Int[Array, ""]
+
+
 class Attention(nnx.Module):
     """Self-attention with one fused product for queries, keys and values.
 
@@ -66,7 +75,7 @@ class Attention(nnx.Module):
       config: the model's numbers.
       num_stages, num_shards: pipeline stages and tensor shards.
       kv_copies: how many shards hold the same kv head; 1 unless shards outnumber the kv heads.
-      windows: for every stage, how many tokens a query sees, itself included; None for all.
+      spans: for every stage, which positions a query sees.
       backend: name of the kernel backend, for paged_attention and for the linear layers.
       dtype: of the parameters.
     """
@@ -78,7 +87,7 @@ class Attention(nnx.Module):
         num_stages: int,
         num_shards: int,
         kv_copies: int,
-        windows: tuple[int | None, ...],
+        spans: tuple[AttentionSpan, ...],
         backend: str,
         dtype: jnp.dtype,
     ):
@@ -86,7 +95,7 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads // num_shards
         self.num_kv_heads = config.num_kv_heads * kv_copies // num_shards
         self.kv_copies = kv_copies
-        self.windows = windows
+        self.spans = spans
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.softcap = config.attention_softcap
         self.backend = backend
@@ -161,7 +170,7 @@ class Attention(nnx.Module):
         queries, cache = self._prepared(heads, cache, batch, rotary)
         if is_built_in(self.backend) and taps.touches("attention.probs"):
             weights = segmented_weights(
-                queries, cache.keys, batch.segments, scale=self.scale, window=self._window(), softcap=self.softcap
+                queries, cache.keys, batch.segments, scale=self.scale, softcap=self.softcap, **self._seen()
             )
             taps("attention.probs", weights, is_sharded=True)
         attended = segmented_attention(
@@ -170,9 +179,9 @@ class Attention(nnx.Module):
             cache.values,
             batch.segments,
             scale=self.scale,
-            window=self._window(),
             softcap=self.softcap,
             backend=self.backend,
+            **self._seen(),
         )
         attended = taps("attention.heads", attended, is_sharded=True).reshape(x.shape[0], -1)
         return self.out(attended, residual=x, norm=post_norm, tap=block_output(taps, "attention.output")), cache
@@ -217,10 +226,13 @@ class Attention(nnx.Module):
             queries, keys = rope.rotate(queries, rotary), rope.rotate(keys, rotary)
         return queries, kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
 
-    def _window(self) -> int | Int[Array, ""] | None:
-        if all(window is None for window in self.windows):
-            return None
-        return stage_value([_ALL if window is None else window for window in self.windows])
+    def _seen(self) -> _Seen:
+        if all(span.window is None for span in self.spans):
+            return _Seen(window=None, sink_tokens=0)
+        return _Seen(
+            window=stage_value([_ALL if span.window is None else span.window for span in self.spans]),
+            sink_tokens=stage_value([span.sink_tokens for span in self.spans]),
+        )
 
     def _normalised(self, heads: Float[Array, "T N H"], norm: RMSNorm) -> Float[Array, "T N H"]:
         if self.qk_norm == "head":

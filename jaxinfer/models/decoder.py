@@ -48,6 +48,7 @@ class DecoderLayer(nnx.Module):
         def norm(place: str) -> Norm | None:
             return make_norm(config, layout, num_stages=stages) if config.norm_places in (place, "both") else None
 
+        self.windows = layout.windows(config, index)
         self.attention_norm, self.mlp_norm = norm("before"), norm("before")
         self.attention_post_norm, self.mlp_post_norm = norm("after"), norm("after")
         self.attention = Attention(
@@ -55,7 +56,7 @@ class DecoderLayer(nnx.Module):
             num_stages=stages,
             num_shards=layout.num_shards,
             kv_copies=layout.kv_copies(config),
-            windows=layout.windows(config, index),
+            spans=layout.spans(config, index),
             backend=layout.attention_backend,
             dtype=dtype,
         )
@@ -179,7 +180,7 @@ class TransformerDecoder(nnx.Module):
         rotary, written = self._rotary(batch.positions), []
         stream: Stream = x
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            arguments = (stream, cache, batch, rotary(layer.attention.windows))
+            arguments = (stream, cache, batch, rotary(layer.windows))
             if batch.taps.are_active:
                 stream, cache = layer(*arguments, batch.taps.layer(index))
             else:

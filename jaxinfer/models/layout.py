@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import jax.numpy as jnp
 
+from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.layers.kv_cache import CacheShape
 
@@ -27,6 +28,7 @@ class Layout:
       dtype: of parameters and activations.
       max_model_len: tokens of the longest text that the engine will serve.
       attention_backend: name of the kernel backend, already resolved (not "auto").
+      span: what the settings let a token see; layers may see less.
     """
 
     num_stages: int
@@ -34,6 +36,7 @@ class Layout:
     dtype: jnp.dtype
     max_model_len: int
     attention_backend: str
+    span: AttentionSpan = WHOLE_TEXT
 
     def check(self, config: ModelConfig) -> None:
         """Refuses a model whose layers, heads, experts or feed-forward do not divide among stages and shards.
@@ -120,5 +123,9 @@ class Layout:
         return tuple(found + found[:1] * (self.num_stages - len(found)))
 
     def windows(self, config: ModelConfig, local_layer: int) -> tuple[int | None, ...]:
-        """A local layer's sliding window on every stage, in tokens; None where its queries see all."""
-        return self.by_stage(config, config.windows or (None,) * config.num_layers, local_layer)
+        """A local layer's own sliding window on every stage, in tokens; None where the model has none."""
+        return self.by_stage(config, config.layer_windows, local_layer)
+
+    def spans(self, config: ModelConfig, local_layer: int) -> tuple[AttentionSpan, ...]:
+        """What a token sees in a local layer, on every stage."""
+        return tuple(map(self.span.within, self.windows(config, local_layer)))

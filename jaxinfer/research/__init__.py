@@ -1,6 +1,6 @@
 """Research on a model while it serves: ready-made interventions and attention; the rest is on LLM itself."""
 
-from jaxinfer.research.attention import masked_attention, streaming_attention
+from jaxinfer.research.attention import masked_attention
 from jaxinfer.research.interventions import ablate, add, clamp_feature, patch, project_out, scale
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "patch",
     "project_out",
     "scale",
-    "streaming_attention",
 ]

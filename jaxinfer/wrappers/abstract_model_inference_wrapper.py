@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.interventions import HookKind
 from jaxinfer.sites import Site, Sites
 from jaxinfer.wrappers.step_batch import StepBatch
@@ -52,6 +53,11 @@ class AbstractModelInferenceWrapper(ABC):
     @abstractmethod
     def num_compilations(self) -> int:
         """Programs compiled so far."""
+
+    @property
+    def span(self) -> AttentionSpan:
+        """What the tokens of a text see of it in at least one layer; other pages than these are never read."""
+        return WHOLE_TEXT
 
     @property
     def is_compiling(self) -> bool:

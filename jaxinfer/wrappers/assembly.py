@@ -158,6 +158,7 @@ def lay_out(
         dtype=choose_dtype(config.dtype, platform),
         max_model_len=context_length(config, model_config),
         attention_backend=choose_backend(config.attention_backend, platform, compute_capability),
+        span=config.span,
     )
     layout.check(model_config)
     return layout

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int32
 
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.interventions import HookKind
@@ -84,6 +85,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         platform = mesh.devices.flat[0].platform
         self._shapes = StepShapes.on_platform(platform, config, max_model_len=layout.max_model_len)
         self._vocab_size = model_config.vocab_size
+        self._span = model_config.widest_span(config.span)
         self._in_flight = InFlight(self._shapes)
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
@@ -148,6 +150,11 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def num_pages(self) -> int:
         """KV pages, without the dump page."""
         return self._num_pages
+
+    @property
+    def span(self) -> AttentionSpan:
+        """What tokens see in at least one layer; see the protocol."""
+        return self._span
 
     @property
     def row_usage(self) -> RowUsage:

@@ -24,6 +24,7 @@ from jaxinfer.communication.leader import Leader
 from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.process_group import Kind
 from jaxinfer.communication.progress import Awaited, ModelProgress, Progress, stuck
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.errors import EngineClosedError, ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.remote_model import RemoteModel
@@ -86,6 +87,11 @@ class LeadingWrapper(AbstractModelInferenceWrapper):
     def num_pages(self) -> int:
         """See AbstractModelInferenceWrapper."""
         return self.wrapper.num_pages
+
+    @property
+    def span(self) -> AttentionSpan:
+        """See AbstractModelInferenceWrapper."""
+        return self.wrapper.span
 
     @property
     def row_usage(self) -> RowUsage:

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass
 
 from jaxinfer.communication.process_group import ProcessGroup
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.result_frame import pack_result, unpack_result
@@ -33,14 +34,17 @@ class RemoteModel(AbstractModelInferenceWrapper):
 
     Args:
       group: the processes of the run.
-      shapes, num_pages: as the model's wrappers on the other processes have them.
+      shapes, num_pages, span: as the model's wrappers on the other processes have them.
       vocab_size: of the model.
     """
 
-    def __init__(self, group: ProcessGroup, shapes: StepShapes, *, num_pages: int, vocab_size: int):
+    def __init__(
+        self, group: ProcessGroup, shapes: StepShapes, *, num_pages: int, span: AttentionSpan, vocab_size: int
+    ):
         self._group = group
         self._shapes = shapes
         self._num_pages = num_pages
+        self._span = span
         self._vocab_size = vocab_size
         self._in_flight = InFlight(shapes)
         self._num_launched = self._num_warm = self._num_asked = self._num_compilations = 0
@@ -56,6 +60,11 @@ class RemoteModel(AbstractModelInferenceWrapper):
     def num_pages(self) -> int:
         """See AbstractModelInferenceWrapper."""
         return self._num_pages
+
+    @property
+    def span(self) -> AttentionSpan:
+        """See AbstractModelInferenceWrapper."""
+        return self._span
 
     @property
     def row_usage(self) -> RowUsage:

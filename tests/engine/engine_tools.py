@@ -1,7 +1,8 @@
 """Small helpers around a DynamicEngine over the fake wrapper."""
 
-from fake_wrapper import FakeWrapper, logprobs, text_of
+from fake_wrapper import FakeWrapper, logprobs, seen, text_of
 
+from jaxinfer.config.attention_span import WHOLE_TEXT
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.beam_search import BeamCandidates, BeamGroup
 from jaxinfer.engine.drafting import PROMPT_LOOKUP
@@ -56,7 +57,7 @@ def assert_own_texts(events, requests, *, max_model_len=64):
     assert tokens_of(events, requests) == {entry.request_id: text_of(entry, max_model_len) for entry in requests}
 
 
-def plain_search(entry, params, *, max_model_len=64):
+def plain_search(entry, params, *, max_model_len=64, span=WHOLE_TEXT):
     """What a beam search finds that asks for one text's log-probabilities after the other."""
     group = BeamGroup(
         beam_width=params.beam_width,
@@ -67,19 +68,21 @@ def plain_search(entry, params, *, max_model_len=64):
     )
     texts = [entry.prompt_token_ids]
     while texts:
-        values = [logprobs(text) for text in texts]
+        values = [logprobs(seen(text, span)) for text in texts]
         steps = group.advance([BeamCandidates(token_ids=range(len(row)), logprobs=row.tolist()) for row in values])
         texts = [(*texts[step.parent], step.token_id) for step in steps]
     return group.hypotheses(params.num_return_sequences)
 
 
-def plain_scores(entry):
+def plain_scores(entry, span=WHOLE_TEXT):
     """The log-probabilities of a request's prompt from its second token on; None where it does not ask."""
     prompt, num_top = entry.prompt_token_ids, entry.prompt_logprobs
     if num_top is None:
         return None
     return tuple(
-        token_logprobs(logprobs(prompt[:place]), token_id, num_top) for place, token_id in enumerate(prompt) if place
+        token_logprobs(logprobs(seen(prompt[:place], span)), token_id, num_top)
+        for place, token_id in enumerate(prompt)
+        if place
     )
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from fake_wrapper import VOCAB_SIZE, next_token
 
+from jaxinfer.config.attention_span import AttentionSpan
 from jaxinfer.constraints.constraint import pack_ids
 
 
@@ -26,7 +27,7 @@ class Scripted:
     """Proposes what really follows, save at the positions that `wrong` names."""
 
     def __init__(self, wrong: Callable[[int], bool], num_tokens=4):
-        self._wrong, self._num_tokens = wrong, num_tokens
+        self._wrong, self._num_tokens, self.span = wrong, num_tokens, AttentionSpan(1)
 
     def plan(self, sequence, most):
         return self._text(sequence, min(most, self._num_tokens))

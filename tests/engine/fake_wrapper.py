@@ -1,4 +1,5 @@
-"""A wrapper whose "keys" are the token ids themselves: its log-probabilities are a hash of what the slot's pages hold.
+"""A wrapper whose "keys" are the token ids themselves: its log-probabilities are a hash of what the slot's pages hold,
+as far as the engine's settings let a token see.
 
 Any page that is shared, evicted, copied or addressed wrongly changes the tokens, so that comparing with the plain
 functions `continuation` and `logprobs` checks the whole host side without a device. Pages that the engine has taken and
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.request import MAX_LOGPROBS, Request
@@ -39,26 +41,37 @@ def next_token(token_ids: Sequence[int], seed: int = 0, allowed: np.ndarray | No
     return int((values if allowed is None else np.where(allowed, values, -np.inf)).argmax())
 
 
+def seen(token_ids: Sequence[int], span: AttentionSpan) -> list[int]:
+    """What the last one of these tokens sees."""
+    first = 0 if span.window is None else max(len(token_ids) - span.window, 0)
+    return [token_id for place, token_id in enumerate(token_ids) if place >= first or place < span.sink_tokens]
+
+
 def continuation(
-    prompt: Sequence[int], max_tokens: int, stop: frozenset[int] = frozenset(), *, seed: int = 0
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop: frozenset[int] = frozenset(),
+    *,
+    seed: int = 0,
+    span: AttentionSpan = WHOLE_TEXT,
 ) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(next_token(tokens, seed))
+        tokens.append(next_token(seen(tokens, span), seed))
         if tokens[-1] in stop:
             break
     return tokens[len(prompt) :]
 
 
-def text_of(request: Request, max_model_len: int) -> list[int]:
+def text_of(request: Request, max_model_len: int, span: AttentionSpan = WHOLE_TEXT) -> list[int]:
     """What a request without the engine gets, one token after the other."""
     prompt, seed = request.prompt_token_ids, request.seed if request.top_k else 0
     most = min(request.max_tokens, max_model_len - len(prompt))
     if request.constraint is None:
-        return continuation(prompt, most, request.stop_token_ids, seed=seed)
+        return continuation(prompt, most, request.stop_token_ids, seed=seed, span=span)
     state, tokens = request.constraint.start(), list(prompt)
     while len(tokens) < len(prompt) + most:
-        tokens.append(next_token(tokens, seed, unpacked(state.allowed())))
+        tokens.append(next_token(seen(tokens, span), seed, unpacked(state.allowed())))
         state.advance(tokens[-1])
         if tokens[-1] in request.stop_token_ids or state.is_complete or not state.allowed().any():
             break
@@ -88,6 +101,7 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self._shapes = StepShapes(config, max_model_len=max_model_len)
         self._num_pages = config.num_kv_pages
         self._page_size = config.page_size
+        self._span = config.span
         self.pages = np.full((self._num_pages + 1, self._page_size), UNKNOWN)
         slots, width = config.max_num_seqs + 1, self._shapes.table_width
         self.last_token = np.zeros(slots, int)
@@ -99,6 +113,8 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         self.num_pending = self.max_pending = 0
         self.max_pages_used = 0
         self.batches: list[StepBatch] = []
+        self._taken: set[int] = set()
+        self._knows_owners = True
         self.masks: list[AllowedTokens] = []
         self._in_flight = InFlight(self._shapes)
         self.rule = ChainRule.of(config, platform="cpu", weight_bytes=0)
@@ -106,25 +122,29 @@ class FakeWrapper(AbstractModelInferenceWrapper):
 
     shapes = property(lambda self: self._shapes)
     num_pages = property(lambda self: self._num_pages)
+    span = property(lambda self: self._span)
     row_usage = property(lambda self: self._in_flight.usage)
     num_compilations = property(lambda self: 0)
 
     def watch(self, allocator: PageAllocator) -> None:
-        """Learns whose pages are whose, and empties those that are taken."""
+        """Learns whose pages are whose, and which are taken; these are emptied by the first step that has them."""
         self._allocator, allocate = allocator, allocator.allocate
 
-        def allocate_empty(count: int) -> list[int]:
+        def allocate_watched(count: int) -> list[int]:
             pages = allocate(count)
-            self.pages[pages] = UNKNOWN
+            self._taken.update(pages)
             return pages
 
-        allocator.allocate = allocate_empty
+        allocator.allocate = allocate_watched
 
     def launch(self, batch: StepBatch) -> FakeStep:
         self.batches.append(batch)
         self.masks.append(batch.allowed)
         self.max_pages_used = max(self.max_pages_used, self._allocator.num_used)
         self._in_flight.count_rows(self._in_flight.enter(StepHandle(batch)))
+        taken = self._taken & {*batch.decode_page_id.tolist(), *batch.chunk_pages.ravel().tolist()}
+        self._taken -= taken
+        self.pages[list(taken)] = UNKNOWN
         for source, destination in batch.page_copies:
             assert self._owners(source) and self._owners(destination) == 1
             self.pages[destination] = self.pages[source]
@@ -154,7 +174,10 @@ class FakeWrapper(AbstractModelInferenceWrapper):
         assert {self.chain_len(batch) for batch in batches} == {len(batches)} != {1}
         assert all(batches[0].shape.holds(batch.shape) for batch in batches)
         self.chains.append(len(batches))
-        return super().launch_chain(batches)
+        self._knows_owners = False  # the whole chain is scheduled, so its last steps may have given pages back
+        handles = super().launch_chain(batches)
+        self._knows_owners = True
+        return handles
 
     def collect(self, handle: FakeStep) -> StepResult:
         while (step := self.through.popleft()) is not handle:
@@ -224,13 +247,13 @@ class FakeWrapper(AbstractModelInferenceWrapper):
     def _write(self, slot: int, position: int, token_id: int) -> None:
         page = self.table[slot, position // self._page_size]
         assert page != 0, "a live token was written to the dump page"
-        assert self._owners(page) == 1, "a page that is free or shared was written"
+        assert not self._knows_owners or self._owners(page) == 1, "a page that is free or shared was written"
         self.pages[page, position % self._page_size] = token_id
 
     def _read(self, slot: int, length: int) -> list[int]:
-        positions = np.arange(length)
+        positions = np.array(seen(range(length), self._span))
         pages = self.table[slot, positions // self._page_size]
-        assert all(self._owners(page) for page in set(pages.tolist())), "a free page was read"
+        assert not self._knows_owners or all(map(self._owners, set(pages.tolist()))), "a free page was read"
         text = self.pages[pages, positions % self._page_size].tolist()
         assert UNKNOWN not in text, "a position was read that nobody wrote"
         return text

@@ -23,7 +23,10 @@ STOP = frozenset(range(0, 97, 9))
 def engines(draw):
     """Settings with which every request fits, alone."""
     budget = draw(st.sampled_from([16, 32, 64]))
+    window = draw(st.sampled_from([None, None, 1, 3, 12, 20]))
     return {
+        "sliding_window": window,
+        "sink_tokens": 0 if window is None else draw(st.sampled_from([0, 2, 9])),
         "page_size": draw(st.sampled_from([8, 16])),
         "max_num_seqs": draw(st.sampled_from([1, 2, 3, 5])),
         "num_kv_pages": draw(st.integers(8, 14)),
@@ -72,8 +75,9 @@ def histories(draw):
 class History:
     """What was asked of an engine, and what came."""
 
-    def __init__(self, engine):
-        self.engine, self.requests, self.events, self.searches, self.aborted = engine, {}, {}, {}, set()
+    def __init__(self, engine, span):
+        self.engine, self.span = engine, span
+        self.requests, self.events, self.searches, self.aborted = {}, {}, {}, set()
 
     def do(self, action):
         if action is None:
@@ -104,11 +108,12 @@ class History:
 
     def check(self):
         for name, entry in self.requests.items():
-            events, expected = self.events[name], text_of(entry, 64)
+            events, expected = self.events[name], text_of(entry, 64, self.span)
             if name in self.aborted:
                 expected = expected[: len(events)]
             assert [event.token_id for event in events] == expected
-            assert [event.prompt_logprobs for event in events] == [plain_scores(entry), *[None] * 64][: len(events)]
+            scores = [plain_scores(entry, self.span), *[None] * 64]
+            assert [event.prompt_logprobs for event in events] == scores[: len(events)]
             reasons = [event.finish_reason for event in events]
             if name not in self.aborted:
                 ended_early = len(events) < min(entry.max_tokens, 64 - len(entry.prompt_token_ids))
@@ -116,7 +121,9 @@ class History:
             assert not any(reasons)
         found = {search.request_id: search.hypotheses for search in self.engine.finished_searches()}
         assert found == {
-            name: plain_search(*search) for name, search in self.searches.items() if name not in self.aborted
+            name: plain_search(*search, span=self.span)
+            for name, search in self.searches.items()
+            if name not in self.aborted
         }
 
 
@@ -124,7 +131,7 @@ class History:
 @given(engines(), histories())
 def test_engine_any_history_gives_own_results_and_leaks_no_page(engine_settings, actions):
     engine, wrapper = make_engine(max_model_len=64, **engine_settings)
-    history = History(engine)
+    history = History(engine, wrapper.span)
     for action in actions:
         history.do(action)
     history.take(finish(engine))
@@ -136,7 +143,7 @@ def test_engine_any_history_gives_own_results_and_leaks_no_page(engine_settings,
 def wrapper_after(engine_settings, actions):
     """The fake device that a history has run on."""
     engine, wrapper = make_engine(max_model_len=64, **engine_settings)
-    history = History(engine)
+    history = History(engine, wrapper.span)
     for action in actions:
         history.do(action)
     finish(engine)

@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=1152)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--num-kv-pages", type=int, default=2304)
+    parser.add_argument("--sliding-window", type=int)
+    parser.add_argument("--sink-tokens", type=int, default=0)
     parser.add_argument("--option", action="append", default=[], help="XLA option, name=value, beside the engine's own")
     parser.add_argument("--dump", help="folder for XLA's dumps, one folder for each program; default: none is kept")
     parser.add_argument("--json", help="file for the figures of all programs, by name")
@@ -172,6 +174,8 @@ def main() -> None:
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         num_kv_pages=arguments.num_kv_pages,
+        sliding_window=arguments.sliding_window,
+        sink_tokens=arguments.sink_tokens,
         pipeline_parallel_size=stages,
         tensor_parallel_size=shards,
     )

@@ -73,6 +73,14 @@ def test_forward_is_one_command_buffer_with_few_kernels_a_layer(name):
     assert many["temp_bytes"] <= most_bytes
 
 
+@pytest.mark.parametrize("name", FORWARD)
+def test_window_with_sink_tokens_takes_no_kernel_more(name):
+    window = "--sliding-window", "512", "--sink-tokens", "4"
+    windowed = compiled(tuple(FORWARD), "--layers", str(NUM_LAYERS[1]), *window)[name]
+    assert windowed["kernels"] == compiled(tuple(FORWARD), "--layers", str(NUM_LAYERS[1]))[name]["kernels"]
+    assert windowed["command_buffers"] == 1 and windowed["loops"] == 0
+
+
 @pytest.mark.parametrize("num_rows", [1, 32, 128])
 def test_chain_is_a_loop_around_one_command_buffer(num_rows):
     """The host launches the loop's body as often as there are steps, and waits for nothing in between."""

@@ -23,7 +23,8 @@ FEATURES = {
     "page_window": {"window": PAGE_SIZE},
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": True},
-    "all": {"window": 11, "softcap": 3.0, "sinks": True},
+    "sink_tokens": {"window": 5, "sink_tokens": 10},
+    "all": {"window": 11, "sink_tokens": 3, "softcap": 3.0, "sinks": True},
 }
 F32 = {"rtol": 2e-5, "atol": 2e-6}  # only the order of float32 additions differs
 BF16 = {"rtol": 2e-2, "atol": 2e-2}  # weights and the result round to 8 bits of mantissa
@@ -46,7 +47,7 @@ CASES = [
 
 
 @functools.cache
-def attention(backend, names, window, softcap):
+def attention(backend, names, window, sink_tokens, softcap):
     """The typechecked contract under jit, compiled once per static setting."""
     from beartype import beartype  # here, since the programs for GPUs are lowered without it too
 
@@ -55,17 +56,35 @@ def attention(backend, names, window, softcap):
     def call(sinks, sequence_id, *arrays):
         sinks = sinks if "sinks" in names else None
         return checked(
-            *arrays, scale=SCALE, window=window, softcap=softcap, sinks=sinks, sequence_id=sequence_id, backend=backend
+            *arrays,
+            scale=SCALE,
+            window=window,
+            sink_tokens=sink_tokens,
+            softcap=softcap,
+            sinks=sinks,
+            sequence_id=sequence_id,
+            backend=backend,
         )
 
     return jax.jit(call)
 
 
-def attend(case, backend, dtype=jnp.float32, *, window=None, softcap=None, sinks=False, sequence_id=None, **replaced):
+def attend(
+    case,
+    backend,
+    dtype=jnp.float32,
+    *,
+    window=None,
+    sink_tokens=0,
+    softcap=None,
+    sinks=False,
+    sequence_id=None,
+    **replaced,
+):
     arrays = case.arrays | replaced
     floats = [jnp.asarray(arrays[name], dtype) for name in ("q", "k_pages", "v_pages")]
     ints = [jnp.asarray(arrays[name], jnp.int32) for name in ("page_table", "kv_len", "q_len")]
-    call = attention(backend, ("sinks",) if sinks else (), window, softcap)
+    call = attention(backend, ("sinks",) if sinks else (), window, sink_tokens, softcap)
     out = call(jnp.asarray(case.sinks), sequence_id, *floats, *ints)
     assert out.dtype == dtype
     return np.asarray(out, np.float32)
@@ -89,7 +108,7 @@ def make_case(num_queries=1, group=4, kv_lens=tuple(KV_LENS), seed=0, head_dim=H
     return SimpleNamespace(arrays=arrays, kv=kv, sinks=rng.normal(size=NUM_KV_HEADS * group).astype(np.float32))
 
 
-def numpy_attention(case, *, window=None, softcap=None, sinks=False):
+def numpy_attention(case, *, window=None, sink_tokens=0, softcap=None, sinks=False):
     """One softmax per (row, query, head) in float64."""
     q, kv_len, q_len = (case.arrays[name] for name in ("q", "kv_len", "q_len"))
     out = np.zeros(q.shape)
@@ -99,7 +118,8 @@ def numpy_attention(case, *, window=None, softcap=None, sinks=False):
             continue
         end = kv_len[row] - q_len[row] + query + 1
         start = 0 if window is None else max(0, end - window)
-        k, v = case.kv[:, row, head // group, start:end].astype(np.float64)
+        seen = [*range(min(sink_tokens, start)), *range(start, end)]
+        k, v = case.kv[:, row, head // group, seen].astype(np.float64)
         score = k @ q[row, query, head] * SCALE
         if softcap is not None:
             score = softcap * np.tanh(score / softcap)
@@ -123,6 +143,22 @@ def test_paged_attention_shuffled_pages_equals_reference(num_queries, features, 
     case = make_case(num_queries, seed=1)
     expected = attend(case, "reference", **FEATURES[features])
     np.testing.assert_allclose(attend(case, backend, **FEATURES[features]), expected, **F32)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("num_queries", [1, 3, 16])
+def test_paged_attention_pages_out_of_sight_may_hold_anything(num_queries, backend):
+    case, options = make_case(num_queries, seed=1), FEATURES["all"]
+    expected = attend(case, backend, **options)
+    hidden = 0
+    for row, (kv_len, q_len) in enumerate(zip(case.arrays["kv_len"], case.arrays["q_len"], strict=True)):
+        end_of_hidden = (kv_len - q_len - options["window"] + 1) // PAGE_SIZE
+        for page in case.arrays["page_table"][row, 1 : max(end_of_hidden, 1)]:  # the first page has the sink tokens
+            hidden += 1
+            for name in ("k_pages", "v_pages"):
+                case.arrays[name][page] = np.nan
+    assert hidden
+    np.testing.assert_array_equal(attend(case, backend, **options), expected)
 
 
 def prompt_pieces():
@@ -333,7 +369,7 @@ def test_paged_attention_pallas_lowers_for_gpu(num_rows, num_queries, group, hea
     pages = shape(30, 2, 16, head_dim, dtype=dtype)
     row = shape(num_rows)
     q = shape(num_rows, num_queries, 2 * group, head_dim, dtype=dtype)
-    call = functools.partial(paged_attention, scale=SCALE, window=50, softcap=2.0, backend="pallas")
+    call = functools.partial(paged_attention, scale=SCALE, window=50, sink_tokens=4, softcap=2.0, backend="pallas")
     text = lowered_for_gpu(call, q, pages, pages, shape(num_rows, 40), row, row)
     assert count_kernels(text) == num_kernels and "stablehlo.while" not in text
 

@@ -13,6 +13,7 @@ from jaxinfer.communication.connection import Message
 from jaxinfer.communication.model_key import ModelKey
 from jaxinfer.communication.process_group import Kind
 from jaxinfer.communication.progress import ModelProgress, Progress
+from jaxinfer.config.attention_span import WHOLE_TEXT
 from jaxinfer.errors import EngineClosedError, ProcessLostError
 from jaxinfer.wrappers.abstract_model_inference_wrapper import AbstractModelInferenceWrapper
 from jaxinfer.wrappers.array_frame import FrameError
@@ -220,7 +221,9 @@ class RemoteRun(Group):
         super().__init__(3, prepare=prepare)
         for number, wrapper in enumerate(self.models, start=1):
             steps[number].join(wrapper, ModelKey(0, 1, 0), (1, 2), vocab_size=VOCAB_SIZE)
-        self.remote = RemoteModel(self.processes[0], self.models[0].shapes, num_pages=9, vocab_size=VOCAB_SIZE)
+        self.remote = RemoteModel(
+            self.processes[0], self.models[0].shapes, num_pages=9, span=WHOLE_TEXT, vocab_size=VOCAB_SIZE
+        )
         self.model = steps[0].join(self.remote, ModelKey(0, 1, 0), (1, 2))
 
 

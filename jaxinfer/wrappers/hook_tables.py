@@ -53,8 +53,8 @@ class HookTables:
           site: the one that it names; None for a function of logits.
 
         Raises:
-          ValueError: the function raises when it is traced, its result has another shape than the site's values, or the
-            values at the site cannot be changed.
+          ValueError: the function raises when it is traced, XLA cannot compile it, its result has another shape than
+            the site's values, or the values at the site cannot be changed.
         """
         if kind in self._checked:
             return
@@ -62,11 +62,20 @@ class HookTables:
             other = "attention.heads" if kind.site.endswith(PROBS) else "final_norm"
             raise ValueError(f"{kind}: values at this site can be captured, not changed; use {other}")
         if site is None:
-            _traced(str(kind.intervention), lambda: self._step_programs.trace_function(kind))
+            what = str(kind.intervention)
+            lowered = _lowered(what, lambda: self._step_programs.lower_function(kind))
         else:
-            found = _result(kind, site)
+            what = f"{kind}, for x of shape {site.dims},"
+            lowered = _lowered(what, lambda: _lower(kind, site))
+            found = lowered.out_info
+            if not hasattr(found, "shape"):
+                raise ValueError(f"{kind} must return one array, got {type(found).__name__}")
             if found.shape[1:] != site.dims:
                 raise ValueError(f"{kind} must return a value of x's shape {site.dims}, got {found.shape[1:]}")
+        try:
+            lowered.compile()
+        except Exception as error:  # whatever XLA raises
+            raise ValueError(f"{what} cannot be compiled: {_reason(error)}") from error
         if len(self._checked) > MAX_CHECKED:
             self._checked = {}
         self._checked[kind] = None
@@ -162,12 +171,8 @@ class HookTables:
         self._constants = {key: entry for key, entry in self._constants.items() if key in used}
 
 
-def _result(kind: HookKind, site: Site) -> jax.ShapeDtypeStruct:
-    """What an intervention returns for two tokens, found by lowering it as a program would.
-
-    Raises:
-      ValueError: it raises an exception.
-    """
+def _lower(kind: HookKind, site: Site) -> jax.stages.Lowered:
+    """An intervention at a site for two tokens, lowered as in a program."""
     per_token = kind.intervention.per_token
     integers = jax.ShapeDtypeStruct((2,), jnp.int32)
     parameters = {
@@ -181,27 +186,26 @@ def _result(kind: HookKind, site: Site) -> jax.ShapeDtypeStruct:
         of_token = functools.partial(call_intervention, kind, constants=constants)
         return jax.vmap(of_token)(x, positions, prompt_lens, parameters)
 
-    what = f"{kind}, for x of shape {site.dims},"
-    lowered = _traced(what, lambda: jax.jit(call).lower(x, integers, integers, parameters, constants))
-    found = lowered.out_info
-    if not hasattr(found, "shape"):
-        raise ValueError(f"{kind} must return one array, got {type(found).__name__}")
-    return found
+    return jax.jit(call).lower(x, integers, integers, parameters, constants)
 
 
-def _traced(what: str, trace: Callable[[], Any]) -> Any:
-    """The result of tracing a function of the user's.
+def _lowered(what: str, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Lowered:
+    """A program with a function of the user's, lowered.
 
     Raises:
       ValueError: the function raises something; the message says what.
     """
     try:
-        return trace()
+        return lower()
     except Exception as error:  # whatever the user's function raises
         if isinstance(error, ValueError) and str(error).startswith(what):
             raise
-        (reason, *_) = str(error).splitlines() or [""]
         raise ValueError(
-            f"{what} cannot be traced: {type(error).__name__}: {reason}; it must be a pure function of arrays, without "
-            f"branches on their values"
+            f"{what} cannot be traced: {_reason(error)}; it must be a pure function of arrays, without branches on "
+            f"their values"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    (reason, *_) = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {reason}"

@@ -358,8 +358,8 @@ class StepPrograms:
             *hooks,
         )
 
-    def trace_function(self, kind: HookKind) -> None:
-        """Lowers one of the user's functions of logits with two rows of them; raises what the function raises.
+    def lower_function(self, kind: HookKind) -> jax.stages.Lowered:
+        """A program of one of the user's functions of logits with two rows of them; raises what the function raises.
 
         Raises:
           ValueError: it does not return one array of the logits' shape.
@@ -383,7 +383,8 @@ class StepPrograms:
 
         values = {name: jax.ShapeDtypeStruct((2, *dims), dtype) for name, dims, dtype in kind.signature}
         constants = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in kind.intervention.constants.items()}
-        jax.jit(self._sharded(call, in_specs=REPLICATED, out_specs=VOCABULARY_COLUMNS)).lower(values, constants)
+        program = jax.jit(self._sharded(call, in_specs=REPLICATED, out_specs=VOCABULARY_COLUMNS))
+        return program.lower(values, constants)
 
     def score(self, num_tokens: int, num_top: int) -> jax.stages.Traced:
         """(head_leaves, hidden, targets) -> result, which is that of score_step."""

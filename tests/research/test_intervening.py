@@ -171,6 +171,11 @@ def shrinking(x, context):
 
 
 @intervention
+def unknown_to_xla(x, context):
+    return jax.ffi.ffi_call("no such kernel", jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="broadcast_all")(x)
+
+
+@intervention
 def split(x, context):
     return x, x
 
@@ -183,6 +188,7 @@ def split(x, context):
             "branching at layers.0.residual, for x of shape .*cannot be traced.*TracerBool",
         ),
         (shrinking.at(SITE), r"shrinking at layers.0.residual must return a value of x's shape \(48,\), got \(47,\)"),
+        (unknown_to_xla.at(SITE), "unknown_to_xla at .* cannot be compiled: .*no such kernel"),
         (split.at(SITE), "split at layers.0.residual must return one array, got tuple"),
         (add.at(SITE, vector=VECTOR[:5]), "intervention add at layers.0.residual, for x.* cannot be traced.*(5,)"),
         (add.at("layers.0.residul", vector=VECTOR), "did you mean 'layers.0.residual'"),

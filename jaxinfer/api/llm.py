@@ -59,8 +59,8 @@ class LLM(ResearchMethods):
         and returns token ids only.
       **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
         num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
-        attention_backend (or the name of an attention function of yours), draft_model, num_draft_tokens, seed,
-        max_research_bytes and the parallel sizes.
+        steps_per_launch, attention_backend (or the name of an attention function of yours), sliding_window,
+        sink_tokens, draft_model, num_draft_tokens, seed, xla_options, max_research_bytes and the parallel sizes.
 
     Raises:
       FileNotFoundError: no such checkpoint.

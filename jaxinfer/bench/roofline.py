@@ -27,6 +27,7 @@ from jaxinfer.bench.profile import Profile, record
 from jaxinfer.bench.profile import render as render_profile
 from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session
+from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.wrappers.assembly import choose_dtype
 
@@ -139,7 +140,9 @@ class RooflineResult:
     compile_s: float
 
 
-def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsize: int) -> StepCost:
+def decode_cost(
+    config: ModelConfig, *, batch_size: int, context: float, itemsize: int, span: AttentionSpan = WHOLE_TEXT
+) -> StepCost:
     """The cost of a decode step: weights read once, every row's KV read, float32 logits written and read once.
 
     Args:
@@ -147,9 +150,10 @@ def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsiz
       batch_size: rows.
       context: KV positions that each row reads, the new one included.
       itemsize: bytes of a weight and of a KV number.
+      span: what the engine's settings let a token see.
     """
     used, read = (weights + _head_weights(config) for weights in _product_weights(config, batch_size))
-    seen = _positions_seen(config, context)
+    seen = _positions_seen(config, context, span)
     rows_embedded = batch_size * config.hidden_size
     num_bytes = (read + rows_embedded) * itemsize
     num_bytes += batch_size * seen * 2 * config.num_kv_heads * config.head_dim * itemsize
@@ -158,7 +162,9 @@ def decode_cost(config: ModelConfig, *, batch_size: int, context: float, itemsiz
     return StepCost(num_bytes=round(num_bytes), num_ops=round(num_ops))
 
 
-def prefill_cost(config: ModelConfig, *, batch_size: int, prompt_len: int, itemsize: int) -> StepCost:
+def prefill_cost(
+    config: ModelConfig, *, batch_size: int, prompt_len: int, itemsize: int, span: AttentionSpan = WHOLE_TEXT
+) -> StepCost:
     """The cost of prefilling prompts up to the first token: weights read once, KV written and read once.
 
     Each prompt computes the logits of its last position only.
@@ -168,13 +174,14 @@ def prefill_cost(config: ModelConfig, *, batch_size: int, prompt_len: int, items
       batch_size: prompts.
       prompt_len: tokens of each.
       itemsize: bytes of a weight and of a KV number.
+      span: what the engine's settings let a token see.
     """
     num_tokens = batch_size * prompt_len
     (used, read), head = _product_weights(config, num_tokens), _head_weights(config)
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     num_bytes = (read + head + num_tokens * (config.hidden_size + 2 * kv_per_token)) * itemsize
     num_bytes += 2 * 4 * batch_size * config.vocab_size
-    seen = sum(_positions_seen(config, position + 1) for position in range(prompt_len))
+    seen = sum(_positions_seen(config, position + 1, span) for position in range(prompt_len))
     num_ops = 2 * used * num_tokens + batch_size * (2 * head + 4 * config.num_heads * config.head_dim * seen)
     return StepCost(num_bytes=round(num_bytes), num_ops=round(num_ops))
 
@@ -198,9 +205,10 @@ def _product_weights(config: ModelConfig, num_tokens: int) -> tuple[float, float
     return weights - experts * (1 - share), weights - experts * (1 - share) ** num_tokens
 
 
-def _positions_seen(config: ModelConfig, context: float) -> float:
+def _positions_seen(config: ModelConfig, context: float, span: AttentionSpan) -> float:
     """KV positions that one row reads, summed over all layers; a layer with a window reads only that."""
-    return sum(context if window is None else min(context, window) for window in config.layer_windows)
+    spans = map(span.within, config.layer_windows)
+    return sum(context if own.window is None else min(context, own.window + own.sink_tokens) for own in spans)
 
 
 def datasheet_bytes_per_s(device_kind: str) -> float | None:
@@ -337,7 +345,13 @@ def _decode(bench: _Bench, session: Session, batch_size: int) -> RooflineRow:
         first = decoding.mean_len
         seconds = statistics.median(decoding.run(num_steps) for _ in range(bench.repeats))
         context = (first + decoding.mean_len - 1) / 2  # the first timed step reads `first` positions
-        cost = decode_cost(session.model_config, batch_size=batch_size, context=context, itemsize=bench.itemsize)
+        cost = decode_cost(
+            session.model_config,
+            batch_size=batch_size,
+            context=context,
+            itemsize=bench.itemsize,
+            span=session.config.span,
+        )
         num_steps = max(min(bench.num_steps, PROFILED_STEPS), session.chain_len(batch_size))
         return _row(bench, "decode", batch_size, context, cost, seconds, lambda: decoding.run(num_steps), num_steps)
 
@@ -350,7 +364,9 @@ def _prefill(bench: _Bench, session: Session, length: int) -> RooflineRow:
         return time.perf_counter() - started
 
     seconds = statistics.median([run(number) for number in range(bench.repeats + 1)][1:])
-    cost = prefill_cost(session.model_config, batch_size=1, prompt_len=length, itemsize=bench.itemsize)
+    cost = prefill_cost(
+        session.model_config, batch_size=1, prompt_len=length, itemsize=bench.itemsize, span=session.config.span
+    )
     return _row(bench, "prefill", 1, length, cost, seconds, lambda: run(bench.repeats + 1), 1)
 
 

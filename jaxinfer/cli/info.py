@@ -19,6 +19,7 @@ from jaxinfer.communication.mesh import abstract_mesh
 from jaxinfer.communication.volume import CollectiveVolume
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.engine.pages_in_sight import PagesInSight
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
 from jaxinfer.wrappers.assembly import abstract_model, context_length, lay_out
@@ -167,6 +168,8 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
     all_held, all_page_bytes = held, page_bytes
     if draft is not None:
         all_held, all_page_bytes = held + draft.held_bytes, page_bytes + draft.kv_bytes_per_token * config.page_size
+    span = model_config.widest_span(config.span)
+    in_sight = PagesInSight(span, page_size=config.page_size, max_chunk=config.max_num_batched_tokens)
     kv_tokens = (free - all_held) // all_page_bytes * config.page_size
     return ModelFacts(
         architecture=model_config.architecture,
@@ -182,7 +185,7 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
         weight_bytes=model_config.num_parameters * layout.dtype.itemsize,
         kv_bytes_per_token=page_bytes // config.page_size,
         kv_tokens=kv_tokens,
-        full_requests=max(kv_tokens, 0) // layout.max_model_len,
+        full_requests=max(kv_tokens, 0) // config.page_size // in_sight.most(layout.max_model_len),
         mesh=mesh,
         draft=draft,
     )

@@ -24,7 +24,7 @@ class AttentionSpan:
 
     def within(self, window: int | None) -> AttentionSpan:
         """What a layer with a window of its own, or None, sees of this span."""
-        if self.window is None or (window is not None and window <= self.window):
+        if self.window is None or (window is not None and window < self.window):
             return AttentionSpan(window)
         return self
 

@@ -15,6 +15,8 @@ from jaxinfer.config.validation import require_bool, require_choice, require_flo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
+MAX_TEXT_LEN = 2**30
+"""Tokens that no text has; positions are int32."""
 REGISTERED_ATTENTION: list[str] = []
 """Names of attention functions of users; only kernels/paged_attention.py's register_attention adds to it."""
 
@@ -97,16 +99,19 @@ class EngineConfig:
         lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
         lowest |= {
             "max_research_bytes": 0,
-            "sink_tokens": 0,
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
             "data_parallel_size": 1,
         }
         for name, low in lowest.items():
             object.__setattr__(self, name, require_int(name, getattr(self, name), low))
-        for name, low in {"max_model_len": 2, "num_kv_pages": 1, "steps_per_launch": 1, "sliding_window": 1}.items():
+        for name, low in {"max_model_len": 2, "num_kv_pages": 1, "steps_per_launch": 1}.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_int(name, getattr(self, name), low))
+        if self.sliding_window is not None:
+            window = require_int("sliding_window", self.sliding_window, 1, MAX_TEXT_LEN)
+            object.__setattr__(self, "sliding_window", window)
+        object.__setattr__(self, "sink_tokens", require_int("sink_tokens", self.sink_tokens, 0, MAX_TEXT_LEN))
         if self.sink_tokens and self.sliding_window is None:
             raise ValueError(f"sink_tokens needs a sliding_window beside it, got sink_tokens {self.sink_tokens} alone")
         if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):

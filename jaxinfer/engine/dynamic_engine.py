@@ -380,7 +380,11 @@ class DynamicEngine:
         self._taps.give_back()
 
     def flush_prefix_cache(self) -> None:
-        """Forgets what the prefix cache can find, as its keys and values are those of weights that are replaced."""
+        """Forgets what the prefix cache can find, as its keys and values are those of weights that are replaced.
+
+        Raises:
+          ValueError: a request is unfinished.
+        """
         self._scheduler.pages.flush()
 
     def num_cached_pages(self, page_hashes: Sequence[bytes]) -> int:

@@ -37,7 +37,8 @@ class PageAllocator:
 
     A page is free (no owner, no content worth keeping), idle (no owner, content findable) or in use. Idle pages count
     as available: allocate evicts the one that was released first. The pages of a text are released from its end, so a
-    page goes before those in front of it, without which it could not be found.
+    page goes before those in front of it, which are found by more texts. A text with a window also releases pages
+    from its beginning.
 
     Args:
       num_pages: pages 1 .. num_pages.
@@ -50,7 +51,6 @@ class PageAllocator:
         self._hashes: dict[int, bytes] = {}  # of pages whose content can be found
         self._by_hash: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # in the order of their eviction
-        self._outdated: set[int] = set()  # pages in use since before a flush; never published
 
     @property
     def num_available(self) -> int:
@@ -107,16 +107,16 @@ class PageAllocator:
         Args:
           page: a page in use.
           page_hash: hash of the text up to the end of the page.
-          parent: the page before it among its owner's pages, 0 for none. The parent must be findable too, so that
-            whoever shares a page also shares its parent. A page whose content is findable in another page therefore
-            stays private, and so do the pages after it.
+          parent: the page before it among its owner's pages; 0 for none, or if the owner has released it. The parent
+            must be findable too, so that whoever shares a page also shares its parent. A page whose content is findable
+            in another page therefore stays private, and so do the pages after it.
 
         Returns:
           Whether the page is findable now.
         """
         if page in self._hashes:
             return True
-        if page in self._outdated or page_hash in self._by_hash or (parent and parent not in self._hashes):
+        if page_hash in self._by_hash or (parent and parent not in self._hashes):
             return False
         self._hashes[page] = page_hash
         self._by_hash[page_hash] = page
@@ -140,13 +140,17 @@ class PageAllocator:
             if page in self._hashes:
                 self._idle[page] = None
             else:
-                self._outdated.discard(page)
                 self._free.append(page)
 
     def flush(self) -> None:
-        """Empties the prefix cache; pages in use stay with their owners, but can no longer be found or published."""
+        """Empties the prefix cache.
+
+        Raises:
+          ValueError: a page is in use; later ones of its text would be found although they build on it.
+        """
+        if self.num_used:
+            raise ValueError(f"{self.num_used} pages are in use; the prefix cache can be flushed when none is")
         self._free.extend(self._idle)
-        self._outdated.update(page for page, owners in enumerate(self._owners) if owners)
         self._hashes.clear()
         self._by_hash.clear()
         self._idle.clear()

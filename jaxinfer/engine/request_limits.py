@@ -66,8 +66,9 @@ class RequestLimits:
         length = self.max_total_len(request)
         needed = self._in_sight.most(length) * num_sequences
         if needed > self._num_pages:
+            lower = "max_tokens" if self._in_sight.span.window is None else "max_tokens or max_num_batched_tokens"
             times = "" if num_sequences == 1 else f"{num_sequences} x "
             raise RequestTooLongError(
                 f"request needs {needed} KV pages for {times}{length} tokens, the pool has {self._num_pages}; lower "
-                "max_tokens, shorten the prompt or raise num_kv_pages"
+                f"{lower}, shorten the prompt or raise num_kv_pages"
             )

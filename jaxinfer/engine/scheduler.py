@@ -342,24 +342,26 @@ class Scheduler:
         """Admits waiting sequences; a few younger ones may overtake one that does not fit yet."""
         skipped: list[SequenceState] = []
         aside: list[SequenceState] = []
+        num_reserved = self._pages.num_reserved(self._running) if self._waiting and self._free_slots else 0
         while self._waiting and self._free_slots and plan.room:
             if len(skipped) > SKIP_WINDOW or (skipped and skipped[0].num_skipped >= MAX_SKIPS):
                 break
             sequence = self._waiting.pop()
             if sequence.num_unread or sequence.is_parked:
                 aside.append(sequence)
-            elif not self._add_waiting(plan, sequence):
+            elif not self._add_waiting(plan, sequence, num_reserved):
                 skipped.append(sequence)
-            elif skipped:
-                skipped[0].num_skipped += 1
+            else:
+                num_reserved = self._pages.num_reserved(self._running)
+                if skipped:
+                    skipped[0].num_skipped += 1
         for sequence in (*skipped, *aside):
             self._waiting.push(sequence)
 
-    def _add_waiting(self, plan: StepPlan, sequence: SequenceState) -> bool:
-        """Admits a waiting sequence if its pages and its first chunk fit."""
+    def _add_waiting(self, plan: StepPlan, sequence: SequenceState, num_reserved: int) -> bool:
+        """Admits a waiting sequence if its first chunk fits, and its pages beside those reserved for running ones."""
         prefix = self._pages.find_prefix(sequence)
-        # One page is left for every running sequence to grow into; else what is admitted now is soon preempted.
-        if self._pages.num_taken(sequence, prefix) > self.pages.num_available - len(self._running):
+        if self._pages.num_taken(sequence, prefix) > self.pages.num_available - num_reserved:
             return False
         if not plan.chunk_len(len(sequence.token_ids) - prefix.num_tokens):
             return False

@@ -81,8 +81,27 @@ class SequencePages:
         return self._in_sight.num_usable(self.allocator.find(hashes))
 
     def num_taken(self, sequence: SequenceState, prefix: Prefix) -> int:
-        """By how many pages take will reduce the available ones."""
-        return self._num_new(sequence, prefix) + self.allocator.num_idle(prefix.shared)
+        """By how many pages the available ones will be fewer when a sequence has computed its known tokens.
+
+        That may be more than take takes at once: with a window, pages come and go while a prompt is computed.
+        """
+        most = self._in_sight.most(len(sequence.token_ids)) - len(prefix.shared)
+        return max(self._num_new(sequence, prefix), most) + self.allocator.num_idle(prefix.shared)
+
+    def num_reserved(self, running: Sequence[SequenceState]) -> int:
+        """How many of the available pages running sequences will need.
+
+        That is one for each to grow into, else what is admitted now is soon preempted, and what those that compute
+        known tokens will hold more than now.
+        """
+        if self._in_sight.span.window is None:  # all their pages are taken at admission
+            return len(running)
+        missing = 0
+        for sequence in running:
+            if sequence.is_prefilling:
+                held = len(sequence.pages) - max(sequence.first_kept - self._in_sight.num_sinks, 0)
+                missing += max(self._in_sight.most(len(sequence.token_ids)) - held, 0)
+        return len(running) + missing
 
     def take(self, sequence: SequenceState, prefix: Prefix) -> tuple[tuple[int, int], ...]:
         """Gives a sequence the pages for its known tokens, or as many as it sees: the prefix's, shared, and new ones.
@@ -105,9 +124,10 @@ class SequencePages:
         """Releases the pages that no token of a sequence sees from the next one on.
 
         Steps that are launched read them before whoever gets them writes, since the device runs launches in order. The
-        sequence's page table still names them.
+        sequence's page table still names them. What the token before the next one sees stays, for sequences that wait
+        to share the prompt without its last token.
         """
-        first = self._in_sight.first(sequence.num_computed_tokens)
+        first = self._in_sight.first(max(sequence.num_computed_tokens - 1, 0))
         if first > sequence.first_kept:
             self.allocator.release(sequence.pages[sequence.first_kept : first])
             sequence.first_kept = first

@@ -476,6 +476,8 @@ def _attend(
         decay = jnp.exp2(found.top - top)
         v = plgpu.load(inputs.v_pages.at[where], mask=mask, other=0.0)
         gain = dot(weight.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+        if masked:  # a value of NaN must not reach the queries of other texts in the tile, whose weights are 0
+            gain = jnp.where((query_position >= 0)[:, None], gain, 0.0)
         return _Softmax(
             top=top, total=found.total * decay + jnp.sum(weight, axis=1), out=found.out * decay[:, None] + gain
         )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
 from jaxinfer.config.attention_span import AttentionSpan
+from jaxinfer.config.engine_config import MAX_TEXT_LEN
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import is_built_in, segmented_attention, segmented_weights
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
@@ -53,7 +54,7 @@ class TokenBatch:
         return self.pages != kv_cache.DUMP_PAGE
 
 
-_ALL = 2**30
+_ALL = MAX_TEXT_LEN
 """A window longer than any text. Where a local layer has a window on some stages only, it stands for "no window" on the
 others."""
 

@@ -165,7 +165,10 @@ def test_info_names_versions_devices_and_what_fits(run):
     model = record["model"]
     assert model["weight_bytes"] == 4 * model["num_parameters"]
     assert model["kv_bytes_per_token"] == 2 * 4 * 2 * 2 * 12  # K and V, float32, layers, kv heads, head_dim
-    assert model["full_requests"] == model["kv_tokens"] // 32
+    assert model["full_requests"] == model["kv_tokens"] // 64  # a page
+    window = ("--sliding-window", 16, "--max-num-batched-tokens", 16, "--max-num-seqs", 1, "--page-size", 16)
+    record = json.loads(run("info", "--model", MODEL, "--json", "--max-model-len", 128, *window)[1])
+    assert record["model"]["full_requests"] == record["model"]["kv_tokens"] // 48  # not 128
     assert run("info")[1].count("\n") == 4
 
 

@@ -18,6 +18,8 @@ def make_engine(*, max_model_len=64, drafter=None, **fields):
     fields = {"max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 64} | fields
     config = EngineConfig(**fields, draft_model=None if drafter is None else PROMPT_LOOKUP)
     wrapper = FakeWrapper(config, max_model_len=max_model_len)
+    if drafter is not None:
+        drafter.model_span = wrapper.span
     engine = DynamicEngine(wrapper, config, max_model_len=max_model_len, drafter=drafter)
     wrapper.watch(engine._scheduler.pages)
     return engine, wrapper

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fake_wrapper import VOCAB_SIZE, next_token
+from fake_wrapper import VOCAB_SIZE, next_token, seen
 
-from jaxinfer.config.attention_span import AttentionSpan
+from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.constraints.constraint import pack_ids
 
 
@@ -28,6 +28,8 @@ class Scripted:
 
     def __init__(self, wrong: Callable[[int], bool], num_tokens=4):
         self._wrong, self._num_tokens, self.span = wrong, num_tokens, AttentionSpan(1)
+        self.model_span = WHOLE_TEXT
+        """What the fake model sees; make_engine sets it."""
 
     def plan(self, sequence, most):
         return self._text(sequence, min(most, self._num_tokens))
@@ -38,7 +40,7 @@ class Scripted:
     def _text(self, sequence, count):
         text, seed = list(sequence.token_ids), sequence.request.seed if sequence.request.top_k else 0
         for _ in range(count):
-            text.append((next_token(text, seed) + self._wrong(len(text))) % VOCAB_SIZE)
+            text.append((next_token(seen(text, self.model_span), seed) + self._wrong(len(text))) % VOCAB_SIZE)
         return text[len(sequence.token_ids) :]
 
 

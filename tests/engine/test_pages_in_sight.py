@@ -51,7 +51,9 @@ def test_one_text_holds_the_pages_of_its_window_and_its_sinks():
 
 def test_request_that_no_pool_of_this_size_can_hold_is_refused():
     engine, _ = make_engine(max_model_len=512, num_kv_pages=5, **WINDOW)
-    with pytest.raises(RequestTooLongError, match="request needs 6 KV pages for 270 tokens, the pool has 5"):
+    with pytest.raises(
+        RequestTooLongError, match="needs 6 KV pages for 270 tokens, the pool has 5; lower max_tokens or max_num_b"
+    ):
         engine.check_request(long_requests(1)[0])
     engine.check_request(request("short", range(20), 20))
     assert engine.longest_request == 40
@@ -67,13 +69,36 @@ def test_next_turn_goes_on_where_the_pages_in_sight_are_cached(num_kv_pages):
     assert engine.stats().prefix_cache_hits == 120  # all full pages, although 9 cannot hold them all
 
 
-def test_samples_share_the_prompt_as_far_as_they_see_it():
+@pytest.mark.parametrize("length", range(64, 72))
+def test_samples_share_the_prompt_as_far_as_they_see_it(length):
+    settings = WINDOW | {"enable_prefix_caching": False, "max_num_batched_tokens": 64}
+    engine, wrapper = make_engine(max_model_len=512, **settings)
+    requests = [request(number, range(length), 30, top_k=2, seed=number) for number in range(4)]
+    for number, entry in enumerate(requests):
+        engine.add_request(entry, prefix_source="0" if number else None)
+    found = tokens_of(finish(engine), requests)
+    assert found == {entry.request_id: text_of(entry, 512, wrapper.span) for entry in requests}
+    assert sum(int(batch.prefill_len.sum()) for batch in wrapper.batches) == length + 3  # their last tokens
+
+
+def test_samples_that_come_too_late_to_share_are_computed():
     engine, wrapper = make_engine(max_model_len=512, max_num_seqs=2, **WINDOW)
     requests = [request(number, range(70), 30, top_k=2, seed=number) for number in range(5)]
     for number, entry in enumerate(requests):
         engine.add_request(entry, prefix_source="0" if number else None)
     found = tokens_of(finish(engine), requests)
     assert found == {entry.request_id: text_of(entry, 512, wrapper.span) for entry in requests}
+
+
+@pytest.mark.parametrize("num_kv_pages", [8, 9, 13, 16, 20])
+@pytest.mark.parametrize("sink_tokens", [0, 4, 40])
+def test_prompts_are_admitted_only_if_all_pages_that_they_will_hold_are_left(sink_tokens, num_kv_pages):
+    settings = WINDOW | {"sink_tokens": sink_tokens, "num_kv_pages": max(num_kv_pages, 5 + sink_tokens // 8)}
+    engine, wrapper = make_engine(max_model_len=2048, **settings)
+    requests = [request(number, [number] * 150, 100) for number in range(6)]
+    run_all(engine, requests)
+    assert engine.stats().num_preemptions == 0
+    assert sum(int(batch.prefill_len.sum()) for batch in wrapper.batches) == 6 * 150
 
 
 def test_window_longer_than_every_text_changes_nothing():
@@ -103,6 +128,7 @@ def test_widest_span_covers_every_layer():
     limit = AttentionSpan(100, sink_tokens=4)
     assert limit.within(None) == limit and limit.within(200) == limit
     assert limit.within(50) == AttentionSpan(50)
+    assert limit.within(100) == limit
     assert AttentionSpan().within(50) == AttentionSpan(50)
     assert widest([AttentionSpan(50), limit]) == limit
     assert widest([AttentionSpan(50), AttentionSpan()]) == AttentionSpan()

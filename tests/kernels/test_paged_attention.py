@@ -161,6 +161,17 @@ def test_paged_attention_pages_out_of_sight_may_hold_anything(num_queries, backe
     np.testing.assert_array_equal(attend(case, backend, **options), expected)
 
 
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("features", [pytest.param("plain", marks=MATRIX), "all"])
+def test_paged_attention_texts_side_by_side_do_not_share_nan(features, backend):
+    case, row = make_case(16, seed=1), -2
+    expected = attend(case, backend, **FEATURES[features])
+    case.arrays["v_pages"][case.arrays["page_table"][row, 0]] = np.nan
+    found = attend(case, backend, **FEATURES[features])
+    assert np.isnan(found[row]).any()
+    np.testing.assert_array_equal(np.delete(found, row, axis=0), np.delete(expected, row, axis=0))
+
+
 def prompt_pieces():
     """Prompts of 40 tokens from position 0 and of 20 from position 7, in rows of 16, then padding; and their ids."""
     case = make_case(16, 2, kv_lens=(40, 27))

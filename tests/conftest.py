@@ -5,6 +5,7 @@ import importlib.util
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 # Equal programs of different tests (and of parallel workers) are compiled once.
 os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-test-xla-"))
 
+MOST_MAPPINGS = 25_000
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.npz"))
 
@@ -79,10 +81,22 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_programs() -> None:
+def _forget_programs() -> Callable[[], None]:
     from shared_programs import share_programs  # after the import hook
 
-    share_programs()
+    return share_programs()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings(_forget_programs) -> None:
+    """Forgets the programs of the modules before this one when they are many.
+
+    Linux allows a process 65,530 mappings of memory, XLA's CPU backend takes dozens for a program, and a process that
+    gets no more of them dies.
+    """
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        _forget_programs()
 
 
 @pytest.fixture

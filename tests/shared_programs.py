@@ -5,9 +5,12 @@ patches code which is traced must therefore give its LLM settings that no other 
 """
 
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import jax
 
 from jaxinfer.models.registry import find_family
 from jaxinfer.request import MAX_LOGPROBS
@@ -33,8 +36,12 @@ PROGRAMS = (
 )
 
 
-def share_programs() -> None:
-    """Replaces the makers of abstract models and of StepPrograms by ones that remember what they made."""
+def share_programs() -> Callable[[], None]:
+    """Replaces the makers of abstract models and of StepPrograms by ones that remember what they made.
+
+    Returns:
+      What makes them, and JAX, forget it, when no LLM is open.
+    """
     make_model, models, programs = assembly.abstract_model, {}, {}
 
     def abstract_model(model_config, layout):
@@ -51,7 +58,14 @@ def share_programs() -> None:
                 setattr(made, name, functools.cache(getattr(made, name)))
         return programs[key]
 
+    def forget() -> None:
+        models.clear()
+        programs.clear()
+        jax.clear_caches()
+        gc.collect()
+
     assembly.abstract_model, decoder_wrapper.StepPrograms = abstract_model, step_programs
+    return forget
 
 
 def take_few_programs(set_attribute: Callable[[type, str, Any], None]) -> None:

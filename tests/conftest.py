@@ -81,22 +81,31 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forget_programs() -> Callable[[], None]:
+def _bound_programs() -> Callable[[], None]:
+    """Forgets programs when they are many, as a process without free mappings dies.
+
+    XLA's CPU backend takes dozens of mappings of memory for a program, of which Linux allows a process 65,530.
+    """
     from shared_programs import share_programs  # after the import hook
 
-    return share_programs()
+    forget, mappings = share_programs(), Path("/proc/self/maps")
+
+    def bound() -> None:
+        if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+            forget()
+
+    return bound
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_mappings(_forget_programs) -> None:
-    """Forgets the programs of the modules before this one when they are many.
+def _few_mappings(_bound_programs) -> None:
+    _bound_programs()
 
-    Linux allows a process 65,530 mappings of memory, XLA's CPU backend takes dozens for a program, and a process that
-    gets no more of them dies.
-    """
-    mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        _forget_programs()
+
+@pytest.fixture(autouse=True)
+def _few_mappings_in_a_matrix(request, _bound_programs) -> None:
+    if request.node.get_closest_marker("matrix"):
+        _bound_programs()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def share_programs() -> Callable[[], None]:
     """Replaces the makers of abstract models and of StepPrograms by ones that remember what they made.
 
     Returns:
-      What makes them, and JAX, forget it, when no LLM is open.
+      What makes them, and JAX, forget it; open LLMs keep what they have.
     """
     make_model, models, programs = assembly.abstract_model, {}, {}
 

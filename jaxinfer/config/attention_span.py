@@ -23,13 +23,19 @@ class AttentionSpan:
     sink_tokens: int = 0
 
     def within(self, window: int | None) -> AttentionSpan:
-        """What a layer with a window of its own, or None, sees of this span."""
+        """What a token sees in a layer with a window of its own, or None.
+
+        A shorter window holds as it is: the layer never saw the first tokens from further on, so it has no sinks.
+        """
         if self.window is None or (window is not None and window < self.window):
             return AttentionSpan(window)
         return self
 
 
 WHOLE_TEXT = AttentionSpan()
+"""Every token sees all positions up to its own."""
+MAX_WINDOW = 2**30
+"""A window longer than any text, since positions are int32."""
 
 
 def widest(spans: Iterable[AttentionSpan]) -> AttentionSpan:

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxinfer.config.attention_span import AttentionSpan
+from jaxinfer.config.attention_span import MAX_WINDOW, AttentionSpan
 from jaxinfer.config.keywords import names_nearest_field
 from jaxinfer.config.validation import require_bool, require_choice, require_float, require_int
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
-MAX_TEXT_LEN = 2**30
-"""Tokens that no text has; positions are int32."""
 REGISTERED_ATTENTION: list[str] = []
 """Names of attention functions of users; only kernels/paged_attention.py's register_attention adds to it."""
 
@@ -109,9 +107,9 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, require_int(name, getattr(self, name), low))
         if self.sliding_window is not None:
-            window = require_int("sliding_window", self.sliding_window, 1, MAX_TEXT_LEN)
+            window = require_int("sliding_window", self.sliding_window, 1, MAX_WINDOW)
             object.__setattr__(self, "sliding_window", window)
-        object.__setattr__(self, "sink_tokens", require_int("sink_tokens", self.sink_tokens, 0, MAX_TEXT_LEN))
+        object.__setattr__(self, "sink_tokens", require_int("sink_tokens", self.sink_tokens, 0, MAX_WINDOW))
         if self.sink_tokens and self.sliding_window is None:
             raise ValueError(f"sink_tokens needs a sliding_window beside it, got sink_tokens {self.sink_tokens} alone")
         if self.draft_model is not None and (not isinstance(self.draft_model, str) or not self.draft_model):

@@ -32,13 +32,20 @@ class PagesInSight:
         return pages_for(self.span.sink_tokens, self.page_size)
 
     def first(self, position: int) -> int:
-        """The first page behind the sink tokens' that the token at a position sees; later tokens see none before it."""
+        """The first page, not counting those of sink tokens, that the token at a position sees.
+
+        Later tokens see no page between the sink tokens and this one either.
+        """
         if self.span.window is None:
             return 0
         return max((position - self.span.window + 1) // self.page_size, self.num_sinks)
 
     def end(self, position: int, num_tokens: int) -> int:
-        """How many tokens a sequence has pages for when it goes on at a position: num_tokens, or as many as it sees."""
+        """Up to which token a sequence needs pages when the next one to compute is at a position.
+
+        That is up to the end of its num_tokens tokens. With a window it is no further than one step can get, or, at the
+        beginning of a text, than the window and one step.
+        """
         if self.span.window is None:
             return num_tokens
         return min(num_tokens, max(position, self.span.window) + self.max_chunk)
@@ -51,10 +58,15 @@ class PagesInSight:
         return min(num_pages, self.num_sinks + pages_for(self.span.window + self.max_chunk, self.page_size) + 1)
 
     def num_usable(self, found: list[int]) -> int:
-        """With how many of a text's first pages a sequence can go on, if some of these are missing (0).
+        """How many of a text's first pages need not be computed, since all of them that later tokens see are there.
 
-        With a window of two pages, [3, 0, 0, 7, 9, 4, 0] gives 6 if the first token is a sink, and 1 if there is no
-        window.
+        Args:
+          found: for each of the text's full pages, the page that holds it, or 0 if there is none.
+
+        Example:
+            >>> span = AttentionSpan(window=16, sink_tokens=1)  # of two pages
+            >>> PagesInSight(span, page_size=8, max_chunk=16).num_usable([3, 0, 0, 7, 9, 4, 0])
+            6
         """
         num_leading = found.index(0) if 0 in found else len(found)
         usable = begin = 0  # begin: of the pages in a row that are there

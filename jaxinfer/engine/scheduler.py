@@ -245,7 +245,7 @@ class Scheduler:
             self._pages.publish(sequence)
 
     def _fill_step(self) -> Schedule:
-        for sequence in self._prefilling:
+        for sequence in self._prefilling:  # before the plan has any rows, since _grow may preempt their sequences
             if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
                 self._pages.give_back_unseen(sequence)
                 self._grow(sequence, self._pages.next_end(sequence))

@@ -77,16 +77,20 @@ class SequencePages:
         return Prefix(num_tokens, self._seen(pages, num_tokens))
 
     def num_cached(self, hashes: Sequence[bytes]) -> int:
-        """With how many of a text's first pages, by their hashes, a sequence could go on; any thread may ask."""
+        """How many of a text's first pages need not be computed, given the hashes of its full pages.
+
+        Any thread may ask.
+        """
         return self._in_sight.num_usable(self.allocator.find(hashes))
 
     def num_taken(self, sequence: SequenceState, prefix: Prefix) -> int:
-        """By how many pages the available ones will be fewer when a sequence has computed its known tokens.
+        """How many of the available pages a sequence will hold at once until its known tokens are computed, at most.
 
-        That may be more than take takes at once: with a window, pages come and go while a prompt is computed.
+        Without a window that is what `take` allocates and shares. With one, `take` allocates fewer, and the sequence
+        takes and gives back others while its prompt is computed.
         """
-        most = self._in_sight.most(len(sequence.token_ids)) - len(prefix.shared)
-        return max(self._num_new(sequence, prefix), most) + self.allocator.num_idle(prefix.shared)
+        num_new = self._in_sight.most(len(sequence.token_ids)) - len(prefix.shared)
+        return num_new + self.allocator.num_idle(prefix.shared)
 
     def num_reserved(self, running: Sequence[SequenceState]) -> int:
         """How many of the available pages running sequences will need.
@@ -104,13 +108,14 @@ class SequencePages:
         return len(running) + missing
 
     def take(self, sequence: SequenceState, prefix: Prefix) -> tuple[tuple[int, int], ...]:
-        """Gives a sequence the pages for its known tokens, or as many as it sees: the prefix's, shared, and new ones.
+        """Gives a sequence the prefix's pages, shared, and new ones up to PagesInSight.end of its known tokens.
 
         Returns:
           The (source, destination) pages to copy before the sequence is computed.
         """
         self.allocator.share(prefix.shared)
-        new = self.allocator.allocate(self._num_new(sequence, prefix))
+        end = self._in_sight.end(prefix.num_tokens, len(sequence.token_ids))
+        new = self.allocator.allocate(pages_for(end, self._page_size) - len(prefix.pages))
         sequence.pages = [*prefix.pages, *new]
         sequence.num_computed_tokens, sequence.num_published = prefix.num_tokens, len(prefix.pages)
         sequence.first_kept = self._in_sight.first(prefix.num_tokens)
@@ -123,9 +128,9 @@ class SequencePages:
     def give_back_unseen(self, sequence: SequenceState) -> None:
         """Releases the pages that no token of a sequence sees from the next one on.
 
-        Steps that are launched read them before whoever gets them writes, since the device runs launches in order. The
-        sequence's page table still names them. What the token before the next one sees stays, for sequences that wait
-        to share the prompt without its last token.
+        The device runs launches in order, so steps that are launched already read these pages before their next owner
+        writes to them. The sequence's page table still names them. Pages that the token before the next one sees are
+        kept, since sequences that wait to share the prompt compute its last token themselves.
         """
         first = self._in_sight.first(max(sequence.num_computed_tokens - 1, 0))
         if first > sequence.first_kept:
@@ -188,10 +193,6 @@ class SequencePages:
         """The pages before a position, 0 in place of those that the token there does not see."""
         num_sinks, first = self._in_sight.num_sinks, self._in_sight.first(position)
         return [*pages[:num_sinks], *[0] * len(pages[num_sinks:first]), *pages[first:]]
-
-    def _num_new(self, sequence: SequenceState, prefix: Prefix) -> int:
-        end = self._in_sight.end(prefix.num_tokens, len(sequence.token_ids))
-        return pages_for(end, self._page_size) - len(prefix.pages)
 
     def _extend_hashes(self, sequence: SequenceState, num_pages: int) -> None:
         while len(sequence.page_hashes) < num_pages:

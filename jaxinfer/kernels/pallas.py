@@ -1,8 +1,9 @@
 """Paged attention for GPUs: three Pallas kernels, compiled through Triton.
 
-Owns: how the work of an attention is cut into thread blocks, and what one block does. On a CPU the same kernels run in
-Pallas' interpreter, for tests.
-Does not know: when it is chosen (kernels/paged_attention.py does).
+Owns: how the work of an attention is cut into thread blocks. On a CPU the same kernels run in Pallas' interpreter, for
+tests.
+Does not know: what a block does with a tile of keys (kernels/pallas_tiles.py does), when this backend is chosen
+(kernels/paged_attention.py does).
 
 The decode kernel takes rows of fewer than _MIN_PREFILL_QUERIES queries, as in decoding. Its grid has one block for each
 row, kv head and split: the keys of a row are split among several blocks, so that even a single long row fills the whole
@@ -18,9 +19,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.kernels import pallas_tiles
+from jaxinfer.kernels.pallas_tiles import Inputs, Settings
 from jaxinfer.kernels.segment import Segment
 
-_LEAST = -1e30  # the score of a masked position; finite, since -inf - -inf is NaN
-_LEAST_TOP = -1e29  # initial maximum; exp2(_LEAST - _LEAST_TOP) is 0, so masked scores leave the total at 0
-_LOG2_E = math.log2(math.e)  # scores are kept in units of log 2, since the hardware's exponential is exp2
-_SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton supports
-
 _DECODE_TILE, _PREFILL_TILE = 64, 64
-"""Positions whose keys a block of each kernel loads at once; fewer where a head takes more than _HEAD_BYTES."""
+"""Positions whose keys a block of each kernel loads at once; fewer where a head is large (pallas_tiles)."""
 # Measured on an H100 with the heads of the 8B shape. A prompt of 8k tokens: 1.51 ms a layer with these, 1.59 with 2
 # stages, 1.54 with 4, 1.93 with 8 warps, 1.59 if a head's tiles run one after the other instead of all heads' longest
 # first; cuDNN takes 1.06 where keys lie in one piece. 32 and 128 decode rows at 1k: 61.5 and 204.9 us with these, 62.3
@@ -46,10 +43,7 @@ _DECODE_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _PREFILL_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 _COMBINE_PARAMS = plgpu.CompilerParams(num_warps=2, num_stages=1)
 _QUERY_TILE = 128
-"""Queries that a block of the prefill kernel computes; fewer where a head takes more than _HEAD_BYTES."""
-_HEAD_BYTES = 256
-"""Bytes of a head of 128 dimensions in 16 bits, for which the tile sizes above were chosen. Larger heads get smaller
-tiles, since they would not fit into shared memory."""
+"""Queries that a block of the prefill kernel computes; fewer where a head is large (pallas_tiles)."""
 _MIN_PREFILL_QUERIES = 16
 """Rows of fewer queries go to the decode kernel."""
 _MIN_BLOCKS = 264
@@ -57,58 +51,6 @@ _MIN_BLOCKS = 264
 _MAX_SPLIT = 8192
 """Positions that a split should not exceed, so that a long row among short ones is not computed by few blocks while the
 rest of the GPU waits."""
-
-
-class _Inputs(NamedTuple):
-    """The operands of a kernel: arrays where it is called, references inside it.
-
-    Args:
-        q: [T, N, H], the queries of all tokens of the step.
-        k_pages, v_pages, sinks: as paged_attention's.
-        window, sink_tokens: int32[1]; None for no window, and for no sink tokens beside one.
-        page_table, kv_len, q_len, sequence_id: as Segment's.
-    """
-
-    q: Any
-    k_pages: Any
-    v_pages: Any
-    page_table: Any
-    kv_len: Any
-    q_len: Any
-    sequence_id: Any
-    window: Any
-    sink_tokens: Any
-    sinks: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What is fixed when a kernel is compiled.
-
-    Args:
-        start: the segment's first token.
-        num_queries: Q.
-        scale, softcap: as paged_attention's.
-    """
-
-    start: int
-    num_queries: int
-    scale: float
-    softcap: float | None
-
-
-class _Softmax(NamedTuple):
-    """An online softmax over the keys seen so far, for M queries.
-
-    Args:
-        top: the largest score.
-        total: the sum of the weights exp2(score - top).
-        out: the sum of the values times these weights.
-    """
-
-    top: Float[Array, " M"]
-    total: Float[Array, " M"]
-    out: Float[Array, "M H"]
 
 
 def paged_attention_pallas(
@@ -171,7 +113,7 @@ def segmented_attention_pallas(
     has_sink_tokens = window is not None and not (isinstance(sink_tokens, int) and sink_tokens == 0)
 
     def attend(segment: Segment, start: int, out: Array | None) -> Float[Array, "T N H"]:
-        inputs = _Inputs(
+        inputs = Inputs(
             q=q,
             k_pages=k_pages,
             v_pages=v_pages,
@@ -185,7 +127,7 @@ def segmented_attention_pallas(
         )
         run = functools.partial(
             _prefill if segment.num_queries >= _MIN_PREFILL_QUERIES else _decode,
-            settings=_Settings(start=start, num_queries=segment.num_queries, scale=scale, softcap=softcap),
+            settings=Settings(start=start, num_queries=segment.num_queries, scale=scale, softcap=softcap),
         )
         return lax.platform_dependent(
             inputs, out, cpu=functools.partial(run, interpret=True), default=functools.partial(run, interpret=False)
@@ -198,7 +140,7 @@ def segmented_attention_pallas(
     return out
 
 
-def _result(inputs: _Inputs, out: Array | None) -> dict[str, Any]:
+def _result(inputs: Inputs, out: Array | None) -> dict[str, Any]:
     """Arguments of a pallas_call that returns the attention of all tokens, in which it writes its segment's.
 
     The first segment's kernel makes a new array (out is None), the next ones write into that of the one before.
@@ -212,7 +154,7 @@ def _result(inputs: _Inputs, out: Array | None) -> dict[str, Any]:
 
 # _decode and _prefill are jitted on their own, so that they are traced and lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("settings", "interpret"))
-def _decode(inputs: _Inputs, out: Array | None, *, settings: _Settings, interpret: bool) -> Float[Array, "T N H"]:
+def _decode(inputs: Inputs, out: Array | None, *, settings: Settings, interpret: bool) -> Float[Array, "T N H"]:
     num_rows, num_heads, head_dim = inputs.page_table.shape[0], *inputs.q.shape[1:]
     num_kv_heads, page_size = inputs.k_pages.shape[1:3]
     num_splits = _num_splits(num_rows * num_kv_heads, inputs.page_table.shape[1] * page_size)
@@ -255,7 +197,7 @@ def _num_splits(num_blocks: int, max_len: int) -> int:
     return min(1 << round(math.log2(wanted)), 1 << int(math.log2(max(max_len // _DECODE_TILE, 1))))
 
 
-def _decode_kernel(inputs: _Inputs, _: Any, out_ref: Any, *stats: Any, num_splits: int, settings: _Settings) -> None:
+def _decode_kernel(inputs: Inputs, _: Any, out_ref: Any, *stats: Any, num_splits: int, settings: Settings) -> None:
     """One block: all queries of one row, for one kv head, over one split of the row's keys.
 
     The M members of the block are (query, head) pairs, the heads of the kv head's group next to each other. With one
@@ -267,31 +209,31 @@ def _decode_kernel(inputs: _Inputs, _: Any, out_ref: Any, *stats: Any, num_split
     row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     kv_len, q_len = inputs.kv_len[row], inputs.q_len[row]
 
-    member = jnp.arange(max(_SMALLEST_DOT, pl.next_power_of_2(num_queries * group)))  # [M]
+    member = jnp.arange(max(pallas_tiles.SMALLEST_DOT, pl.next_power_of_2(num_queries * group)))  # [M]
     query, head = lax.div(member, group), kv_head * group + lax.rem(member, group)
     is_query = member < num_queries * group
     query_position = jnp.where(is_query & (query < q_len), kv_len - q_len + query, -1)
-    dims, inside = _head_dims(head_dim)
+    dims, inside = pallas_tiles.head_dims(head_dim)
     mask = is_query[:, None] & inside
     number = row * num_queries + query  # among the segment's queries
     token = settings.start + number
     q = plgpu.load(inputs.q.at[token[:, None], head[:, None], dims], mask=mask, other=0.0)
 
-    tile_len = _tile_len(_DECODE_TILE, inputs.k_pages)
+    tile_len = pallas_tiles.tile_len(_DECODE_TILE, inputs.k_pages)
     first, end, seen_from = 0, pl.cdiv(kv_len, tile_len), 0
     if inputs.window is not None:
-        seen_from = _seen_from(inputs, kv_len - q_len)
+        seen_from = pallas_tiles.seen_from(inputs, kv_len - q_len)
         first = lax.div(seen_from, tile_len)
     share = pl.cdiv(end - first, num_splits)
     own_first = first + split * share
-    found = _start(member, q.shape[1])
+    found = pallas_tiles.start(member, q.shape[1])
     if inputs.sinks is not None:  # the first split starts with the sink, as if it were its first key
-        sink = plgpu.load(inputs.sinks.at[head], mask=is_query, other=0.0).astype(jnp.float32) * _LOG2_E
+        sink = plgpu.load(inputs.sinks.at[head], mask=is_query, other=0.0).astype(jnp.float32) * pallas_tiles.LOG2_E
         found = found._replace(
             top=jnp.where(split == 0, sink, found.top), total=jnp.where(split == 0, 1.0, found.total)
         )
     attend = functools.partial(
-        _attend,
+        pallas_tiles.attend,
         inputs,
         q=q,
         query_position=query_position,
@@ -303,11 +245,11 @@ def _decode_kernel(inputs: _Inputs, _: Any, out_ref: Any, *stats: Any, num_split
         settings=settings,
     )
     if inputs.sink_tokens is not None:
-        num_sinks = jnp.where(split == 0, _num_sink_tiles(inputs, kv_len, first, tile_len), 0)
+        num_sinks = jnp.where(split == 0, pallas_tiles.num_sink_tiles(inputs, kv_len, first, tile_len), 0)
         found = attend(found, tiles=(0, num_sinks))
     found = attend(found, tiles=(own_first, jnp.minimum(own_first + share, end)))
     if num_splits == 1:
-        out = _normalised(found).astype(out_ref.dtype)
+        out = pallas_tiles.normalised(found).astype(out_ref.dtype)
         plgpu.store(out_ref.at[token[:, None], head[:, None], dims], out, mask=mask)
         return
     plgpu.store(out_ref.at[split, number[:, None], head[:, None], dims], found.out, mask=mask)
@@ -320,7 +262,7 @@ def _combine_kernel(parts: tuple[Any, Any, Any], _: Any, out_ref: Any, *, start:
     part_ref, top_ref, total_ref = parts
     num_splits, *_, head_dim = part_ref.shape
     number, head, split = pl.program_id(0), pl.program_id(1), jnp.arange(num_splits)
-    dims, inside = _head_dims(head_dim)
+    dims, inside = pallas_tiles.head_dims(head_dim)
     top = plgpu.load(top_ref.at[split, number, head])  # [S]
     share = jnp.exp2(top - jnp.max(top))
     total = jnp.sum(plgpu.load(total_ref.at[split, number, head]) * share)
@@ -331,10 +273,12 @@ def _combine_kernel(parts: tuple[Any, Any, Any], _: Any, out_ref: Any, *, start:
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "interpret"))
-def _prefill(inputs: _Inputs, out: Array | None, *, settings: _Settings, interpret: bool) -> Float[Array, "T N H"]:
+def _prefill(inputs: Inputs, out: Array | None, *, settings: Settings, interpret: bool) -> Float[Array, "T N H"]:
     num_rows, num_heads = inputs.page_table.shape[0], inputs.q.shape[1]
     row_len = pl.next_power_of_2(settings.num_queries)
-    rows_per_tile = max(1, min(_tile_len(_QUERY_TILE, inputs.k_pages) // row_len, pl.next_power_of_2(num_rows)))
+    rows_per_tile = max(
+        1, min(pallas_tiles.tile_len(_QUERY_TILE, inputs.k_pages) // row_len, pl.next_power_of_2(num_rows))
+    )
     return pl.pallas_call(
         functools.partial(_prefill_kernel, row_len=row_len, rows_per_tile=rows_per_tile, settings=settings),
         grid=(num_heads, pl.cdiv(num_rows, rows_per_tile)),
@@ -346,11 +290,17 @@ def _prefill(inputs: _Inputs, out: Array | None, *, settings: _Settings, interpr
 
 
 def _prefill_kernel(
-    inputs: _Inputs, _: Any, out_ref: Any, *, row_len: int, rows_per_tile: int, settings: _Settings
+    inputs: Inputs,
+    _: Any,
+    out_ref: Any,
+    *,
+    row_len: int,
+    rows_per_tile: int,
+    settings: Settings,
 ) -> None:
     """One block: one query head of a tile of rows, of row_len queries each. Rows of one sequence attend together."""
     num_rows, (num_heads, head_dim) = inputs.page_table.shape[0], inputs.q.shape[1:]
-    tile_len = _tile_len(_PREFILL_TILE, inputs.k_pages)
+    tile_len = pallas_tiles.tile_len(_PREFILL_TILE, inputs.k_pages)
     # Later tiles of a prompt attend to more keys and take longer, so those of all heads begin first.
     head, tile = pl.program_id(0), pl.num_programs(1) - 1 - pl.program_id(1)
     kv_head = lax.div(head, num_heads // inputs.k_pages.shape[1])
@@ -362,16 +312,16 @@ def _prefill_kernel(
         plgpu.load(ref.at[row], mask=is_row, other=0) for ref in (inputs.kv_len, inputs.q_len, inputs.sequence_id)
     )
     query_position = jnp.where(query < q_len, kv_len - q_len + query, -1)
-    dims, inside = _head_dims(head_dim)
+    dims, inside = pallas_tiles.head_dims(head_dim)
     token = (settings.start + row * settings.num_queries + query)[:, None]
     mask = inside & (is_row & (query < settings.num_queries))[:, None]
     q = plgpu.load(inputs.q.at[token, head, dims], mask=mask, other=0.0)
-    found = _start(member, q.shape[1])
+    found = pallas_tiles.start(member, q.shape[1])
     if inputs.sinks is not None:
-        sink = inputs.sinks[head].astype(jnp.float32) * _LOG2_E
+        sink = inputs.sinks[head].astype(jnp.float32) * pallas_tiles.LOG2_E
         found = found._replace(top=jnp.full_like(found.top, sink), total=jnp.ones_like(found.total))
 
-    def attend_sequence(number: Array, found: _Softmax) -> _Softmax:
+    def attend_sequence(number: Array, found: pallas_tiles.Softmax) -> pallas_tiles.Softmax:
         """Attends with all rows of one sequence: that of row `number`, if the row is its sequence's first in the tile.
 
         For any other row the ranges of key tiles are empty, as its sequence's first row has done the work.
@@ -384,7 +334,7 @@ def _prefill_kernel(
         end = jnp.where(is_first, pl.cdiv(own_len, tile_len), 0)
         earliest = jnp.min(jnp.where(own_position >= 0, own_position, own_len))
         attend = functools.partial(
-            _attend,
+            pallas_tiles.attend,
             inputs,
             q=q,
             query_position=own_position,
@@ -395,10 +345,10 @@ def _prefill_kernel(
             settings=settings,
         )
         if inputs.window is not None:
-            seen_from = _seen_from(inputs, earliest)
+            seen_from = pallas_tiles.seen_from(inputs, earliest)
             first = lax.div(seen_from, tile_len)
             if inputs.sink_tokens is not None:
-                num_sinks = jnp.where(is_first, _num_sink_tiles(inputs, own_len, first, tile_len), 0)
+                num_sinks = jnp.where(is_first, pallas_tiles.num_sink_tiles(inputs, own_len, first, tile_len), 0)
                 found = attend(found, tiles=(0, num_sinks), seen_from=seen_from)
             return attend(found, tiles=(first, end), seen_from=seen_from)
         # Where all queries of the tile are this sequence's, the tiles of keys that all of them see (most of a long
@@ -408,119 +358,4 @@ def _prefill_kernel(
         return attend(found, tiles=(num_seen, end))
 
     found = lax.fori_loop(0, rows_per_tile, attend_sequence, found)
-    plgpu.store(out_ref.at[token, head, dims], _normalised(found).astype(out_ref.dtype), mask=mask)
-
-
-def _attend(
-    inputs: _Inputs,
-    found: _Softmax,
-    *,
-    q: Float[Array, "M H"],
-    query_position: Int[Array, " M"],
-    row: Int[Array, ""],
-    kv_head: Int[Array, ""],
-    kv_len: Int[Array, ""],
-    tile_len: int,
-    tiles: tuple[Any, Any],
-    settings: _Settings,
-    seen_from: Any = 0,
-    masked: bool = True,
-) -> _Softmax:
-    """Continues the softmax of M queries over a range of tiles of one row's keys.
-
-    Args:
-        inputs: references to the operands.
-        found: the softmax over the keys before this range.
-        q: queries.
-        query_position: position of each query in its text; -1 for a query that sees none of these keys.
-        row: the row whose page table is used.
-        kv_head: the kv head whose keys and values are read.
-        kv_len: positions of the row that hold keys.
-        tile_len: positions in a tile.
-        tiles: the first tile and the end (one past the last).
-        settings: scale and softcap.
-        seen_from: the first position that one of the queries sees within its window.
-        masked: False where every query sees all keys of these tiles.
-    """
-    page_size, head_dim = inputs.k_pages.shape[2:]
-    scale, softcap = settings.scale, settings.softcap
-    dims, inside = _head_dims(head_dim)
-    dot = functools.partial(
-        lax.dot_general,
-        precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-
-    def attend_tile(tile: Array, found: _Softmax) -> _Softmax:
-        position = tile * tile_len + jnp.arange(tile_len)  # [B]
-        if page_size % tile_len:
-            page = plgpu.load(inputs.page_table.at[row, lax.div(jnp.minimum(position, kv_len - 1), page_size)])[:, None]
-        else:  # the tile lies within one page
-            page = inputs.page_table[row, lax.div(tile, page_size // tile_len)]
-        where = (page, kv_head, lax.rem(position, page_size)[:, None], dims)
-        # 0 * NaN is NaN: values need the mask too. Pages outside the window may be other texts' by now.
-        live = position < kv_len if masked else position >= 0
-        if inputs.window is not None:
-            live &= _near_or_sink(inputs, position, seen_from)
-        mask = inside & live[:, None]
-        k = plgpu.load(inputs.k_pages.at[where], mask=mask, other=0.0)
-        score = dot(q, k, (((1,), (1,)), ((), ())))  # [M, B]
-        score = score * (scale * _LOG2_E) if softcap is None else _capped(score * scale, softcap)
-        if masked:
-            visible = position[None, :] <= query_position[:, None]
-            if inputs.window is not None:
-                visible &= _near_or_sink(inputs, position[None, :], query_position[:, None] - inputs.window[0] + 1)
-            score = jnp.where(visible, score, _LEAST)
-        top = jnp.maximum(found.top, jnp.max(score, axis=1))
-        weight = jnp.exp2(score - top[:, None])
-        decay = jnp.exp2(found.top - top)
-        v = plgpu.load(inputs.v_pages.at[where], mask=mask, other=0.0)
-        gain = dot(weight.astype(v.dtype), v, (((1,), (0,)), ((), ())))
-        if masked:  # a value of NaN must not reach the queries of other texts in the tile, whose weights are 0
-            gain = jnp.where((query_position >= 0)[:, None], gain, 0.0)
-        return _Softmax(
-            top=top, total=found.total * decay + jnp.sum(weight, axis=1), out=found.out * decay[:, None] + gain
-        )
-
-    return lax.fori_loop(*tiles, attend_tile, found)
-
-
-def _seen_from(inputs: _Inputs, query_position: Any) -> Any:
-    """The first position within the window of a query at this position."""
-    return jnp.maximum(query_position - inputs.window[0] + 1, 0)
-
-
-def _near_or_sink(inputs: _Inputs, position: Any, first: Any) -> Any:
-    """Which positions a query sees whose window begins at `first`."""
-    near = position >= first
-    return near if inputs.sink_tokens is None else near | (position < inputs.sink_tokens[0])
-
-
-def _num_sink_tiles(inputs: _Inputs, kv_len: Any, first: Any, tile_len: int) -> Any:
-    """Tiles in front of tile `first` that hold sink tokens of a row."""
-    return jnp.minimum(pl.cdiv(jnp.minimum(inputs.sink_tokens[0], kv_len), tile_len), first)
-
-
-def _capped(score: Float[Array, "M B"], softcap: float) -> Float[Array, "M B"]:
-    return jnp.tanh(score / softcap) * (softcap * _LOG2_E)
-
-
-def _start(member: Int[Array, " M"], head_dim: int) -> _Softmax:
-    top = jnp.full(member.shape, _LEAST_TOP, jnp.float32)
-    return _Softmax(top, jnp.zeros_like(top), jnp.zeros((*member.shape, head_dim), jnp.float32))
-
-
-def _normalised(found: _Softmax) -> Float[Array, "M H"]:
-    return found.out * jnp.where(found.total > 0, 1.0 / found.total, 0.0)[:, None]
-
-
-def _tile_len(largest: int, pages: Any) -> int:
-    """Positions or queries of a tile: `largest`, or fewer where the heads of these pages exceed _HEAD_BYTES."""
-    head_bytes = max(_SMALLEST_DOT, pl.next_power_of_2(pages.shape[3])) * pages.dtype.itemsize
-    return max(_SMALLEST_DOT, min(largest, largest * _HEAD_BYTES // head_bytes))
-
-
-def _head_dims(head_dim: int) -> tuple[Int[Array, "1 H"], Array]:
-    """Indices along a head, padded to a power of two, and a mask of those that exist."""
-    dims = jnp.arange(max(_SMALLEST_DOT, pl.next_power_of_2(head_dim)))[None, :]
-    return dims, dims < head_dim
+    plgpu.store(out_ref.at[token, head, dims], pallas_tiles.normalised(found).astype(out_ref.dtype), mask=mask)

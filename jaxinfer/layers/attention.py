@@ -15,8 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.communication.collectives import stage_value
-from jaxinfer.config.attention_span import AttentionSpan
-from jaxinfer.config.engine_config import MAX_TEXT_LEN
+from jaxinfer.config.attention_span import MAX_WINDOW, AttentionSpan
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.paged_attention import is_built_in, segmented_attention, segmented_weights
 from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
@@ -52,11 +51,6 @@ class TokenBatch:
     def live(self) -> Bool[Array, " T"]:
         """Which tokens are real, that is, not padding."""
         return self.pages != kv_cache.DUMP_PAGE
-
-
-_ALL = MAX_TEXT_LEN
-"""A window longer than any text. Where a local layer has a window on some stages only, it stands for "no window" on the
-others."""
 
 
 class _Seen(TypedDict):
@@ -228,10 +222,11 @@ class Attention(nnx.Module):
         return queries, kv_cache.write(cache, keys, values, pages=batch.pages, offsets=batch.offsets)
 
     def _seen(self) -> _Seen:
+        """What a query sees on this stage; the longest window stands for none where only other stages have one."""
         if all(span.window is None for span in self.spans):
             return _Seen(window=None, sink_tokens=0)
         return _Seen(
-            window=stage_value([_ALL if span.window is None else span.window for span in self.spans]),
+            window=stage_value([MAX_WINDOW if span.window is None else span.window for span in self.spans]),
             sink_tokens=stage_value([span.sink_tokens for span in self.spans]),
         )
 

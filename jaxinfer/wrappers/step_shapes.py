@@ -64,20 +64,21 @@ def num_blocks(num_tokens: int) -> int:
 class StepShapes:
     """The short list of shapes that steps are padded to, so that few programs have to be compiled.
 
-    There is a fine list, for CPUs, where every padded row costs time; and a coarse one, for GPUs, where the rows of a
-    small step cost little and compiling takes longer. Of these rows R is the most decode rows of a step: one for every
-    slot, and 1/S of that in a pipeline of S stages, where a sequence decodes in every S-th step only. P is the most
-    prefill rows: max_num_batched_tokens tokens.
+    The rows of a small step cost little, since the weights are read once for all of them: on two CPU cores, a step of
+    the 135M shape with 2 rows takes as long as one with 8, within a tenth. The list is coarser still for GPUs, where
+    this holds for more rows and compiling takes longer. Of these rows R is the most decode rows of a step: one for
+    every slot, and 1/S of that in a pipeline of S stages, where a sequence decodes in every S-th step only. P is the
+    most prefill rows: max_num_batched_tokens tokens.
 
-    - Steps without prefill have 1, 2, 4, 8, .. R decode rows; in the coarse list 1, 8, 16, 32, .. R.
-    - Steps with prefill combine 0, 4, 16, 64, .. R decode rows with 1, 2, 4, .. P prefill rows, so that 3 decode and 5
-      prefill rows are padded to 4 and 8; in the coarse list 0, 16 and R with 4, 8, 16, .. P.
-    - Logit rows: powers of two, or in the coarse list 1, 8, 32, 128, .. and the most, so that there are few shapes of
-      samplers. One row per sequence that samples in this step; with speculative decoding, one per token that is
+    - Steps without prefill have 1, 8, 16, 32, .. R decode rows.
+    - Steps with prefill combine 0, 16 and R decode rows with 1, 4, 8, 16, .. P prefill rows, so that 3 decode and 5
+      prefill rows are padded to 16 and 8; in the coarse list the fewest prefill rows are 4.
+    - Logit rows: 1, 8, 16, 32, .., or in the coarse list 1, 8, 32, 128, .. and the most, so that there are few shapes
+      of samplers. One row per sequence that samples in this step; with speculative decoding, one per token that is
       verified.
     - Short prefill rows: with speculative decoding, a step whose chunks are all as short as a last token with its
       drafts has prefill rows of that length; but not in a pipeline, where the batches in flight share one layout.
-    - Steps that score prompts have the most decode rows and a power of four prefill rows (coarse: 16, 128, ..), or P.
+    - Steps that score prompts have the most decode rows and 4, 16, 64, .. prefill rows (coarse: 16, 128, ..), or P.
 
     Args:
       config: the engine's settings.
@@ -94,19 +95,17 @@ class StepShapes:
         self.max_prefill = num_blocks(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
         self.max_drafts = 0 if config.draft_model is None else config.num_draft_tokens
         self.max_chunks = MAX_CHUNKS + (self.max_decode if self.max_drafts else 0)
-        max_logits = self.max_decode + min(self.max_prefill, MAX_CHUNKS)
+        max_logits = -(-(self.max_decode + min(self.max_prefill, MAX_CHUNKS)) // 8) * 8
+        self._decode_rows = sorted({1, *_powers(8, 2, self.max_decode)})
+        self._mixed_rows = sorted({0, min(16, self.max_decode), self.max_decode})
+        self._prefill_rows = _powers(4, 2, self.max_prefill)
         if coarse:
-            self._decode_rows = sorted({1, *_powers(8, 2, self.max_decode)})
-            self._mixed_rows = sorted({0, min(16, self.max_decode), self.max_decode})
-            self._prefill_rows = _powers(4, 2, self.max_prefill)
             self._scored_rows = _powers(16, 8, self.max_prefill)
-            self._logit_rows = [1, *_powers(8, 4, -(-max_logits // 8) * 8)]
+            self._logit_rows = [1, *_powers(8, 4, max_logits)]
         else:
-            self._decode_rows = _powers(1, 2, self.max_decode)
-            self._mixed_rows = [0, *_powers(4, 4, self.max_decode)]
-            self._prefill_rows = _powers(1, 2, self.max_prefill)
+            self._prefill_rows = sorted({1, *self._prefill_rows})
             self._scored_rows = _powers(4, 4, self.max_prefill)
-            self._logit_rows = _powers(1, 2, _power_of_two(max_logits))
+            self._logit_rows = [1, *_powers(8, 2, max_logits)]
 
     @classmethod
     def on_platform(cls, platform: str, config: EngineConfig, *, max_model_len: int) -> StepShapes:

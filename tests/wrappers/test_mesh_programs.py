@@ -56,7 +56,7 @@ def volumes_of(programs: StepPrograms, shapes: StepShapes, *, num_prefill: int =
     [("llama", layout, 0) for layout in LAYOUTS] + [(model, (2, 4), 1) for model in MODELS],
 )
 def test_forward_sends_two_sums_a_layer_and_activations_once(model, layout, num_prefill):
-    """4 decode rows a stage and a prefill row of 16 tokens, 64 float32 features; five layers, or four."""
+    """4 decode rows a stage, a prefill row of 16 tokens, 8 logit rows, 64 float32 features; five layers, or four."""
     programs, shapes = abstract_programs(model, layout)
     found = volumes_of(programs, shapes, num_prefill=num_prefill)
     stages, shards = layout
@@ -68,18 +68,17 @@ def test_forward_sends_two_sums_a_layer_and_activations_once(model, layout, num_
     if shards > 1:
         expected["sum_over_tensor"] = (2 * layers, 2 * layers * activations)
     if stages > 1:
-        logits = 4 * 64 * (4 if num_prefill == 0 else 8)
-        expected |= {"send_to_next_stage": (1, activations), "share_from_last_stage": (1, logits)}
+        expected |= {"send_to_next_stage": (1, activations), "share_from_last_stage": (1, 8 * 4 * 64)}
     assert {name: (volume.count, volume.payload_bytes) for name, volume in found.items()} == expected
 
 
 def test_volumes_count_what_rings_send():
-    """One stage of four shards: a sum sends 2 * 3 / 4 of its payload; a gather of K values and ids three times."""
+    """One stage of four shards: a sum sends 2 * 3 / 4 of its payload; a gather of 8 rows of values and ids three times."""
     programs, shapes = abstract_programs("llama", (1, 4))
     shape = shapes.shape(num_decode=4, num_prefill=0, num_logits=0)
     found = {volume.name: volume for volume in programs.volumes(shape, SamplerVariant.CANDIDATES)}
     assert found["sum_over_tensor"].sent_bytes == 10 * 4 * 64 * 4 * 2 * 3 // 4
-    assert found["gather_candidates"].sent_bytes == 3 * 4 * 2 * min(NUM_CANDIDATES, 76) * 4
+    assert found["gather_candidates"].sent_bytes == 3 * 8 * 2 * min(NUM_CANDIDATES, 76) * 4
     assert found["gather_candidates"].num_devices == 4
 
 

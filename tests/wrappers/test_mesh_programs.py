@@ -73,7 +73,7 @@ def test_forward_sends_two_sums_a_layer_and_activations_once(model, layout, num_
 
 
 def test_volumes_count_what_rings_send():
-    """One stage of four shards: a sum sends 2 * 3 / 4 of its payload; a gather of K values and ids in 8 rows 3 times."""
+    """One stage of four shards: a sum sends 2 * 3 / 4 of its payload, a gather of 8 rows of pairs 3 times."""
     programs, shapes = abstract_programs("llama", (1, 4))
     shape = shapes.shape(num_decode=4, num_prefill=0, num_logits=0)
     found = {volume.name: volume for volume in programs.volumes(shape, SamplerVariant.CANDIDATES)}

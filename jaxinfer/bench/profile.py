@@ -1,226 +1,190 @@
-"""Profiles what the device does during some steps: the time of each kernel, and how long it waits between kernels.
+"""`bench profile`: where the time of a decode step goes.
 
-Owns: recording with jax.profiler and reading the trace that it writes.
-Does not know: what is run.
+Each part of a step is timed alone, in turns with whole steps of the engine: the matrix products of the layers, the
+head, attention, the writes to the KV cache, the sampler. What a step takes beyond their sum is "rest": norms,
+rotations, activations, sums, and what the host adds where it does not work beside the device.
+
+Owns: the timing, the ratio of a step to its matrix products.
+Does not know: what the parts compute (step_parts.py does).
 """
 
 from __future__ import annotations
 
-import gzip
-import re
-import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.profiler import ProfileData
+from tqdm.auto import tqdm
 
-from jaxinfer.bench.report import Summary, format_table
+from jaxinfer.bench.report import format_table
+from jaxinfer.bench.session import Session
+from jaxinfer.bench.step_parts import Part, StepParts
+from jaxinfer.bench.timed_engine import Decoding
+from jaxinfer.engine.step_log import StepLog
 
-_SHOWN_KERNELS = 25
-_SHOWN_KINDS = 10
-_NAME_WIDTH = 72
-_GPU_PLANE, _GPU_LINE = "/device:GPU", "Stream"
-_CPU_PLANE, _CPU_LINE = "/host:CPU", "tf_XLA"
-_DERIVED_LINES = ("XLA", "Steps", "Framework", "Source")
-"""Beginnings of the names of lines that the profiler derives from a device's streams: the same time, counted again."""
-_CPU_OUTER = "ThunkExecutor"
-_NUMBER = re.compile(r"[._]\d+")
+_FLOOR = ("products", "head")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KernelTime:
-    """The calls of one kernel.
+class ProfileRow:
+    """A decode step and its parts; all times are medians over the turns.
 
     Args:
-      name: the kernel's name in the trace.
-      per_step: calls per step.
-      us: microseconds of all these calls per step.
+      batch_size: rows of the step.
+      context: KV positions that a row reads, mean over the timed steps.
+      step_ms: one step of the engine.
+      parts: milliseconds of each part, run alone.
+      host_ms: what the host does in a step beside waiting for it: scheduling, the batch, launching, reading tokens. It
+        runs beside the device, so it is no part of the sum.
     """
 
-    name: str
-    per_step: float
-    us: float
+    batch_size: int
+    context: float
+    step_ms: float
+    parts: dict[str, float]
+    host_ms: float
+
+    @property
+    def rest_ms(self) -> float:
+        """What a step takes beyond its parts."""
+        return self.step_ms - sum(self.parts.values())
+
+    @property
+    def floor_ms(self) -> float:
+        """The matrix products alone, the head's included."""
+        return sum(self.parts[name] for name in _FLOOR)
+
+    @property
+    def ratio(self) -> float:
+        """A step's time over that of its matrix products alone; 1 could not be better."""
+        return self.step_ms / self.floor_ms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Profile:
-    """What one device did during some steps.
+class ProfileResult:
+    """The steps of all batch sizes in `dtype`, medians of `repeats` turns."""
+
+    rows: tuple[ProfileRow, ...]
+    dtype: str
+    repeats: int
+
+
+def measure(
+    session: Session, batch_sizes: Sequence[int], *, context: int, num_steps: int, repeats: int, seed: int = 0
+) -> ProfileResult:
+    """Times decode steps and their parts.
 
     Args:
-      num_steps: steps recorded.
-      is_device: True if the times are a GPU's; False if they are those of the thread pool of XLA's CPU client, which
-        are good for a rehearsal only.
-      span_ms: time per step, from the start of the first kernel to the end of the last. The profiler slows the host
-        down, so this is longer than a step without it.
-      busy_ms: time per step during which at least one kernel runs.
-      gaps_per_step: pauses between kernels per step.
-      gap_us: length of these pauses; None if there are none.
-      kernels: the kernels, those with the most time first.
-    """
+      session: the engine, with slots and context for the largest batch.
+      batch_sizes: numbers of rows of a step.
+      context: KV positions of a row in the middle of the timed steps.
+      num_steps: steps of one turn; every part runs as often.
+      repeats: turns, after one for warm-up.
+      seed: of the prompts.
 
+    Raises:
+      ValueError: the context is too short for the steps, or as StepParts and Session.decoding.
+    """
+    all_steps = num_steps * (repeats + 2)
+    if context <= all_steps // 2:
+        raise ValueError(f"context must be above half of the {all_steps} steps of all turns, got {context}")
+    turns = _Turns(context=context, num_steps=num_steps, repeats=repeats, seed=seed)
+    session.compile_for(lambda session: [turns.run(session, size, ()) for size in batch_sizes])
+    parts = StepParts(session)
+    bar = tqdm(batch_sizes, desc="profile", unit="batch", disable=None, leave=False)
+    rows = tuple(turns.run(session, size, tuple(parts.parts(size, context))) for size in bar)
+    return ProfileResult(rows=rows, dtype=session.decoder.layout.dtype.name, repeats=repeats)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turns:
+    """The arguments of measure."""
+
+    context: int
     num_steps: int
-    is_device: bool
-    span_ms: float
-    busy_ms: float
-    gaps_per_step: float
-    gap_us: Summary | None
-    kernels: tuple[KernelTime, ...]
+    repeats: int
+    seed: int
 
-    def idle_share(self, step_ms: float) -> float:
-        """The share of a step during which the device waits, at least 0.
+    def run(self, session: Session, batch_size: int, parts: Sequence[Part]) -> ProfileRow:
+        """Times the steps of one batch size, and the parts in turns with them."""
+        num_turns = self.repeats + 2
+        prompt_len = max(1, self.context - self.num_steps * num_turns // 2)
+        steps: list[float] = []
+        found: dict[str, list[float]] = {part.name: [] for part in parts}
+        with session.decoding(session.prompts(batch_size, prompt_len, self.seed, batch_size)) as decoding:
+            decoding.run(self.num_steps)
+            first = decoding.mean_len
+            for _ in range(self.repeats):
+                steps.append(1e3 * decoding.run(self.num_steps))
+                for part in parts:
+                    found[part.name].append(1e3 * self._seconds(part))
+            context = (first + decoding.mean_len - 1) / 2  # the first timed step reads `first` positions
+            host_ms = 1e3 * self._host_seconds(session, decoding)
+        return ProfileRow(
+            batch_size=batch_size,
+            context=context,
+            step_ms=statistics.median(steps),
+            parts={name: statistics.median(times) for name, times in found.items()},
+            host_ms=host_ms,
+        )
 
-        Args:
-          step_ms: the time of a step, measured without the profiler.
-        """
-        return max(0.0, 1 - self.busy_ms / step_ms)
+    def _seconds(self, part: Part) -> float:
+        part.run()  # not timed: it waits for the step that the engine has launched ahead
+        started = time.perf_counter()
+        for _ in range(self.num_steps):
+            part.run()
+        return (time.perf_counter() - started) / self.num_steps
 
-
-@dataclass(frozen=True, slots=True)
-class _Event:
-    name: str
-    start_ns: float
-    end_ns: float
-
-
-def record(run: Callable[[], object], *, num_steps: int, keep: Path | None = None) -> Profile | None:
-    """Runs something under the profiler.
-
-    The device is idle when recording begins and ends, so that exactly the steps launched by `run` are counted. With
-    run-ahead it launches as many as it collects: the first that it collects was launched before and has ended by then,
-    and the last that it launches is collected later.
-
-    Args:
-      run: what to record; all its programs must be compiled already.
-      num_steps: steps that it launches.
-      keep: file for the trace (XProf's xplane.pb, compressed by gzip); None keeps none.
-
-    Returns:
-      What happened on the first device; None if the profiler recorded nothing of it.
-    """
-    with tempfile.TemporaryDirectory(prefix="jaxinfer-profile-") as folder:
-        _wait_for_device()
-        with jax.profiler.trace(folder):
-            run()
-            _wait_for_device()
-        file = next(Path(folder).glob("plugins/profile/*/*.xplane.pb"), None)
-        if file is None:
-            return None
-        if keep is not None:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            keep.write_bytes(gzip.compress(file.read_bytes(), compresslevel=3))
-        return analyse(ProfileData.from_file(str(file)), num_steps=num_steps)
+    def _host_seconds(self, session: Session, decoding: Decoding) -> float:
+        """The time of a step in which the engine does not wait for the device."""
+        session.engine.log = log = StepLog()
+        decoding.run(1)  # so that every step that is read below is in the log
+        began = time.perf_counter() - log.origin
+        elapsed_s = self.num_steps * decoding.run(self.num_steps)
+        session.engine.log = None
+        waited_s = sum(step.read - step.waiting for step in log.records if step.waiting > began)
+        return (elapsed_s - waited_s) / self.num_steps
 
 
-def _wait_for_device() -> None:
-    """Runs a new program and waits for it: programs run in the order of their launch, so all others have ended too."""
-    jax.block_until_ready(jnp.zeros(8) + 1)
-
-
-def analyse(data: ProfileData, *, num_steps: int) -> Profile | None:
-    """Summarises a trace.
-
-    Args:
-      data: the trace.
-      num_steps: steps that it covers.
-
-    Returns:
-      The profile of the first device that has kernels; None if none has.
-    """
-    for plane_start, line_start in ((_GPU_PLANE, _GPU_LINE), (_CPU_PLANE, _CPU_LINE)):
-        for plane in sorted(data.planes, key=lambda plane: plane.name):
-            if plane.name.startswith(plane_start) and (events := list(_events(plane, line_start))):
-                return _summed(events, num_steps, is_device=plane_start == _GPU_PLANE)
-    return None
-
-
-def _events(plane: Any, line_start: str) -> Iterator[_Event]:
-    lines = [line for line in plane.lines if line.name.startswith(line_start)]
-    if not lines and plane.name.startswith(_GPU_PLANE):  # a version of the profiler that names streams otherwise
-        lines = [line for line in plane.lines if not line.name.startswith(_DERIVED_LINES)]
-    for line in lines:
-        for event in line.events:
-            if event.duration_ns > 0 and not event.name.startswith(_CPU_OUTER):
-                yield _Event(event.name, event.start_ns, event.start_ns + event.duration_ns)
-
-
-def _summed(events: Sequence[_Event], num_steps: int, *, is_device: bool) -> Profile:
-    busy_ns, gaps = _busy_and_gaps(events)
-    span_ns = max(event.end_ns for event in events) - min(event.start_ns for event in events)
-    return Profile(
-        num_steps=num_steps,
-        is_device=is_device,
-        span_ms=span_ns / 1e6 / num_steps,
-        busy_ms=busy_ns / 1e6 / num_steps,
-        gaps_per_step=len(gaps) / num_steps,
-        gap_us=Summary.of([gap / 1e3 for gap in gaps]) if gaps else None,
-        kernels=_by_name([(event.name, 1 / num_steps, event.end_ns - event.start_ns) for event in events], num_steps),
-    )
-
-
-def _by_name(entries: Sequence[tuple[str, float, float]], num_steps: int) -> tuple[KernelTime, ...]:
-    """Sums entries of (name, calls per step, nanoseconds of all steps) by name, longest first."""
-    calls, total = defaultdict(float), defaultdict(float)
-    for name, count, nanoseconds in entries:
-        calls[name] += count
-        total[name] += nanoseconds
-    order = sorted(total, key=total.__getitem__, reverse=True)
-    return tuple(KernelTime(name=name, per_step=calls[name], us=total[name] / 1e3 / num_steps) for name in order)
-
-
-def _busy_and_gaps(events: Sequence[_Event]) -> tuple[float, list[float]]:
-    """The nanoseconds during which at least one event is under way, and the lengths of the pauses between."""
-    busy, gaps = 0.0, []
-    start, end = None, 0.0
-    for event in sorted(events, key=lambda event: event.start_ns):
-        if start is None:
-            start, end = event.start_ns, event.end_ns
-        elif event.start_ns > end:
-            busy += end - start
-            gaps.append(event.start_ns - end)
-            start, end = event.start_ns, event.end_ns
-        else:
-            end = max(end, event.end_ns)
-    return busy + (end - start if start is not None else 0.0), gaps
-
-
-def kinds(profile: Profile) -> tuple[KernelTime, ...]:
-    """The kernels with the numbers removed from their names, so that those of all layers are summed.
-
-    Example: loop_fusion_3 and loop_fusion_17 both count as loop_fusion.
-    """
-    steps = profile.num_steps
-    entries = [(_NUMBER.sub("", kernel.name), kernel.per_step, 1e3 * steps * kernel.us) for kernel in profile.kernels]
-    return _by_name(entries, steps)
-
-
-def render(title: str, profile: Profile) -> str:
-    """Text of a profile: how busy the device is, then its kernels, by kind and one by one."""
-    gaps = profile.gap_us
-    waits = f"{profile.gaps_per_step:.0f} pauses a step"
-    if gaps is not None:
-        waits += f", mean {gaps.mean:.1f} us, p50 {gaps.p50:.1f}, p99 {gaps.p99:.1f}"
+def render(result: ProfileResult) -> str:
+    """A table with a column for each batch size: milliseconds of the step and its parts, and their shares."""
+    rows = result.rows
+    names = [*rows[0].parts, "rest"]
+    cells: list[list[Any]] = []
+    for name in names:
+        times = [row.rest_ms if name == "rest" else row.parts[name] for row in rows]
+        shares = [f"{100 * ms / row.step_ms:.0f}%" for ms, row in zip(times, rows, strict=True)]
+        cells.append([name, *(cell for pair in zip(times, shares, strict=True) for cell in pair)])
+    cells.append(["step", *(cell for row in rows for cell in (row.step_ms, "100%"))])
+    cells.append(["over its products", *(cell for row in rows for cell in (f"{row.ratio:.2f}", ""))])
+    cells.append(["host, beside it", *(cell for row in rows for cell in (row.host_ms, ""))])
+    header = ["ms of a decode step", *(cell for row in rows for cell in (f"batch {row.batch_size}", ""))]
     return "\n".join(
         [
-            f"{title}: the {'device' if profile.is_device else 'CPU client'} is busy {profile.busy_ms:.3f} ms of "
-            f"{profile.span_ms:.3f} ms a step under the profiler ({profile.num_steps} steps); {waits}",
-            _table("kind", kinds(profile)[:_SHOWN_KINDS], profile),
-            _table("kernel", profile.kernels[:_SHOWN_KERNELS], profile),
+            format_table(header, cells),
+            f"{result.dtype}, context {rows[0].context:.0f}; each part alone, in turns with whole steps of the engine, "
+            f"medians of {result.repeats}",
+            "over its products: the step's time over that of its matrix products alone, the head's included",
         ]
     )
 
 
-def _table(head: str, kernels: Sequence[KernelTime], profile: Profile) -> str:
-    rows = [
-        [f"{kernel.per_step:.1f}", f"{kernel.us:.1f}", f"{kernel.us / profile.busy_ms / 10:.1f}%", _short(kernel.name)]
-        for kernel in kernels
-    ]
-    return format_table(["a step", "us a step", "of busy", head], rows)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 2] + ".."
+def draw(result: ProfileResult, axes: Any) -> None:
+    """Plots a bar for each batch size, made of the step's parts, with a line where its matrix products alone end."""
+    places = range(len(result.rows))
+    bottom = [0.0] * len(result.rows)
+    for name in [*result.rows[0].parts, "rest"]:
+        times = [max(0.0, row.rest_ms) if name == "rest" else row.parts[name] for row in result.rows]
+        shares = [100 * ms / row.step_ms for ms, row in zip(times, result.rows, strict=True)]
+        axes.bar(places, shares, bottom=bottom, label=name, width=0.6)
+        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    axes.set_xticks(places, [f"{row.batch_size}\n{row.step_ms:.3g} ms" for row in result.rows])
+    context = f"{result.rows[0].context:.0f}"
+    axes.set(
+        xlabel="batch size (requests), and its step",
+        ylabel="% of the step",
+        title=f"Decode step, {result.dtype}, context {context}",
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from tqdm.auto import tqdm
 
-from jaxinfer.bench.profile import Profile, record
-from jaxinfer.bench.profile import render as render_profile
+from jaxinfer.bench.device_profile import Profile, record
+from jaxinfer.bench.device_profile import render as render_profile
 from jaxinfer.bench.report import draw_by_batch, format_table
 from jaxinfer.bench.session import Session
 from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan

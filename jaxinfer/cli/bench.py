@@ -26,6 +26,7 @@ from jaxinfer.bench import gpu as gpu_bench
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import latency as latency_bench
 from jaxinfer.bench import marks, peers, report, step_kernels, workload
+from jaxinfer.bench import profile as profile_bench
 from jaxinfer.bench import roofline as roofline_bench
 from jaxinfer.bench import startup as startup_bench
 from jaxinfer.bench import steering as steering_bench
@@ -186,6 +187,29 @@ def roofline(
             keep=keep,
         )
         _emit(roofline_bench, result, _settings(target, session.config), json_file, plot)
+
+
+@_command
+def profile(
+    *,
+    model: Model = DEMO,
+    random_weights: RandomWeights = None,
+    batch_sizes: BatchSizes = "1,8,32",
+    context: Annotated[int, typer.Option(min=1, help="KV positions a decode step reads per row")] = 160,
+    num_steps: Annotated[int, typer.Option(min=1, help="steps of one turn; every part runs as often")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="turns, after one that is not counted")] = 5,
+    json_file: JsonFile = "",
+    plot: Plot = None,
+    **fields: Any,
+) -> None:
+    """Where the time of a decode step goes: matrix products, head, attention, cache write, sampler, host."""
+    sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    longest = context + num_steps * (repeats + 3)
+    with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=longest) as session:
+        result = profile_bench.measure(
+            session, sizes, context=context, num_steps=num_steps, repeats=repeats, seed=target.seed
+        )
+        _emit(profile_bench, result, _settings(target, session.config), json_file, plot)
 
 
 @_command

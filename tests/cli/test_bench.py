@@ -14,8 +14,10 @@ from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import report
 from jaxinfer.bench.golden import TOLERANCES, GoldenCase, GoldenResult, largest_allowed_error
 from jaxinfer.bench.latency import timed_runs
+from jaxinfer.bench.profile import ProfileRow
 from jaxinfer.bench.report import Summary
 from jaxinfer.bench.session import Session, Target, engine_config
+from jaxinfer.bench.step_parts import StepParts
 from jaxinfer.cli import bench as commands
 from jaxinfer.models.registry import parse_model_config
 
@@ -127,6 +129,33 @@ def test_roofline_shows_rates_and_shares(run, session, tmp_path):
     assert is_png(plot)
 
 
+def test_profile_parts_and_rest_sum_to_the_step(run, session, tmp_path):
+    plot, file = tmp_path / "parts.png", tmp_path / "parts.json"
+    arguments = ("--model", GQA, "--context", 24, "--num-steps", 2, "--json", file, "--plot", plot)
+    shown = run("profile", *SMALL, *arguments).stdout
+    (row,) = json.loads(file.read_text())["result"]["rows"]
+    assert list(row["parts"]) == ["products", "head", "attention", "cache write", "sampler"]
+    assert row["step_ms"] > 0 and row["host_ms"] > 0 and min(row["parts"].values()) > 0
+    assert abs(row["context"] - 24) < 4
+    profile_row = ProfileRow(**row)
+    assert profile_row.rest_ms + sum(row["parts"].values()) == pytest.approx(row["step_ms"])
+    assert f"{profile_row.ratio:.2f}" in shown and "rest" in shown
+    assert session.engine.log is None
+    assert is_png(plot)
+
+
+def test_profile_products_are_those_of_every_layer(session):
+    """Four matrices a layer: queries, keys and values are one, gate and up another."""
+    weights = [array for array in session.decoder.params.values() if array.ndim == 3]
+    config = session.model_config
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    norms = sum(array.size for array in session.decoder.params.values() if array.ndim < 2 or array.shape[0] == 1)
+    norms -= sum(array.size for array in weights)
+    assert len(weights) == 4 * config.num_layers
+    assert sum(array.size for array in weights) == config.num_parameters - tables - norms
+    assert next(part.name for part in StepParts(session).parts(2, 8)) == "products"
+
+
 def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_path):
     class EqualPeer:
         name = "equal"
@@ -210,6 +239,18 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
         (("latency", "--model", GQA, "--output-len", 1), "output_len must be >= 2"),
         (("latency", "--model", GQA, "--page-size", 9), "page_size must be a power of two, got 9"),
         (("latency", "--random-weights", "none.json"), "none.json does not exist"),
+        (
+            ("profile", "--model", GQA, "--context", 3),
+            "context must be above half of the 56 steps of all turns, got 3",
+        ),
+        (
+            ("profile", "--model", GQA, "--attention-backend", "pallas"),
+            'kernels of attention_backend "pallas" join the parts',
+        ),
+        (
+            ("profile", "--model", str(load_golden("mixtral").path)),
+            "the parts of a step are known for models without experts",
+        ),
         (
             ("roofline", "--model", GQA, "--context", 3, *RATES),
             "context must be above half of the 64 steps of all runs, got 3",

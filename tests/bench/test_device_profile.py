@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from jaxinfer.bench import profile
-from jaxinfer.bench.profile import analyse, kinds, record
+from jaxinfer.bench import device_profile
+from jaxinfer.bench.device_profile import analyse, kinds, record
 
 # Microseconds: stream 1 runs 0..10, 10..14 and 20..24, stream 2 runs 12..18 and 30..31; idle are 18..20 and 24..30.
 TRACE = """
@@ -72,7 +72,7 @@ def test_analyse_trace_without_kernels_is_none():
 
 
 def test_render_shows_busy_time_and_kernels(traced):
-    shown = profile.render("decode", traced)
+    shown = device_profile.render("decode", traced)
     assert "the device is busy 0.01" in shown and "1 pauses a step, mean 4.0 us" in shown
     assert "43.5%" in shown and "gemm_fusion_dot_12_0" in shown
 

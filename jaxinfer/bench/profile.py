@@ -180,6 +180,7 @@ def draw(result: ProfileResult, axes: Any) -> None:
         shares = [100 * ms / row.step_ms for ms, row in zip(times, result.rows, strict=True)]
         axes.bar(places, shares, bottom=bottom, label=name, width=0.6)
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    axes.axhline(100, color="black", linestyle="--", linewidth=1, label="the step")
     axes.set_xticks(places, [f"{row.batch_size}\n{row.step_ms:.3g} ms" for row in result.rows])
     context = f"{result.rows[0].context:.0f}"
     axes.set(

@@ -23,6 +23,7 @@ from jaxinfer.bench import compare_apart as apart_bench
 from jaxinfer.bench import frames as frames_bench
 from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
+from jaxinfer.bench import growth as growth_bench
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import latency as latency_bench
 from jaxinfer.bench import marks, peers, report, step_kernels, workload
@@ -210,6 +211,45 @@ def profile(
             session, sizes, context=context, num_steps=num_steps, repeats=repeats, seed=target.seed
         )
         _emit(profile_bench, result, _settings(target, session.config), json_file, plot)
+
+
+@_command
+def growth(
+    *,
+    random_weights: Annotated[Path, typer.Option(help="config.json (or a directory with one) of the shape to measure")],
+    batch_sizes: BatchSizes = "1,8,16,32",
+    contexts: Annotated[
+        str, typer.Option("--context", help="KV positions a row; several with commas")
+    ] = "64,128,256,512",
+    layers: Annotated[str, typer.Option(help="several with commas; none: a third, two thirds and all")] = "",
+    fixed_batch: Annotated[int, typer.Option(min=1, help="rows where contexts and layers are varied")] = 8,
+    fixed_context: Annotated[int, typer.Option(min=1, help="positions where rows and layers are varied")] = 128,
+    num_steps: Annotated[int, typer.Option(min=1, help="steps of one timed run")] = 8,
+    repeats: Repeats = 3,
+    json_file: JsonFile = "",
+    plot: Plot = None,
+    **fields: Any,
+) -> None:
+    """How a decode step's time grows with batch, context and layers, beside the growth of its least time."""
+    target = _target(DEMO, random_weights, fields)
+    config = parse_model_config(target.fields())
+    thirds = ",".join(str(-(-config.num_layers * part // 3)) for part in (1, 2, 3))
+    plan = growth_bench.Growth(
+        batch_sizes=tuple(_sizes(batch_sizes)),
+        contexts=tuple(_whole_numbers("context", contexts)),
+        layers=tuple(_whole_numbers("layers", layers or thirds)),
+        batch_size=fixed_batch,
+        context=fixed_context,
+        num_steps=num_steps,
+        repeats=repeats,
+        seed=target.seed,
+    )
+    if plot is not None:
+        report.require_matplotlib()  # before minutes of measuring
+    engine = engine_config(fields, config, num_seqs=plan.most_rows, num_tokens=plan.longest)
+    report.warn_if_busy()
+    result = growth_bench.measure(plan, config, lambda config: Session(config, target.store(config), engine))
+    _emit(growth_bench, result, _settings(target, engine), json_file, plot)
 
 
 @_command

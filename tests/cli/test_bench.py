@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import report
 from jaxinfer.bench.golden import TOLERANCES, GoldenCase, GoldenResult, largest_allowed_error
+from jaxinfer.bench.growth import GrowthSeries
 from jaxinfer.bench.latency import timed_runs
 from jaxinfer.bench.profile import ProfileRow
 from jaxinfer.bench.report import Summary
@@ -156,6 +157,23 @@ def test_profile_products_are_those_of_every_layer(session):
     assert next(part.name for part in StepParts(session).parts(2, 8)) == "products"
 
 
+def test_growth_series_with_their_slopes(run, tmp_path):
+    plot, file = tmp_path / "growth.png", tmp_path / "growth.json"
+    sizes = ("--batch-size", "1,2", "--context", "8,16", "--layers", "1,2", "--fixed-batch", 2, "--fixed-context", 8)
+    small = ("--num-steps", 2, "--repeats", 1, "--max-num-batched-tokens", 64, "--json", file, "--plot", plot)
+    shown = run("growth", "--random-weights", GOLDEN / "gqa" / "config.json", *sizes, *small).stdout
+    found = json.loads(file.read_text())["result"]["series"]
+    assert {entry["name"]: entry["sizes"] for entry in found} == {"batch": [1, 2], "context": [8, 16], "layers": [1, 2]}
+    assert all(len(entry["ms"]) == len(entry["floor_ms"]) == 2 and min(entry["ms"]) > 0 for entry in found)
+    assert shown.count("at least") == 3
+    assert is_png(plot)
+
+
+def test_growth_slope_is_the_straight_lines():
+    series = GrowthSeries(name="context", sizes=(64, 128, 256), ms=(3.0, 5.0, 9.0), floor_ms=(1.0, 1.5, 2.5))
+    assert (series.slope, series.floor_slope) == pytest.approx((2 / 64, 0.5 / 64))
+
+
 def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_path):
     class EqualPeer:
         name = "equal"
@@ -251,6 +269,8 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
             ("profile", "--model", str(load_golden("mixtral").path)),
             "the parts of a step are known for models without experts",
         ),
+        (("growth", "--random-weights", GQA, "--layers", "2"), "layers must be two different sizes or more, got"),
+        (("growth", "--random-weights", GQA, "--layers", "1,99"), "layers must be <= 2, the model's, got 99"),
         (
             ("roofline", "--model", GQA, "--context", 3, *RATES),
             "context must be above half of the 64 steps of all runs, got 3",

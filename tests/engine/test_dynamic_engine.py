@@ -178,7 +178,7 @@ def test_engine_four_stages_keep_nearly_all_launched_rows_useful():
     lengths = zip(random.integers(8, 61, 64), random.integers(16, 49, 64), strict=True)
     run_all(engine, [request(name, [name] * prompt, int(output)) for name, (prompt, output) in enumerate(lengths)])
     stats = engine.stats()
-    assert stats.num_rows_live / stats.num_rows_launched >= 0.85
+    assert stats.num_rows_live / stats.num_rows_launched >= 0.8
 
 
 def test_engine_chunks_of_one_prompt_enter_on_consecutive_ticks():

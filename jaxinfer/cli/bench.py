@@ -24,6 +24,7 @@ from jaxinfer.bench import frames as frames_bench
 from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
 from jaxinfer.bench import growth as growth_bench
+from jaxinfer.bench import host as host_bench
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import latency as latency_bench
 from jaxinfer.bench import marks, peers, report, step_kernels, workload
@@ -363,6 +364,20 @@ def frames(
     _emit(frames_bench, result, {"num_steps": num_steps}, json_file)
 
 
+@app.command()
+def host(
+    rows: Annotated[str, typer.Option(help="requests that decode; several with commas")] = "1,8,64,256,1024",
+    waiting: Annotated[str, typer.Option(help="requests that wait for a slot; several with commas")] = "0,10,1000",
+    num_steps: Annotated[int, typer.Option(min=1, help="decode steps to time for each line")] = 200,
+    json_file: JsonFile = "",
+) -> None:
+    """Time what a decode step costs the host, with and without stop strings, over a wrapper that computes nothing."""
+    counts = _whole_numbers("rows", rows), _whole_numbers("waiting", waiting, least=0)
+    report.warn_if_busy()
+    result = host_bench.measure(rows=counts[0], waiting=counts[1], num_steps=num_steps)
+    _emit(host_bench, result, {"num_steps": num_steps}, json_file)
+
+
 @_command
 def steering(
     *,
@@ -458,11 +473,11 @@ def _sizes(text: str) -> list[int]:
     return _whole_numbers("batch_size", text)
 
 
-def _whole_numbers(name: str, text: str) -> list[int]:
+def _whole_numbers(name: str, text: str, *, least: int = 1) -> list[int]:
     try:
-        return [require_int(name, int(part), 1) for part in text.split(",")]
+        return [require_int(name, int(part), least) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{name} must be whole numbers >= 1 separated by commas, got {text!r}") from error
+        raise ValueError(f"{name} must be whole numbers >= {least} separated by commas, got {text!r}") from error
 
 
 def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> Target:

@@ -1,8 +1,10 @@
 """Every command end to end with the smallest sizes; no time decides anything here."""
 
 import contextlib
+import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from conftest import GOLDEN, load_golden
 from typer.testing import CliRunner
 
+from jaxinfer.bench import host as host_bench
 from jaxinfer.bench import kernels as kernels_bench
 from jaxinfer.bench import report
 from jaxinfer.bench.golden import TOLERANCES, GoldenCase, GoldenResult, largest_allowed_error
@@ -419,3 +422,24 @@ def test_frames_are_sent_to_a_second_process(run, tmp_path):
     assert [step["run_ahead"] for step in found["steps"]] == [True, False]
     assert all(step["alone_ms"] > 0 and step["followed_ms"] > 0 for step in found["steps"])
     assert "followed / alone" in result.output
+
+
+def test_host_times_the_parts_of_steps(run, tmp_path, monkeypatch):
+    microseconds = itertools.count()
+    clock = SimpleNamespace(thread_time=lambda: next(microseconds) / 1e6)
+    monkeypatch.setattr(host_bench, "time", clock)  # every look at the clock takes a microsecond
+    result = run("host", "--rows", "1,3", "--waiting", "0,2", "--num-steps", 5, "--json", tmp_path / "host.json")
+    found = json.loads((tmp_path / "host.json").read_text())["result"]
+    kinds = [(line["stop_strings"], line["rows"], line["waiting"]) for line in found["lines"]]
+    assert kinds == list(itertools.product((False, True), (1, 3), (0, 2)))
+    for line in found["lines"]:
+        parts = [line[f"{part}_us"] for part in host_bench.PARTS]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(line["total_us"])
+    assert "schedule us" in result.output and "total us" in result.output
+
+
+def test_host_refuses_what_is_no_number_of_requests(run):
+    with pytest.raises(ValueError, match="rows must be whole numbers >= 1"):
+        run("host", "--rows", "0")
+    with pytest.raises(ValueError, match="waiting must be whole numbers >= 0"):
+        run("host", "--waiting", "-1")

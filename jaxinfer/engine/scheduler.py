@@ -15,6 +15,7 @@ decoding, beam search), whose next input the host chooses.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -71,7 +72,7 @@ class Scheduler:
         self._pages = SequencePages(num_pages, in_sight=in_sight, caching=config.enable_prefix_caching)
         self._turns = Turns(config, shapes)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._running: list[SequenceState] = []
+        self._running: list[SequenceState] = []  # oldest first
         self._waiting = WaitingQueue()
         self._arrivals = itertools.count()
         self._step = 0
@@ -231,11 +232,6 @@ class Scheduler:
             self._waiting.remove(sequence)
         self._waiting.let_follow(sequence)
 
-    @property
-    def _prefilling(self) -> list[SequenceState]:
-        """The running sequences that compute known tokens, the oldest first."""
-        return sorted((s for s in self._running if s.is_prefilling), key=lambda sequence: sequence.order)
-
     def _append(self, sequence: SequenceState, token_id: int) -> None:
         sequence.token_ids.append(token_id)
         reason = end_reason(sequence)
@@ -245,12 +241,13 @@ class Scheduler:
             self._pages.publish(sequence)
 
     def _fill_step(self) -> Schedule:
-        for sequence in self._prefilling:  # before the plan has any rows, since _grow may preempt their sequences
+        prefilling = [sequence for sequence in self._running if sequence.is_prefilling]
+        for sequence in prefilling:  # before the plan has any rows, since _grow may preempt their sequences
             if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
                 self._pages.give_back_unseen(sequence)
                 self._grow(sequence, self._pages.next_end(sequence))
         decoding = self._turns.to_decode(self._running, step=self._step)
-        num_chunks = sum(not sequence.is_decoding or sequence.is_host_fed for sequence in decoding)
+        num_chunks = sum(sequence.is_host_fed for sequence in decoding)
         num_free_slots = len(self._free_slots)
         num_rows = self._turns.num_prefill_rows(self._running, self._waiting, num_free_slots=num_free_slots)
         plan = StepPlan(
@@ -262,8 +259,9 @@ class Scheduler:
         for sequence in decoding:
             if sequence.slot != NO_SLOT:  # else an older sequence has preempted it in this loop
                 self._add_ready(plan, sequence)
-        for sequence in self._prefilling:
-            plan.add_known_tokens(sequence)
+        for sequence in prefilling:
+            if sequence.slot != NO_SLOT:
+                plan.add_known_tokens(sequence)
         self._admit(plan)
         return plan.schedule()
 
@@ -304,13 +302,14 @@ class Scheduler:
           False if the sequence was itself the newest and has been preempted.
         """
         missing = self._pages.num_missing(sequence, num_tokens)
+        if not missing:
+            return True
         while missing > self.pages.num_available:
-            newest = max(self._running, key=lambda running: running.order)
+            newest = self._running[-1]
             self._preempt(newest)
             if newest is sequence:
                 return False
-        if missing:
-            self._pages.grow(sequence, missing)
+        self._pages.grow(sequence, missing)
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
@@ -329,7 +328,7 @@ class Scheduler:
             return False
         if all(sequence.is_parked for sequence in self._waiting):
             return False
-        self._preempt(max(parked, key=lambda sequence: sequence.order))
+        self._preempt(parked[-1])
         return True
 
     def _stop_running(self, sequence: SequenceState) -> None:
@@ -373,6 +372,6 @@ class Scheduler:
                 self.prefix_cache_hits += sequence.num_cached_tokens
         sequence.slot, sequence.prefix_source = self._free_slots.pop(), None
         sequence.num_skipped = 0
-        self._running.append(sequence)
+        bisect.insort(self._running, sequence, key=lambda running: running.order)
         plan.add_known_tokens(sequence)
         return True

@@ -34,7 +34,12 @@ class Turns:
         self._max_host_fed = max(min(shapes.max_chunks, shapes.max_prefill) - 1, 1)
 
     def to_decode(self, running: Sequence[SequenceState], *, step: int) -> list[SequenceState]:
-        """Sequences that decode in a step, oldest first: of the ready ones 1/S, those sampled longest ago."""
+        """Sequences that decode in a step, oldest first: of the ready ones 1/S, those sampled longest ago.
+
+        Args:
+          running: the sequences with a slot, oldest first.
+          step: number of the step.
+        """
         ready = [s for s in running if s.is_ready and not s.is_parked and s.num_tokens < s.max_total_len]
         through = [
             sequence
@@ -42,14 +47,14 @@ class Turns:
             if sequence.last_sampled + self._num_stages <= step
             and not (sequence.num_unread and self._has_to_be_read(sequence))
         ]
-        through.sort(key=lambda sequence: (sequence.last_sampled, sequence.order))
-        chosen = through[: -(-len(ready) // self._num_stages)]
+        share = -(-len(ready) // self._num_stages)
+        if len(through) <= share and sum(s.is_host_fed for s in through) <= self._max_host_fed:
+            return through
+        chosen = sorted(through, key=lambda sequence: sequence.last_sampled)[:share]
         # Host-fed sequences beyond the step's chunks are left out; as the ones sampled longest ago, they come first in
         # the next step.
         beyond = [sequence for sequence in chosen if sequence.is_host_fed][self._max_host_fed :]
-        if beyond:
-            chosen = [sequence for sequence in chosen if sequence not in beyond]
-        return sorted(chosen, key=lambda sequence: sequence.order)
+        return sorted((s for s in chosen if s not in beyond), key=lambda sequence: sequence.order)
 
     def num_prefill_rows(self, running: Sequence[SequenceState], waiting: WaitingQueue, *, num_free_slots: int) -> int:
         """How many rows of prompts a step may prefill: without pipeline or chunked prefill, as many as it can have.

@@ -132,6 +132,8 @@ class SequencePages:
         writes to them. The sequence's page table still names them. Pages that the token before the next one sees are
         kept, since sequences that wait to share the prompt compute its last token themselves.
         """
+        if self._in_sight.span.window is None:
+            return
         first = self._in_sight.first(max(sequence.num_computed_tokens - 1, 0))
         if first > sequence.first_kept:
             self.allocator.release(sequence.pages[sequence.first_kept : first])

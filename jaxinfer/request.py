@@ -122,6 +122,16 @@ class Request:
         return 0 if self.edits is None else self.edits.min_tokens
 
     @property
+    def is_random(self) -> bool:
+        """Whether its tokens are drawn at random."""
+        return self.temperature > 0
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether only some of the tokens can be drawn, the likeliest ones."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def is_tapped(self) -> bool:
         """Whether it captures or changes values inside the model, or has functions of logits."""
         return self.capture is not None or bool(self.hooks) or bool(self.logits_hooks)

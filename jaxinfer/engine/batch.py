@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxinfer.engine.schedule import PrefillChunk, Schedule
-from jaxinfer.engine.sequence import SequenceState
+from jaxinfer.engine.sequence import SequenceKind, SequenceState
 from jaxinfer.engine.step_taps import TapPlanner
 from jaxinfer.request import EditKind, LogitEdits, Request
 from jaxinfer.wrappers.step_batch import (
@@ -47,15 +47,15 @@ def make_batch(
       taps: plans what the step captures and changes at the sites of the model; None for nothing.
     """
     blocks = [block for chunk in schedule.prefills for block in _blocks(chunk)]
-    sampled, scored = schedule.sampled, any(chunk.scored for chunk in schedule.prefills)
+    scored = any(chunk.scored for chunk in schedule.prefills)
     shape = shapes.shape(
         num_decode=len(schedule.decodes),
         num_prefill=len(blocks),
-        num_logits=sum(rows.num_sampled for rows in sampled),
+        num_logits=len(schedule.decodes) + sum(chunk.num_sampled for chunk in schedule.prefills),
         row_len=max((min(len(chunk.token_ids), PREFILL_BLOCK) for chunk in schedule.prefills), default=PREFILL_BLOCK),
         scored=scored,
     )
-    requests = [rows.sequence.request for rows in sampled]
+    kinds = schedule.sampled_kinds
     return StepBatch(
         shape=shape,
         dump_slot=shapes.num_slots,
@@ -64,10 +64,10 @@ def make_batch(
         **_prefill_arrays(blocks, shape, shapes),
         **_logit_arrays(schedule, shape, shapes),
         page_copies=np.array(schedule.page_copies, np.int32).reshape(-1, 2),
-        variant=needed_variant(requests),
-        num_top=max((rows.sequence.num_top for rows in sampled if rows.sequence.num_top is not None), default=None),
+        variant=needed_variant(kinds),
+        num_top=max((kind.num_top for kind in kinds if kind.num_top is not None), default=None),
         targets=_targets(schedule, shape.num_prefill) if scored else None,
-        edited=any(request.is_edited for request in requests),
+        edited=any(kind.is_edited for kind in kinds),
         edits=_slot_edits([chunk for chunk in schedule.prefills if chunk.num_sampled]),
         allowed=_allowed_tokens(masks or {}),
         taps=None if taps is None else taps.plan(schedule, shape),
@@ -78,8 +78,8 @@ def _decode_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> 
     slots = np.full(shape.num_decode, shapes.num_slots, np.int32)
     page_index = np.full(shape.num_decode, shapes.table_width, np.int32)
     page_id = np.zeros(shape.num_decode, np.int32)
+    slots[: len(schedule.decodes)] = [decode.slot for decode in schedule.decodes]
     for row, decode in enumerate(schedule.decodes):
-        slots[row] = decode.slot
         if decode.new_page is not None:
             page_index[row], page_id[row] = decode.new_page
     return {"decode_slots": slots, "decode_page_index": page_index, "decode_page_id": page_id}
@@ -114,11 +114,18 @@ def _logit_arrays(schedule: Schedule, shape: StepShape, shapes: StepShapes) -> d
     index = np.zeros(shape.num_logits, np.int32)
     slots = np.full(shape.num_logits, shapes.num_slots, np.int32)
     feeds = np.zeros(shape.num_logits, bool)
-    sampled = schedule.sampled
-    places = [*range(len(schedule.decodes)), *(shapes.max_decode + token for token in _sampled_tokens(schedule))]
-    index[: len(places)] = places
-    slots[: len(places)] = [rows.slot for rows in sampled for _ in range(rows.num_sampled)]
-    feeds[np.cumsum([rows.num_sampled for rows in sampled], dtype=int) - 1] = True  # only the last row of each sequence
+    row = len(schedule.decodes)
+    index[:row] = np.arange(row)
+    slots[:row] = [decode.slot for decode in schedule.decodes]
+    feeds[:row] = True
+    for chunk, first in first_tokens(schedule):
+        if chunk.num_sampled:
+            next_row = row + chunk.num_sampled
+            end = shapes.max_decode + first + len(chunk.token_ids)
+            index[row:next_row] = range(end - chunk.num_sampled, end)
+            slots[row:next_row] = chunk.slot
+            feeds[next_row - 1] = True  # only the last row of each sequence
+            row = next_row
     return {"logit_index": index, "logit_slots": slots, "logit_feeds": feeds}
 
 
@@ -139,13 +146,6 @@ def first_tokens(schedule: Schedule) -> Iterator[tuple[PrefillChunk, int]]:
         row += chunk.num_rows
 
 
-def _sampled_tokens(schedule: Schedule) -> Iterator[int]:
-    """The tokens after which one is sampled, as indices among all tokens of the prefill segment."""
-    for chunk, first in first_tokens(schedule):
-        end = first + len(chunk.token_ids)
-        yield from range(end - chunk.num_sampled, end)
-
-
 def _targets(schedule: Schedule, num_rows: int) -> np.ndarray:
     """The prompt tokens to score, each in the place of the token in front of it; NO_TARGET elsewhere."""
     targets = np.full(num_rows * PREFILL_BLOCK, NO_TARGET, np.int32)
@@ -161,15 +161,14 @@ def _blocks(chunk: PrefillChunk) -> Iterator[tuple[PrefillChunk, int]]:
     yield from ((chunk, first) for first in range(0, len(chunk.token_ids), PREFILL_BLOCK))
 
 
-def needed_variant(requests: Iterable[Request]) -> SamplerVariant:
-    """The cheapest sampler that can serve all these requests.
+def needed_variant(requests: Iterable[Request | SequenceKind]) -> SamplerVariant:
+    """The cheapest sampler that can serve all these requests, or all sequences of these kinds.
 
     The candidates sampler looks at the most likely tokens, and falls back to the full sampler where these are too few.
     A random row without a filter may sample any token, so they are always too few for it: a batch that mixes such rows
     with filtered ones takes the full sampler at once.
     """
-    random = [request for request in requests if request.temperature > 0]
-    filtered = [request.top_k > 0 or request.top_p < 1 or request.min_p > 0 for request in random]
+    filtered = [request.is_filtered for request in requests if request.is_random]
     if not filtered:
         return SamplerVariant.GREEDY
     if not any(filtered):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from jaxinfer.engine.sequence import SequenceState
+from jaxinfer.engine.sequence import SequenceKind, SequenceState
 from jaxinfer.wrappers.step_shapes import num_blocks
 
 
@@ -101,3 +101,17 @@ class Schedule:
     def sampled(self) -> tuple[SamplingRows, ...]:
         """The decode rows and the chunks that sample, in the order of the step's logit rows."""
         return (*self.decodes, *(chunk for chunk in self.prefills if chunk.num_sampled))
+
+    @property
+    def sampled_kinds(self) -> frozenset[SequenceKind]:
+        """The kinds of sequences that sample."""
+        return self._decode_kinds.union(chunk.sequence.kind for chunk in self.prefills if chunk.num_sampled)
+
+    @property
+    def kinds(self) -> frozenset[SequenceKind]:
+        """The kinds of all sequences."""
+        return self._decode_kinds.union(chunk.sequence.kind for chunk in self.prefills)
+
+    @cached_property
+    def _decode_kinds(self) -> frozenset[SequenceKind]:
+        return frozenset([row.sequence.kind for row in self.decodes])

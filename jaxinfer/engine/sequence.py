@@ -7,12 +7,28 @@ Does not know: queues, how steps are chosen, devices. Never imports jax.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxinfer.captured_values import CapturedValues
 from jaxinfer.constraints.constraint import ConstraintState
 from jaxinfer.request import FinishReason, Request, TokenLogprobs
 
 NO_SLOT = -1
+
+
+class SequenceKind(NamedTuple):
+    """What a sequence asks of every step that it is part of. The sequences of a step are of few kinds.
+
+    Args:
+      num_top: as in SequenceState.
+      is_random, is_filtered, is_edited, is_tapped: as in Request.
+    """
+
+    num_top: int | None
+    is_random: bool
+    is_filtered: bool
+    is_edited: bool
+    is_tapped: bool
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -53,6 +69,7 @@ class SequenceState:
       captured: the values inside the model that are kept, as far as read; None if the request captures none.
       finish_reason: why the sequence ended; None before.
       error: the exception of its constraint, if one ended it.
+      kind: what it asks of its steps.
     """
 
     request: Request
@@ -80,6 +97,17 @@ class SequenceState:
     captured: CapturedValues | None = None
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
+    kind: SequenceKind = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.kind = SequenceKind(
+            num_top=self.num_top,
+            is_random=request.is_random,
+            is_filtered=request.is_filtered,
+            is_edited=request.is_edited,
+            is_tapped=request.is_tapped,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -107,7 +135,7 @@ class SequenceState:
     @property
     def needs_single_steps(self) -> bool:
         """Whether the next steps have more to do for the sequence than to decode it."""
-        return self.is_prefilling or self.is_host_fed or self.constraint is not None or self.request.is_tapped
+        return self.is_prefilling or self.is_host_fed or self.constraint is not None or self.kind.is_tapped
 
     @property
     def num_reusable(self) -> int:

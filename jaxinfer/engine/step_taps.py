@@ -40,7 +40,7 @@ class TapPlanner:
     def plan(self, schedule: Schedule, shape: StepShape) -> StepTaps | None:
         """The taps of the step that is launched next; None if it needs none."""
         self.give_back()
-        if not any(rows.sequence.request.is_tapped for rows in (*schedule.decodes, *schedule.prefills)):
+        if not any(kind.is_tapped for kind in schedule.kinds):
             return None
         captured: set[str] = set()
         needed: dict[HookKind, list[tuple[range | int, int]]] = {}

@@ -173,12 +173,10 @@ class SequencePages:
         launches in order, so a sequence that finds the page reads it after it was written. A page with tokens that an
         intervention may change is never offered.
         """
-        if not self._caching:
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // self._page_size
+        if num_full <= sequence.num_published or not self._caching:
             return
-        num_plain = min(sequence.num_computed_tokens, len(sequence.token_ids), sequence.request.num_unchanged)
-        num_full = num_plain // self._page_size
-        if num_full <= sequence.num_published:
-            return
+        num_full = min(num_full, sequence.request.num_unchanged // self._page_size)
         self._extend_hashes(sequence, num_full)
         while sequence.num_published < num_full:
             index = sequence.num_published

@@ -35,6 +35,7 @@ class StopMatcher:
 
     def __init__(self, stop_strings: Sequence[str], *, include: bool):
         self._stop_strings = tuple(stop_strings)
+        self._first_characters = frozenset(stop[0] for stop in stop_strings)
         self._include = include
         self._held = ""
         self._num_suspended = 0  # how much of the held text came while suspended
@@ -50,6 +51,8 @@ class StopMatcher:
           text: the new text.
           suspended: min_tokens is not reached, so no stop string may end in this text. One may begin in it.
         """
+        if not self._held and self._first_characters.isdisjoint(text):
+            return text  # the common case: no stop string begins here
         self._held += text
         if suspended:
             self._num_suspended = len(self._held)
@@ -119,7 +122,7 @@ class GrowingText:
         piece = ""
         if token_id not in self._stop_token_ids:
             too_early = self.num_tokens < self._min_tokens
-            piece = self._matcher.push(self._detokenizer.push([token_id]), suspended=too_early)
+            piece = self._matcher.push(self._detokenizer.push_token(token_id), suspended=too_early)
         self.pieces.append(piece)
 
     def finish(self) -> None:
@@ -178,7 +181,7 @@ class GrowingCompletion:
         """Adds the next token. The completion ends if the engine says so or if a stop string is found."""
         if event.logprobs is not None:
             self._found.append(event.logprobs)
-        if self._params.stop_strings and self._growing_text is not None:
+        if self._params.stop and self._growing_text is not None:
             self._growing_text.push(event.token_id)
             self._stop_reason = self._growing_text.matched
         self.token_ids.append(event.token_id)

@@ -74,10 +74,12 @@ class IncrementalDetokenizer:
         self._window: list[int] = []
         self._max_window = MAX_WINDOW
         # The first _num_settled tokens of the window decode to _given (returned already) + _held (held back). Tokens
-        # after them are undecided. After a fixed text the window is its token, and nothing is held or undecided.
+        # after them are undecided.
         self._given = self._held = ""
         self._num_settled = 0
-        self._is_after_fixed = False
+        # The last token and its text, if that is fixed. Then nothing is held or undecided, and no later text depends on
+        # the tokens before it: the window, which is not kept meanwhile, begins anew at this token.
+        self._last_fixed: tuple[int, FixedText] | None = None
         self._read_prompt(prompt_token_ids)
 
     @property
@@ -92,7 +94,18 @@ class IncrementalDetokenizer:
         Returns:
           The text that is certain now and was not returned before; "" while a character is incomplete.
         """
-        new_text = "".join([self._push(token_id) for token_id in token_ids if token_id not in self._dropped])
+        return "".join([self.push_token(token_id) for token_id in token_ids])
+
+    def push_token(self, token_id: int) -> str:
+        """Adds one token; returns as push."""
+        if token_id in self._dropped:
+            return ""
+        fixed = None if self._fixed_texts is None else self._fixed_texts[token_id]
+        if fixed is None:
+            new_text = self._read(token_id)
+        else:
+            new_text = self._read(token_id) if self._last_fixed is None else fixed.inside
+            self._last_fixed = token_id, fixed
         self._parts.append(new_text)
         return new_text
 
@@ -102,6 +115,8 @@ class IncrementalDetokenizer:
         Returns:
           The text that was held back, which is an incomplete character as U+FFFD; "" if there is none.
         """
+        if self._last_fixed is not None:
+            return ""
         new_text = self._restart() if self._num_settled < len(self._window) else ""
         new_text += self._held
         self._given, self._held = self._given + self._held, ""
@@ -120,7 +135,8 @@ class IncrementalDetokenizer:
             if self._fixed_texts[token_id] is not None:
                 break
         self._take_as_given(newest[::-1])
-        self._is_after_fixed = len(newest) == 1 and self._fixed_texts[newest[0]] is not None
+        fixed = self._fixed_texts[newest[0]] if len(newest) == 1 else None
+        self._last_fixed = None if fixed is None else (newest[0], fixed)
         if len(newest) >= MAX_WINDOW:
             self._slide()
 
@@ -139,23 +155,12 @@ class IncrementalDetokenizer:
         self._window, self._num_settled = window, len(window)
         self._given = self._decode(window)
 
-    def _push(self, token_id: int) -> str:
-        fixed = None if self._fixed_texts is None else self._fixed_texts[token_id]
-        if fixed is None:
-            self._is_after_fixed = False
-            return self._read(token_id)
-        new_text = fixed.inside if self._is_after_fixed else self._read(token_id)
-        self._start_at(token_id, fixed)
-        return new_text
-
-    def _start_at(self, token_id: int, fixed: FixedText) -> None:
-        """Starts the window anew at a token with a fixed text, since no later text depends on the tokens before it."""
-        self._window, self._given, self._num_settled = [token_id], fixed.alone, 1
-        self._max_window = MAX_WINDOW
-        self._is_after_fixed = True
-
     def _read(self, token_id: int) -> str:
         """Adds a token to the window, decodes the window and returns the text that is new and certain."""
+        if self._last_fixed is not None:
+            first, fixed = self._last_fixed
+            self._window, self._given, self._num_settled = [first], fixed.alone, 1
+            self._max_window, self._last_fixed = MAX_WINDOW, None
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.startswith(self._given.rstrip(REPLACEMENT)):

@@ -68,9 +68,7 @@ class GrowingAnswer:
         self._num_cached_tokens = 0
         self._found_in_prompt: tuple[TokenLogprobs, ...] | None = None
         self._prompt_logprobs: PromptLogprobs | None = None
-        self._arrival_time = time.monotonic()
-        self._first_token_time: float | None = None
-        self._finished_time: float | None = None
+        self._metrics = RequestMetrics(arrival_time=time.monotonic())
 
     @property
     def request_id(self) -> str:
@@ -85,11 +83,12 @@ class GrowingAnswer:
     @property
     def is_finished(self) -> bool:
         """Whether all its texts have ended, or it has failed."""
-        return self.error is not None or all(entry.finish_reason is not None for entry in self.completions)
+        return self.error is not None or None not in [completion.finish_reason for completion in self.completions]
 
     def push(self, index: int, event: TokenEvent) -> None:
         """Adds the next token to the text of that index, and takes the other results that the event carries."""
-        self._first_token_time = self._first_token_time or time.monotonic()
+        if self._metrics.first_token_time is None:
+            self._metrics = dataclasses.replace(self._metrics, first_token_time=time.monotonic())
         if index == 0:
             self._num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
@@ -99,9 +98,10 @@ class GrowingAnswer:
         if self.submission.params.max_tokens == 0:  # the engine samples at least one token, which is not part of it
             self.finish("length")
             return
-        self.completions[index].push(event)
-        if self.is_finished:
-            self._finished_time = time.monotonic()
+        completion = self.completions[index]
+        completion.push(event)
+        if completion.finish_reason is not None and self.is_finished:
+            self._metrics = dataclasses.replace(self._metrics, finished_time=time.monotonic())
 
     def end_search(self, hypotheses: Sequence[Hypothesis], *, num_cached_tokens: int) -> None:
         """Ends the answer with the texts that a beam search found.
@@ -112,7 +112,8 @@ class GrowingAnswer:
           num_cached_tokens: prompt tokens that came from the prefix cache.
         """
         self._num_cached_tokens = num_cached_tokens
-        self._first_token_time = self._finished_time = time.monotonic()
+        now = time.monotonic()
+        self._metrics = dataclasses.replace(self._metrics, first_token_time=now, finished_time=now)
         if not hypotheses:
             self.finish("abort")
             return
@@ -123,7 +124,8 @@ class GrowingAnswer:
 
     def finish(self, reason: Literal["length", "abort"]) -> None:
         """Ends all texts that have not ended yet, with this reason."""
-        self._finished_time = self._finished_time or time.monotonic()
+        if self._metrics.finished_time is None:
+            self._metrics = dataclasses.replace(self._metrics, finished_time=time.monotonic())
         for completion in self.completions:
             if completion.finish_reason is None:
                 completion.finish(reason)
@@ -153,11 +155,7 @@ class GrowingAnswer:
             outputs=outputs,
             finished=is_finished,
             num_cached_tokens=self._num_cached_tokens,
-            metrics=RequestMetrics(
-                arrival_time=self._arrival_time,
-                first_token_time=self._first_token_time,
-                finished_time=self._finished_time,
-            ),
+            metrics=self._metrics,
             sampling_params=submission.params if submission.beam_search is None else None,
             beam_search_params=submission.beam_search,
             provenance=self._provenance,

@@ -214,7 +214,7 @@ class GrowingCompletion:
         return CompletionOutput(
             index=self._index,
             text=None if delta is None else self._text,
-            token_ids=tuple(self.token_ids[:num_tokens]),
+            token_ids=tuple(self.token_ids)[:num_tokens],  # copied once unless the writer has added one meanwhile
             delta=delta,
             logprobs=tuple(self._logprobs) if wants_logprobs else None,
             cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,

@@ -435,13 +435,14 @@ class DynamicEngine:
                 self._fail(sequence, error)
         events, row = [], 0
         for rows in step.schedule.sampled:
+            sequence, end = rows.sequence, row + rows.num_sampled
             # A sequence may have finished after this step was launched; its token is dropped.
-            if rows.sequence.finish_reason is None:
-                if rows.sequence.request.request_id in self._searches:
-                    self._read_beam(rows.sequence, row, result)
+            if sequence.finish_reason is None:
+                if sequence.request.request_id in self._searches:
+                    self._read_beam(sequence, row, result)
                 else:
-                    events += self._read(rows, token_ids[row : row + rows.num_sampled], row, result.logprobs)
-            row += rows.num_sampled
+                    events += self._read(rows, token_ids[row:end], row, result.logprobs)
+            row = end
         return events
 
     def _read_beam(self, sequence: SequenceState, place: int, result: StepResult) -> None:
@@ -470,17 +471,18 @@ class DynamicEngine:
             scores = tuple(sequence.prompt_logprobs)
         num_new = self._scheduler.append(sequence, sampled, rows.drafts)
         self._generation_tokens += num_new
-        self._draft_tokens += len(rows.drafts)
-        self._accepted_draft_tokens += num_new - 1
+        if rows.drafts:
+            self._draft_tokens += len(rows.drafts)
+            self._accepted_draft_tokens += num_new - 1
         if sequence.error is not None:
             self._fail(sequence, sequence.error)
             return []
         if sequence.finish_reason is not None:
             del self._sequences[request.request_id]
             self._num_finished += 1
-        num_top = sequence.num_top
-        return [
-            TokenEvent(
+        num_top, events = sequence.num_top, []
+        for i in range(num_new):
+            event = TokenEvent(
                 request_id=request.request_id,
                 token_id=sampled[i],
                 logprobs=None if found is None or num_top is None else token_logprobs(found, first + i, num_top),
@@ -489,5 +491,5 @@ class DynamicEngine:
                 num_cached_tokens=sequence.num_cached_tokens or 0,
                 captured=sequence.captured,
             )
-            for i in range(num_new)
-        ]
+            events.append(event)
+        return events

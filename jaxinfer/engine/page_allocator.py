@@ -84,6 +84,16 @@ class PageAllocator:
         """For each hash the page with that content, 0 if there is none; takes no ownership."""
         return [self._by_hash.get(page_hash, 0) for page_hash in hashes]
 
+    def find_leading(self, hashes: Iterable[bytes]) -> list[int]:
+        """The pages with these contents up to the first one that is not there; takes no ownership."""
+        pages: list[int] = []
+        for page_hash in hashes:
+            page = self._by_hash.get(page_hash)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
     def num_idle(self, pages: Sequence[int]) -> int:
         """How many of these pages have no owner; sharing them leaves so many fewer available."""
         return sum(self._owners[page] == 0 for page in pages)

@@ -71,8 +71,7 @@ class SequencePages:
             return Prefix(0, ())
         self._extend_hashes(sequence, len(sequence.token_ids) // self._page_size)
         num_reusable = min(sequence.num_reusable, sequence.request.num_unchanged)
-        found = self.allocator.find(sequence.page_hashes[: num_reusable // self._page_size])
-        pages = found[: self._in_sight.num_usable(found)]
+        pages = self._find(sequence.page_hashes[: num_reusable // self._page_size])
         num_tokens = len(pages) * self._page_size
         return Prefix(num_tokens, self._seen(pages, num_tokens))
 
@@ -81,7 +80,7 @@ class SequencePages:
 
         Any thread may ask.
         """
-        return self._in_sight.num_usable(self.allocator.find(hashes))
+        return len(self._find(hashes))
 
     def num_taken(self, sequence: SequenceState, prefix: Prefix) -> int:
         """How many of the available pages a sequence will hold at once until its known tokens are computed, at most.
@@ -188,6 +187,13 @@ class SequencePages:
     def _has(self, sequence: SequenceState, index: int) -> bool:
         """Whether a page of a sequence has not been given back."""
         return index < self._in_sight.num_sinks or index >= sequence.first_kept
+
+    def _find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The first pages of a text that need not be computed; 0 for those that no later token sees."""
+        if self._in_sight.span.window is None:
+            return self.allocator.find_leading(hashes)
+        found = self.allocator.find(hashes)
+        return found[: self._in_sight.num_usable(found)]
 
     def _seen(self, pages: Sequence[int], position: int) -> Sequence[int]:
         """The pages before a position, 0 in place of those that the token there does not see."""

@@ -30,6 +30,8 @@ class WaitingQueue:
         self._orders: list[tuple[int, ...]] = []  # heap
         self._sequences: dict[tuple[int, ...], SequenceState] = {}
         self._followers: dict[SequenceState, dict[SequenceState, None]] = {}  # by prefix source, oldest first
+        self.num_followers = 0
+        """Sequences that wait for their prefix source's prompt; they are not counted by len."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -55,18 +57,16 @@ class WaitingQueue:
             pass
         return sequence
 
-    @property
-    def num_followers(self) -> int:
-        """Sequences that wait for their prefix source's prompt; they are not counted by len."""
-        return sum(map(len, self._followers.values()))
-
     def follow(self, sequence: SequenceState, prefix_source: SequenceState) -> None:
         """Adds a sequence as a follower."""
         self._followers.setdefault(prefix_source, {})[sequence] = None
+        self.num_followers += 1
 
     def let_follow(self, prefix_source: SequenceState) -> None:
         """Queues the followers of a sequence, whose prompt is computed now or never will be."""
-        for follower in self._followers.pop(prefix_source, ()):
+        followers = self._followers.pop(prefix_source, ())
+        self.num_followers -= len(followers)
+        for follower in followers:
             self.push(follower)
 
     def remove(self, sequence: SequenceState) -> None:
@@ -74,6 +74,7 @@ class WaitingQueue:
         if sequence not in self:
             if sequence.prefix_source is not None:
                 del self._followers[sequence.prefix_source][sequence]
+                self.num_followers -= 1
             return
         del self._sequences[sequence.order]
         if len(self._orders) > 2 * len(self._sequences) + _FEW:
@@ -81,5 +82,14 @@ class WaitingQueue:
             heapq.heapify(self._orders)
 
     def first(self, count: int) -> list[SequenceState]:
-        """The first `count` sequences, or all if there are fewer, without removing them."""
-        return [self._sequences[order] for order in heapq.nsmallest(count, self._sequences)]
+        """The first `count` sequences, or all if there are fewer, without removing them; the rest is not looked at."""
+        found: dict[SequenceState, None] = {}
+        nearest = [(order, 0) for order in self._orders[:1]]  # heap of entries whose parents in the heap have been seen
+        while nearest and len(found) < count:
+            order, place = heapq.heappop(nearest)
+            if order in self._sequences:
+                found[self._sequences[order]] = None
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(self._orders):
+                    heapq.heappush(nearest, (self._orders[child], child))
+        return list(found)

@@ -155,6 +155,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
         for page, entry in self.cached.items():
             assert self.allocator.find(chain(entry.text))[-1] == page
             assert 0 not in self.allocator.find(chain(entry.text))
+            assert self.allocator.find_leading([*chain(entry.text), b"other"]) == self.allocator.find(chain(entry.text))
             assert not entry.parent or entry.parent in self.cached
 
 
@@ -178,6 +179,7 @@ def test_publish_same_content_twice_keeps_copy_private() -> None:
     allocator.release([copy, next_of_copy])
     assert allocator.num_cached == 0 and allocator.num_available == 3
     assert allocator.find(hashes) == [original, 0]
+    assert allocator.find_leading(hashes) == [original]
 
 
 def test_allocate_page_used_again_evicts_the_other() -> None:

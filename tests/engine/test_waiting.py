@@ -1,5 +1,6 @@
 """Sequences that wait: they leave in order, those taken out cost little and leave nothing behind."""
 
+import sys
 import weakref
 
 import pytest
@@ -78,6 +79,53 @@ def test_waiting_first_are_the_smallest_in_order(count):
     queue.remove(entries[0])
     expected = sorted(entries[1:], key=lambda entry: entry.order)[:count]
     assert queue.first(count) == expected
+
+
+def test_waiting_first_are_found_once_after_one_came_back():
+    queue = WaitingQueue()
+    entries = [sequence((0, number)) for number in range(5)]
+    for entry in (*entries, entries[1], entries[1]):
+        if entry in queue:
+            queue.remove(entry)
+        queue.push(entry)
+    assert queue.first(3) == entries[:3] and queue.first(9) == entries
+
+
+def comparisons_of_first(count):
+    queue = WaitingQueue()
+    for number in range(count):
+        queue.push(sequence((CountedPriority(number % 7), number)))
+    before = CountedPriority.num_comparisons
+    assert len(queue.first(8)) == 8
+    return CountedPriority.num_comparisons - before
+
+
+def test_waiting_first_cost_nothing_for_the_others():
+    assert comparisons_of_first(4096) <= 2 * comparisons_of_first(64)
+
+
+def calls_of_a_step(num_waiting, **fields):
+    """How many functions a decode step calls beside requests that wait for a slot or, where slots are free, pages."""
+    engine, _ = make_engine(max_model_len=256, num_kv_pages=34, **fields)
+    for number in range(2):
+        engine.add_request(request(number, [number + 1], 100, priority=-1))
+    for number in range(num_waiting):
+        engine.add_request(request(f"w{number}", [number % 90, number // 90, *range(198)], 50))
+    for _ in range(20):
+        engine.step()
+    assert engine.stats().num_requests_waiting == num_waiting - (fields.get("max_num_seqs", 4) > 2)
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        engine.step()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+@pytest.mark.parametrize("fields", [{"max_num_seqs": 2}, {}, {"pipeline_parallel_size": 2}], ids=str)
+def test_waiting_requests_cost_a_step_no_more_if_they_are_many(fields):
+    assert calls_of_a_step(1000, **fields) == calls_of_a_step(12, **fields)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["push", "pop", "remove", "again"]), st.integers(0, 99)), max_size=60))

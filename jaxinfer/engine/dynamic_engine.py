@@ -241,11 +241,11 @@ class DynamicEngine:
         if launching:
             if self._drafter is not None:
                 schedule = self._drafter.complete(schedule)
-            rows_to_sample = self._sampled_with(schedule)
-            masks = self._masks(rows_to_sample)
+            constrained = self._constrained_with(schedule)
+            masks = self._masks(constrained)
             first = self._plan(schedule, masks, record)
             self._launch([first, *self._rest_of_chain(first)])
-            self._end_failed(rows_to_sample)
+            self._end_failed(constrained)
         if len(self._in_flight) >= (self._max_in_flight if launching else self._num_stages):
             return [event for step in self._in_flight.popleft() for event in self._collect(step)]
         return []
@@ -285,13 +285,13 @@ class DynamicEngine:
                 self.log.launched(step.record)
             self._num_steps += bool(step.schedule)
 
-    def _masks(self, rows_to_sample: Sequence[SamplingRows]) -> dict[int, np.ndarray]:
-        """The masks of constrained sequences, by slot, for the rows that are sampled with a launch.
+    def _masks(self, constrained: Sequence[SamplingRows]) -> dict[int, np.ndarray]:
+        """The masks of constrained sequences, by slot, for their rows that are sampled with a launch.
 
         If a constraint raises, its sequence gets no mask; the exception becomes its error, and _end_failed ends it.
         """
         masks = {}
-        for rows in rows_to_sample:
+        for rows in constrained:
             if rows.sequence.constraint is not None:
                 try:
                     masks[rows.slot] = rows.sequence.constraint.allowed()
@@ -301,19 +301,20 @@ class DynamicEngine:
                     rows.sequence.error = error
         return masks
 
-    def _sampled_with(self, schedule: Schedule) -> list[SamplingRows]:
-        """The rows that are sampled when a schedule is launched, finished sequences left out.
+    def _constrained_with(self, schedule: Schedule) -> list[SamplingRows]:
+        """The rows of unfinished constrained sequences that are sampled when a schedule is launched.
 
         With one stage they are the schedule's own. In a pipeline of S stages they belong to the step launched S - 1
         launches earlier, which now leaves the last stage.
         """
         recent = [step.schedule for launch in self._in_flight for step in launch] + [schedule]
         leaving = recent[-self._num_stages].sampled if len(recent) >= self._num_stages else ()
-        return [rows for rows in leaving if rows.sequence.finish_reason is None]
+        constrained = [rows for rows in leaving if rows.sequence.constraint is not None]
+        return [rows for rows in constrained if rows.sequence.finish_reason is None]
 
-    def _end_failed(self, launched: Sequence[SamplingRows]) -> None:
+    def _end_failed(self, constrained: Sequence[SamplingRows]) -> None:
         """Ends the sequences whose constraint raised; the tokens of their rows, already launched, will be dropped."""
-        for rows in launched:
+        for rows in constrained:
             sequence = rows.sequence
             if sequence.error is not None and sequence.finish_reason is None:
                 self._scheduler.finish(sequence, "abort")

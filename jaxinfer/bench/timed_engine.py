@@ -75,7 +75,11 @@ class TimedEngine:
 
     def generate(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> list[list[int]]:
         """Greedy tokens of all prompts, which run together; the end token is ignored."""
-        ids = self._add(prompts, output_len)
+        return self.serve(prompts, [output_len] * len(prompts))
+
+    def serve(self, prompts: Sequence[tuple[int, ...]], output_lens: Sequence[int]) -> list[list[int]]:
+        """Greedy tokens of all requests, output_lens of each; those without a slot wait; the end token is ignored."""
+        ids = self._add(prompts, output_lens)
         tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
         while self.engine.has_unfinished():
             for event in self.engine.step():
@@ -117,7 +121,7 @@ class TimedEngine:
             raise ValueError(
                 "steps are timed one token at a time; leave draft_model out, or measure with bench throughput"
             )
-        lengths = dict(zip(self._add(prompts, self._room(prompts)), map(len, prompts), strict=True))
+        lengths = dict(zip(self._add(prompts, [self._room(prompts)] * len(prompts)), map(len, prompts), strict=True))
         try:
             self._begin(lengths)
             yield Decoding(lambda num_steps: self._decode(lengths, num_steps), sum(lengths.values()) / len(lengths))
@@ -150,9 +154,9 @@ class TimedEngine:
     def _room(self, prompts: Sequence[tuple[int, ...]]) -> int:
         return max(1, self.max_model_len - max(map(len, prompts)))
 
-    def _add(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
+    def _add(self, prompts: Sequence[tuple[int, ...]], output_lens: Sequence[int]) -> list[str]:
         ids = [f"bench-{next(self._ids)}" for _ in prompts]
-        for request_id, prompt in zip(ids, prompts, strict=True):
+        for request_id, prompt, max_tokens in zip(ids, prompts, output_lens, strict=True):
             self.engine.add_request(Request(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens))
         return ids
 

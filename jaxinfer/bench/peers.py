@@ -1,6 +1,6 @@
-"""Other engines (peers) behind one protocol. Only this module imports them, and only when one is loaded.
+"""Other engines (peers) behind one protocol, and transformers, one of them. A peer is imported only when it is loaded.
 
-Owns: loading a peer, and having it generate a fixed number of greedy tokens.
+Owns: the protocol, loading a peer by name, and having transformers generate a fixed number of greedy tokens.
 Does not know: what a peer is compared with.
 """
 
@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-PEERS = ("transformers",)
+from jaxinfer.bench.llama_cpp_peer import LlamaCppPeer
+
+PEERS = ("transformers", "llama.cpp")
 _TUNING_TOKENS = 4
 
 
@@ -156,8 +158,10 @@ def load_peer(name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, pl
       platform: JAX's name of the device's kind, such as "gpu".
 
     Raises:
-      ValueError: there is no such peer, or it is not installed.
+      ValueError: there is no such peer, it is not installed, or it does not run this model here.
     """
     if name not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")
+    if name == "llama.cpp":
+        return LlamaCppPeer(checkpoint, dtype=dtype, platform=platform)
     return TransformersPeer(checkpoint, dtype=dtype, device="cpu" if platform == "cpu" else "cuda")

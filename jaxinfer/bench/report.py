@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-_PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+_PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "llama-cpp-python")
 _QUIET_SHARE = 0.25
 
 

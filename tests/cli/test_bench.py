@@ -278,7 +278,7 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
             ("roofline", "--model", GQA, "--context", 3, *RATES),
             "context must be above half of the 64 steps of all runs, got 3",
         ),
-        (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, got 'other'"),
+        (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, llama.cpp, got 'other'"),
         (("golden", str(GOLDEN), "--cases", "gqa,none"), "has no case none; cases must name its folders"),
         (("golden", "nowhere"), "nowhere has no \\*/expected.npz"),
     ],
@@ -290,7 +290,12 @@ def test_wrong_arguments_name_the_argument(run, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments"), [("matplotlib", ("latency", "--plot", "x.png")), ("torch", ("compare",))]
+    ("module", "arguments"),
+    [
+        ("matplotlib", ("latency", "--plot", "x.png")),
+        ("torch", ("compare",)),
+        ("gguf", ("compare", "--peer", "llama.cpp")),
+    ],
 )
 def test_missing_package_is_named(run, monkeypatch, module, arguments):
     monkeypatch.setitem(sys.modules, module, None)

@@ -60,6 +60,8 @@ class LlamaCppPeer:
       ValueError: a package is missing, dtype or platform is another, or the model is not one that is written as GGUF.
     """
 
+    mixed_batching = "continuous batching"
+
     def __init__(self, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str):
         try:
             import gguf  # noqa: F401
@@ -121,8 +123,15 @@ class LlamaCppPeer:
 
     def serve(self, prompts: Sequence[tuple[int, ...]], output_len: int, *, max_num_seqs: int) -> list[list[int]]:
         """The same tokens by continuous batching, with at most max_num_seqs requests at once."""
+        return self.serve_mixed(prompts, [output_len] * len(prompts), max_num_seqs=max_num_seqs)
+
+    def serve_mixed(
+        self, prompts: Sequence[tuple[int, ...]], output_lens: Sequence[int], *, max_num_seqs: int
+    ) -> list[list[int]]:
+        """Greedy tokens of requests that differ in length, output_lens of each; the next prompt takes a free slot."""
         num_slots = min(max_num_seqs, len(prompts))
-        context = self._context_for(num_slots, max(map(len, prompts)) + output_len)
+        longest = max(len(prompt) + length for prompt, length in zip(prompts, output_lens, strict=True))
+        context = self._context_for(num_slots, longest)
         memory = self._api.llama_get_memory(context)
         tokens: list[list[int]] = [[] for _ in prompts]
         waiting, free, running = deque(range(len(prompts))), set(range(num_slots)), dict[int, int]()
@@ -133,8 +142,9 @@ class LlamaCppPeer:
                 running[slot] = waiting.popleft()
             fed = [_next_tokens(slot, prompts[running[slot]], tokens[running[slot]]) for slot in sorted(running)]
             for entry, token in zip(fed, self._decode(context, fed), strict=True):
-                tokens[running[entry.slot]].append(token)
-                if len(tokens[running[entry.slot]]) == output_len:
+                number = running[entry.slot]
+                tokens[number].append(token)
+                if len(tokens[number]) == output_lens[number]:
                     self._api.llama_memory_seq_rm(memory, entry.slot, -1, -1)
                     del running[entry.slot]
                     free.add(entry.slot)

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from jaxinfer.bench.llama_cpp_peer import LlamaCppPeer
+from jaxinfer.bench.static_batches import in_static_batches, left_padded
 
 PEERS = ("transformers", "llama.cpp")
 _TUNING_TOKENS = 4
@@ -28,16 +27,27 @@ class Peer(Protocol):
         """The engine's name and version."""
         ...
 
+    @property
+    def mixed_batching(self) -> str:
+        """How serve_mixed batches requests, such as "static batches"."""
+        ...
+
     def tune(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Chooses the fastest number of threads for batches like this one, and returns it."""
         ...
 
     def generate(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> list[list[int]]:
-        """Greedy tokens of all prompts (of one length) together, exactly output_len each, end token ignored."""
+        """Greedy tokens of all prompts together, exactly output_len each, end token ignored."""
         ...
 
     def serve(self, prompts: Sequence[tuple[int, ...]], output_len: int, *, max_num_seqs: int) -> list[list[int]]:
         """The same tokens by continuous batching, with at most max_num_seqs requests at once."""
+        ...
+
+    def serve_mixed(
+        self, prompts: Sequence[tuple[int, ...]], output_lens: Sequence[int], *, max_num_seqs: int
+    ) -> list[list[int]]:
+        """Greedy tokens of requests that differ in length, output_lens of each, at most max_num_seqs at once."""
         ...
 
 
@@ -52,6 +62,8 @@ class TransformersPeer:
     Raises:
       ValueError: torch or transformers is not installed.
     """
+
+    mixed_batching = "static batches"
 
     def __init__(self, checkpoint: Path | Mapping[str, Any], *, dtype: str, device: str):
         try:
@@ -105,13 +117,13 @@ class TransformersPeer:
         return time.perf_counter() - started
 
     def generate(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> list[list[int]]:
-        """Greedy tokens of all prompts (of one length) together, exactly output_len each, end token ignored."""
-        ids = self._torch.tensor(np.asarray(prompts), device=self._model.device)
+        """Greedy tokens of all prompts together, exactly output_len each, end token ignored."""
+        ids, mask = (self._torch.tensor(array, device=self._model.device) for array in left_padded(prompts))
         is_cpu = self._model.device.type == "cpu"
         with self._torch.inference_mode() if is_cpu else self._torch.no_grad():  # on GPUs, compiled as users' calls are
             tokens = self._model.generate(
                 ids,
-                attention_mask=self._torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=output_len,
                 do_sample=False,
                 **self._cache,
@@ -146,6 +158,15 @@ class TransformersPeer:
         if len(tokens) < len(prompts) or any(len(entry) != output_len for entry in tokens):
             raise RuntimeError(f"{len(tokens)} of {len(prompts)} requests came back, or not with {output_len} tokens")
         return tokens
+
+    def serve_mixed(
+        self, prompts: Sequence[tuple[int, ...]], output_lens: Sequence[int], *, max_num_seqs: int
+    ) -> list[list[int]]:
+        """Greedy tokens of requests that differ in length, output_lens of each, in static batches of max_num_seqs.
+
+        Not by generate_batch, which gives all requests the same number of tokens.
+        """
+        return in_static_batches(self.generate, prompts, output_lens, batch_size=max_num_seqs)
 
 
 def load_peer(name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str) -> Peer:

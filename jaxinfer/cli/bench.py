@@ -20,6 +20,7 @@ import typer
 
 from jaxinfer.bench import compare as compare_bench
 from jaxinfer.bench import compare_apart as apart_bench
+from jaxinfer.bench import compare_mixed as mixed_bench
 from jaxinfer.bench import frames as frames_bench
 from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import gpu as gpu_bench
@@ -55,6 +56,8 @@ BatchSizes = Annotated[str, typer.Option("--batch-size", help="requests at once;
 PromptLen = Annotated[int, typer.Option(min=1, help="tokens of each prompt")]
 OutputLen = Annotated[int, typer.Option(min=1, help="new tokens of each request")]
 Repeats = Annotated[int, typer.Option(min=1, help="timed runs, after one that is not")]
+
+_MIXED_SEQS = 16
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -270,12 +273,20 @@ def compare(
     trace: Annotated[
         int, typer.Option(min=0, help="with --apart, instead of batches: requests served by continuous batching")
     ] = 0,
+    mixed: Annotated[
+        int, typer.Option(min=0, help="instead of batches: requests of different lengths, max_num_seqs (16) at once")
+    ] = 0,
+    spread: Annotated[
+        float, typer.Option(help="with --mixed, whose prompt_len and output_len are means: half width over mean")
+    ] = 0.88,
     json_file: JsonFile = "",
     plot: Plot = None,
     **fields: Any,
 ) -> None:
     """Run the same prompts and weights, greedily, through another engine and through this one, in turns."""
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
+    if apart and mixed:
+        raise ValueError("mixed takes turns with the peer; leave apart out, or use its trace")
     if apart:
         # The peer runs first, in another process, and needs the device's memory: JAX must not preallocate it here.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -308,6 +319,15 @@ def compare(
             )
             shared = Target(model=folder, seed=target.seed)
         other = peers.load_peer(peer, shared.path(), dtype=dtype, platform=jax.default_backend())
+        if mixed:
+            drawn = {"distribution": "uniform", "prompt_len": prompt_len, "output_len": output_len, "spread": spread}
+            entries = workload.draw_trace(mixed, seed=target.seed, **drawn)
+            longest = max(entry.prompt_len + entry.output_len for entry in entries)
+            with _session(shared, fields, plot, num_seqs=_MIXED_SEQS, num_tokens=longest) as session:
+                result = mixed_bench.measure(session, other, entries, dtype=dtype, repeats=repeats, seed=target.seed)
+                settings = _settings(target, session.config) | {"num_requests": mixed} | drawn
+                _emit(mixed_bench, result, settings, json_file, plot)
+            return
         with _session(shared, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
             result = compare_bench.measure(
                 session,

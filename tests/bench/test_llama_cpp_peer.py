@@ -68,5 +68,8 @@ def test_llama_cpp_tokens_do_not_depend_on_the_number_of_slots():
     prompts = random_prompts([12, 3, 20, 7], vocab_size=320, seed=(0,))
     alone = [peer.generate([prompt], 6)[0] for prompt in prompts]
     assert peer.generate(prompts, 6) == peer.serve(prompts, 6, max_num_seqs=2) == alone
+    lengths = [1, 6, 2, 4]
+    expected = [tokens[:length] for tokens, length in zip(alone, lengths, strict=True)]
+    assert peer.serve_mixed(prompts, lengths, max_num_seqs=2) == expected
     with pytest.raises(ValueError, match="runs in float32 on a cpu, got bfloat16 on cpu; set dtype"):
         LlamaCppPeer(load_golden("gqa").path, dtype="bfloat16", platform="cpu")

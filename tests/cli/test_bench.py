@@ -21,6 +21,7 @@ from jaxinfer.bench.latency import timed_runs
 from jaxinfer.bench.profile import ProfileRow
 from jaxinfer.bench.report import Summary
 from jaxinfer.bench.session import Session, Target, engine_config
+from jaxinfer.bench.static_batches import in_static_batches
 from jaxinfer.bench.step_parts import StepParts
 from jaxinfer.cli import bench as commands
 from jaxinfer.models.registry import parse_model_config
@@ -198,6 +199,32 @@ def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_
     assert is_png(tmp_path / "plot.png")
 
 
+def test_compare_mixed_serves_the_same_requests_on_both_sides(run, session, monkeypatch, tmp_path):
+    class StaticPeer:
+        name, mixed_batching = "equal", "static batches"
+
+        def __init__(self, *_, **__):
+            pass
+
+        def tune(self, prompts):
+            assert len(prompts) == 2
+            return 1
+
+        def serve_mixed(self, prompts, output_lens, *, max_num_seqs):
+            return in_static_batches(session.generate, prompts, output_lens, batch_size=max_num_seqs)
+
+    monkeypatch.setattr(commands.peers, "TransformersPeer", StaticPeer)
+    arguments = ("compare", "--model", GQA, *LENGTHS, "--repeats", 1, "--mixed", 5, "--spread", 0.5)
+    record = json.loads(run(*arguments, "--json", "-", "--plot", tmp_path / "plot.png").stdout)
+    result = record["result"]
+    assert record["command"] == "compare_mixed" and record["settings"]["num_requests"] == 5
+    assert (result["num_requests"], result["max_num_seqs"], result["equal_rows"]) == (5, 2, 1.0)
+    assert 6 <= result["shortest"][0] < result["longest"][0] <= 18 and result["ours_first_s"] > 0
+    assert 5 * result["shortest"][1] < result["output_tokens"] < 5 * result["longest"][1]
+    assert is_png(tmp_path / "plot.png")
+    assert "peer: equal, static batches of 2; ours: continuous batching of 2" in run(*arguments).stdout
+
+
 @pytest.mark.matrix  # CI runs the command in the rehearsal for a GPU
 def test_startup_parts_sum_to_total(run):
     result = json.loads(run("startup", "--model", GQA, "--prompt-len", 12, "--json", "-").stdout)["result"]
@@ -279,6 +306,7 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
             "context must be above half of the 64 steps of all runs, got 3",
         ),
         (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, llama.cpp, got 'other'"),
+        (("compare", "--model", GQA, "--apart", "--mixed", 2), "mixed takes turns with the peer; leave apart out"),
         (("golden", str(GOLDEN), "--cases", "gqa,none"), "has no case none; cases must name its folders"),
         (("golden", "nowhere"), "nowhere has no \\*/expected.npz"),
     ],

@@ -99,16 +99,12 @@ class LlamaCppPeer:
     def tune(self, prompts: Sequence[tuple[int, ...]]) -> int:
         """Chooses the fastest number of threads for batches like this one, and returns it.
 
-        With that number, it also chooses between llama.cpp's two kernels of attention.
+        Together with the number, it chooses between llama.cpp's two kernels of attention.
         """
         most = os.cpu_count() or 1
-        self._choose(prompts, [_Setting(threads=n, flash=True) for n in sorted({1, max(1, most // 2), most})])
-        threads = self._setting.threads
-        self._choose(prompts, [_Setting(threads=threads, flash=flash) for flash in (True, False)])
-        return threads
-
-    def _choose(self, prompts: Sequence[tuple[int, ...]], settings: Sequence[_Setting]) -> None:
+        settings = [_Setting(threads=n, flash=flash) for n in {1, max(1, most // 2), most} for flash in (True, False)]
         self._setting = min(settings, key=lambda setting: self._seconds(prompts, setting))
+        return self._setting.threads
 
     def _seconds(self, prompts: Sequence[tuple[int, ...]], setting: _Setting) -> float:
         self._setting = setting
@@ -166,6 +162,8 @@ class LlamaCppPeer:
             # Each sequence has cells of its own: in unified ones, all would attend, masked, to those of all.
             params.kv_unified = False
             self._context, self._context_key = self._api.llama_init_from_model(self._model, params), key
+            if not self._context:
+                raise RuntimeError(f"llama.cpp made no context for {num_slots} sequences of {seq_len} tokens")
         return self._context
 
     def _decode(self, context: Any, fed: Sequence[_Fed]) -> list[int]:

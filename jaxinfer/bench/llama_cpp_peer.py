@@ -32,14 +32,6 @@ _ERROR = 4  # ggml's level of errors in its log; warnings are 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Setting:
-    """What is tuned: the number of threads, and whether attention is computed by the flash kernel."""
-
-    threads: int
-    flash: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Fed:
     """The tokens that one sequence adds to a call of llama_decode; the first has the position `start`."""
 
@@ -83,7 +75,7 @@ class LlamaCppPeer:
             file = Path(folder) / "model.gguf"
             write_gguf(store, config, file)
             self._model: Any = self._load(file)
-        self._setting = _Setting(threads=os.cpu_count() or 1, flash=True)
+        self._max_threads = self._threads = os.cpu_count() or 1
         self._context: Any = None
         self._context_key: Any = None
 
@@ -97,17 +89,13 @@ class LlamaCppPeer:
         return model
 
     def tune(self, prompts: Sequence[tuple[int, ...]]) -> int:
-        """Chooses the fastest number of threads for batches like this one, and returns it.
+        """Chooses the fastest number of threads for batches like this one, and returns it."""
+        choices = {1, max(1, self._max_threads // 2), self._max_threads}
+        self._threads = min(choices, key=lambda threads: self._seconds(prompts, threads))
+        return self._threads
 
-        Together with the number, it chooses between llama.cpp's two kernels of attention.
-        """
-        most = os.cpu_count() or 1
-        settings = [_Setting(threads=n, flash=flash) for n in {1, max(1, most // 2), most} for flash in (True, False)]
-        self._setting = min(settings, key=lambda setting: self._seconds(prompts, setting))
-        return self._setting.threads
-
-    def _seconds(self, prompts: Sequence[tuple[int, ...]], setting: _Setting) -> float:
-        self._setting = setting
+    def _seconds(self, prompts: Sequence[tuple[int, ...]], threads: int) -> float:
+        self._threads = threads
         self.generate(prompts, 1)
         started = time.perf_counter()
         self.generate(prompts, _TUNING_TOKENS)
@@ -149,21 +137,23 @@ class LlamaCppPeer:
     def _context_for(self, num_slots: int, seq_len: int) -> Any:
         """A context with room for num_slots sequences of seq_len tokens, made anew only if the last one differs."""
         seq_len = -(-seq_len // _CELLS) * _CELLS
-        key = (num_slots, seq_len, self._setting)
+        key = (num_slots, seq_len)
         if key != self._context_key:
             if self._context is not None:
                 self._api.llama_free(self._context)
             params = self._api.llama_context_default_params()
             params.n_ctx = params.n_batch = num_slots * seq_len
             params.n_seq_max = params.n_outputs_max = num_slots
-            params.n_threads = params.n_threads_batch = self._setting.threads
-            params.flash_attn_type = int(self._setting.flash)
+            # The kernel of flash attention casts keys and values to float16 at each step. That is slower than the other
+            # one in float32 (the 135M shape with 16 slots on a thread: 25 s, else 20 s), and logits are off by 0.015.
+            params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = self._api.GGML_TYPE_F32
-            # Each sequence has cells of its own: in unified ones, all would attend, masked, to those of all.
+            # Each sequence has cells of its own: in unified ones, all would attend, masked, to those of all (31 s).
             params.kv_unified = False
             self._context, self._context_key = self._api.llama_init_from_model(self._model, params), key
             if not self._context:
                 raise RuntimeError(f"llama.cpp made no context for {num_slots} sequences of {seq_len} tokens")
+        self._api.llama_set_n_threads(self._context, self._threads, self._threads)
         return self._context
 
     def _decode(self, context: Any, fed: Sequence[_Fed]) -> list[int]:

@@ -16,9 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from jaxinfer.config.generation_defaults import GenerationDefaults
 
 DEMO = "demo"
@@ -50,17 +47,25 @@ def resolve(model: str | Path) -> Path:
         raise FileNotFoundError(f"{model} is a file; expected a checkpoint directory or a hub id")
     if not _HUB_ID.fullmatch(str(model)):
         raise FileNotFoundError(f"no such checkpoint directory: {model} (a hub id looks like owner/name)")
+    return _download(str(model))
+
+
+def _download(hub_id: str) -> Path:
+    # Imported here, not at the top: the hub's client brings an HTTP library, which no local directory needs.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except HFValidationError as error:
-        raise FileNotFoundError(f"no such checkpoint directory or hub id: {model} ({error})") from error
+        raise FileNotFoundError(f"no such checkpoint directory or hub id: {hub_id} ({error})") from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"no directory {model}; as a hub id it is not in the local cache and the hub cannot be reached; "
+            f"no directory {hub_id}; as a hub id it is not in the local cache and the hub cannot be reached; "
             f"check the path, the network or HF_HUB_OFFLINE"
         ) from error
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"hub id {model} cannot be downloaded: {_first_line(error)}") from error
+        raise FileNotFoundError(f"hub id {hub_id} cannot be downloaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -30,7 +30,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-EXIT_MEMORY = 3
 _COMPILED_NAME = "<template>"  # what jinja calls the file of a template made from a string
 _MAX_MESSAGE_CHARS = 2000
 _NUM_KEPT_TEMPLATES = 8
@@ -85,12 +84,13 @@ def make_environment() -> jinja2.Environment:
 
 
 def main(arguments: list[str]) -> None:
-    """Answers requests until standard input ends; exits with EXIT_MEMORY when memory runs out.
+    """Answers requests until standard input ends, or memory runs out.
 
     Args:
-      arguments: the limit of characters of a rendered text, and the limit of a render in seconds of processor time.
+      arguments: the limit of characters of a rendered text, the limit of a render in seconds of processor time, and the
+        exit code that says that memory ran out.
     """
-    rendered_chars, seconds = int(arguments[0]), float(arguments[1])
+    rendered_chars, seconds, exit_memory = int(arguments[0]), float(arguments[1]), int(arguments[2])
     environment = make_environment()
     compiled = functools.lru_cache(_NUM_KEPT_TEMPLATES)(environment.from_string)
     _send(b"")
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
                 answer = {"error": f": the rendered text has {num_chars} characters, the limit is {rendered_chars}"}
             _send(json.dumps(answer).encode())
     except MemoryError:
-        os._exit(EXIT_MEMORY)
+        os._exit(exit_memory)
 
 
 def _send(line: bytes) -> None:

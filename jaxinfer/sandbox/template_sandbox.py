@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from jaxinfer.sandbox import confined
-from jaxinfer.sandbox.template_renderer import EXIT_MEMORY
 
 RENDERER = Path(__file__).with_name("template_renderer.py")
+_EXIT_MEMORY = 3
 _EXIT_PROCESSOR_TIME = tuple(-getattr(signal, name) for name in ("SIGXCPU",) if hasattr(signal, name))
 
 
@@ -174,7 +174,11 @@ class TemplateSandbox:
         limits = self._limits
         process = subprocess.Popen(
             confined.command(
-                RENDERER, str(limits.rendered_chars), str(limits.seconds), limits={"RLIMIT_AS": limits.memory_bytes}
+                RENDERER,
+                str(limits.rendered_chars),
+                str(limits.seconds),
+                str(_EXIT_MEMORY),
+                limits={"RLIMIT_AS": limits.memory_bytes},
             ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -188,7 +192,7 @@ class TemplateSandbox:
 
     def _why_ended(self, exit_code: int, *, is_late: bool) -> str:
         limits = self._limits
-        if exit_code == EXIT_MEMORY:
+        if exit_code == _EXIT_MEMORY:
             return f"the template needs more than {limits.memory_bytes >> 20} MiB of memory"
         if is_late or exit_code in _EXIT_PROCESSOR_TIME:
             return f"the template takes more than {limits.seconds:g} s"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jaxinfer.api.generate import split_settings
+from jaxinfer.api.settings import split_settings
 from jaxinfer.cli import main as cli
 from jaxinfer.cli.flags import SETTINGS, read_settings
 from jaxinfer.sampling_params import SamplingParams

@@ -1,61 +1,28 @@
-"""jaxinfer: LLM text generation on GPU meshes in JAX and Flax."""
+"""jaxinfer: LLM text generation on GPU meshes in JAX and Flax.
 
+The public names, which public_names.py lists, are imported when the first of them is used. They bring JAX and Flax,
+which take a second to import and which `jaxinfer --help` does not need.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from jaxinfer import distributed
-from jaxinfer.api.async_llm import AsyncLLM
-from jaxinfer.api.experiments import logprob_fn
-from jaxinfer.api.generate import generate
-from jaxinfer.api.llm import LLM
-from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.engine.dynamic_engine import DynamicEngine
-from jaxinfer.engine.stats import EngineStats
-from jaxinfer.errors import EngineClosedError, ProcessLostError, RequestFailedError
-from jaxinfer.interventions import BoundIntervention, Intervention, intervention
-from jaxinfer.kernels.paged_attention import register_attention
-from jaxinfer.logits_functions import LogitsFunction, logits_processor, sampler
-from jaxinfer.models.registry import ModelFamily, register_model
-from jaxinfer.outputs import CompletionOutput, GenerationRecord, Logprob, RequestOutput
-from jaxinfer.request import Request, TokenEvent
-from jaxinfer.research.logit_lens import LogitLens
-from jaxinfer.research.table import Table
-from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
-from jaxinfer.sites import Site, Sites
+if TYPE_CHECKING:
+    from jaxinfer.public_names import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        names = import_module("jaxinfer.public_names")
+        for public in ("__all__", *names.__all__):
+            globals().setdefault(public, getattr(names, public))  # what a test has put in its place stays there
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("jaxinfer.public_names").__all__})
+
 
 __version__ = version("jaxinfer")
-
-__all__ = [
-    "LLM",
-    "AsyncLLM",
-    "BeamSearchParams",
-    "BoundIntervention",
-    "CompletionOutput",
-    "DynamicEngine",
-    "EngineClosedError",
-    "EngineConfig",
-    "EngineStats",
-    "GenerationRecord",
-    "Intervention",
-    "LogitLens",
-    "LogitsFunction",
-    "Logprob",
-    "ModelConfig",
-    "ModelFamily",
-    "ProcessLostError",
-    "Request",
-    "RequestFailedError",
-    "RequestOutput",
-    "SamplingParams",
-    "Site",
-    "Sites",
-    "Table",
-    "TokenEvent",
-    "distributed",
-    "generate",
-    "intervention",
-    "logits_processor",
-    "logprob_fn",
-    "register_attention",
-    "register_model",
-    "sampler",
-]

@@ -28,7 +28,7 @@ from jaxinfer.models.registry import parse_model_config
 
 _PROGRAM = """import time
 started = time.perf_counter()
-import jaxinfer
+from jaxinfer import LLM
 imported = time.perf_counter()
 from jaxinfer.bench.startup import probe
 probe(imported - started)"""
@@ -40,7 +40,7 @@ class StartupTimes:
 
     Args:
       interpreter_s: starting Python, and importing what the measurement needs besides jaxinfer.
-      import_s: `import jaxinfer`.
+      import_s: `from jaxinfer import LLM`.
       device_s: JAX finding its devices.
       load_s: loading weights onto the device and allocating KV pages.
       compile_s: tracing, and compiling or reading programs from the cache: the time of the first request less that of a
@@ -123,7 +123,7 @@ def probe(import_s: float) -> None:
     """The measured process: reads what to do from standard input, prints its times as one line of JSON.
 
     Args:
-      import_s: seconds that `import jaxinfer` took.
+      import_s: seconds that `from jaxinfer import LLM` took.
     """
     spec = json.load(sys.stdin)
     random_weights = spec["target"]["random_weights"]

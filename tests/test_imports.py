@@ -1,4 +1,4 @@
-"""What a process imports before it needs it: `import jaxinfer` does not bring JAX."""
+"""What a process imports before it needs it: `import jaxinfer` and --help bring neither JAX nor the benchmarks."""
 
 import subprocess
 import sys
@@ -9,6 +9,8 @@ import jaxinfer
 from jaxinfer import public_names
 
 HEAVY = {"jax", "flax", "huggingface_hub", "jinja2", "matplotlib", "pandas", "tokenizers", "tqdm", "jaxinfer.api.llm"}
+FOR_OTHER_USES = {"huggingface_hub", "jinja2", "matplotlib", "pandas", "ray", "jaxinfer.bench", "jaxinfer.serve"}
+HELP = "import sys; from jaxinfer.cli import main as cli; sys.argv = {argv}; assert cli._exit_code() == 0"
 
 
 def imported(program):
@@ -18,9 +20,24 @@ def imported(program):
     return set(done.stdout.rpartition("MODULES ")[2].split())
 
 
-def test_import_brings_no_heavy_module():
-    modules = imported("import jaxinfer; jaxinfer.__version__")
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import jaxinfer; jaxinfer.__version__",
+        HELP.format(argv=["jaxinfer", "--help"]),
+        HELP.format(argv=["jaxinfer", "bench", "roofline", "--help"]),
+        HELP.format(argv=["jaxinfer", "generate", "--help"]),
+    ],
+)
+def test_import_and_help_bring_no_heavy_module(program):
+    modules = imported(program)
     assert "jaxinfer" in modules and not modules & HEAVY
+
+
+def test_generating_brings_no_module_for_other_uses():
+    arguments = ["jaxinfer", "generate", "one", "--max-tokens", "0"]
+    modules = imported(HELP.format(argv=arguments))
+    assert "jaxinfer.api.llm" in modules and not modules & FOR_OTHER_USES
 
 
 def test_public_names_are_those_that_are_imported_at_first_use():

@@ -1,7 +1,7 @@
 """`jaxinfer ablate`: runs the ablation that a YAML file describes.
 
 Owns: the command's flags, reading the file.
-Does not know: what an ablation does (bench/ablation.py).
+Does not know: what an ablation does (bench/ablation.py, which brings JAX, and is imported when the command runs).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
-from jaxinfer.bench import ablation as ablation_bench
-from jaxinfer.bench import report
+if TYPE_CHECKING:
+    from jaxinfer.bench.ablation import Ablation
 
 
 def ablate(
@@ -28,6 +28,9 @@ def ablate(
 
     Exits with 1 if outputs differ that must be equal.
     """
+    from jaxinfer.bench import ablation as ablation_bench
+    from jaxinfer.bench import report
+
     planned = read_ablation(file)
     if plot is not None:
         report.require_matplotlib()  # before minutes of measuring
@@ -44,18 +47,20 @@ def ablate(
         raise typer.Exit(1)
 
 
-def read_ablation(file: Path) -> ablation_bench.Ablation:
+def read_ablation(file: Path) -> Ablation:
     """Reads an ablation's file.
 
     Raises:
       FileNotFoundError: there is no such file.
       TypeError, ValueError: it is not YAML, or a field is unknown, missing or wrong; the message names the file.
     """
+    from jaxinfer.bench.ablation import Ablation
+
     if not file.is_file():
         raise FileNotFoundError(f"no such ablation: {file}")
     try:
         fields: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return ablation_bench.Ablation.of(fields)
+        return Ablation.of(fields)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError) as error:

@@ -1,7 +1,8 @@
 """The commands of `jaxinfer bench`: each runs one benchmark and writes its result as a table, JSON and a plot.
 
 Owns: the commands' flags and their defaults.
-Does not know: how anything is measured. Each benchmark is a module of jaxinfer.bench, which also renders its result.
+Does not know: how anything is measured. Each benchmark is a module of jaxinfer.bench, which also renders its result; a
+command imports it when it runs, since --help and the other commands need neither it nor JAX.
 """
 
 from __future__ import annotations
@@ -13,36 +14,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import typer
 
-from jaxinfer.bench import compare as compare_bench
-from jaxinfer.bench import compare_apart as apart_bench
-from jaxinfer.bench import compare_mixed as mixed_bench
-from jaxinfer.bench import frames as frames_bench
-from jaxinfer.bench import golden as golden_bench
-from jaxinfer.bench import gpu as gpu_bench
-from jaxinfer.bench import growth as growth_bench
-from jaxinfer.bench import host as host_bench
-from jaxinfer.bench import kernels as kernels_bench
-from jaxinfer.bench import latency as latency_bench
-from jaxinfer.bench import marks, peers, report, step_kernels, workload
-from jaxinfer.bench import profile as profile_bench
-from jaxinfer.bench import roofline as roofline_bench
-from jaxinfer.bench import startup as startup_bench
-from jaxinfer.bench import steering as steering_bench
-from jaxinfer.bench import throughput as throughput_bench
-from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
-from jaxinfer.bench.session import Session, Target, engine_config
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli.flags import takes_settings
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.validation import require_int
-from jaxinfer.models.registry import parse_model_config
-from jaxinfer.wrappers.assembly import choose_dtype
-from jaxinfer.wrappers.chains import CHAIN_LEN
+
+if TYPE_CHECKING:
+    from jaxinfer.bench.session import Session, Target
 
 app = typer.Typer(no_args_is_help=True, help="Measures the engine on this machine.")
 
@@ -79,6 +61,8 @@ def latency(
     **fields: Any,
 ) -> None:
     """Median times of prefill and decode for fixed batches, without the warm-up; end tokens are ignored."""
+    from jaxinfer.bench import latency as latency_bench
+
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
         result = latency_bench.measure(
@@ -110,6 +94,9 @@ def throughput(
 ) -> None:
     """Serve a trace of requests and report rates, time to first token, between tokens and end to end; for drawn
     requests prompt_len and output_len are means."""
+    from jaxinfer.bench import throughput as throughput_bench
+    from jaxinfer.bench import workload
+
     target = _target(model, random_weights, fields)
     drawn = {"distribution": distribution, "prompt_len": prompt_len, "output_len": output_len, "spread": spread}
     entries = workload.read_trace(trace) if trace else workload.draw_trace(num_requests, seed=target.seed, **drawn)
@@ -136,6 +123,9 @@ def startup(
 ) -> None:
     """Time of import, loading, compilation and first token in fresh processes, with an empty and with a filled
     compilation cache."""
+    from jaxinfer.bench import report
+    from jaxinfer.bench import startup as startup_bench
+
     target = _target(model, random_weights, fields)
     target.fields()  # raises for a wrong path before a process is started
     EngineConfig(**fields)
@@ -171,9 +161,12 @@ def roofline(
 ) -> None:
     """Times of decode steps and prefills beside the lower bound from the device's measured bandwidth and matmul
     rate."""
+    from jaxinfer.bench import roofline as roofline_bench
+    from jaxinfer.wrappers.chains import CHAIN_LEN
+
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     lengths = _whole_numbers("prefill_len", prefill_lens)
-    is_cpu = jax.default_backend() == "cpu"
+    is_cpu = _platform() == "cpu"
     chain = fields.get("steps_per_launch") or (1 if is_cpu else CHAIN_LEN)
     steps = (num_steps * (repeats + 1) + roofline_bench.PROFILED_STEPS) * chain
     longest = max(context + steps, max(lengths) + 1)
@@ -208,6 +201,8 @@ def profile(
     **fields: Any,
 ) -> None:
     """Where the time of a decode step goes: matrix products, head, attention, cache write, sampler, host."""
+    from jaxinfer.bench import profile as profile_bench
+
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     longest = context + num_steps * (repeats + 3)
     with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=longest) as session:
@@ -235,6 +230,11 @@ def growth(
     **fields: Any,
 ) -> None:
     """How a decode step's time grows with batch, context and layers, beside the growth of its least time."""
+    from jaxinfer.bench import growth as growth_bench
+    from jaxinfer.bench import report
+    from jaxinfer.bench.session import Session, engine_config
+    from jaxinfer.models.registry import parse_model_config
+
     target = _target(DEMO, random_weights, fields)
     config = parse_model_config(target.fields())
     thirds = ",".join(str(-(-config.num_layers * part // 3)) for part in (1, 2, 3))
@@ -284,6 +284,15 @@ def compare(
     **fields: Any,
 ) -> None:
     """Run the same prompts and weights, greedily, through another engine and through this one, in turns."""
+    from jaxinfer.bench import compare as compare_bench
+    from jaxinfer.bench import compare_apart as apart_bench
+    from jaxinfer.bench import compare_mixed as mixed_bench
+    from jaxinfer.bench import peers, workload
+    from jaxinfer.bench.random_weights import RandomStore, write_checkpoint
+    from jaxinfer.bench.session import Target
+    from jaxinfer.models.registry import parse_model_config
+    from jaxinfer.wrappers.assembly import choose_dtype
+
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     if apart and mixed:
         raise ValueError("mixed takes turns with the peer; leave apart out, or use its trace")
@@ -298,8 +307,8 @@ def compare(
         order = apart_bench.PeerOrder(
             peer=peer,
             fields=target.fields(),
-            dtype=choose_dtype(EngineConfig(**fields).dtype, jax.default_backend()).name,
-            platform=jax.default_backend(),
+            dtype=choose_dtype(EngineConfig(**fields).dtype, _platform()).name,
+            platform=_platform(),
             works=tuple(works),
             max_num_seqs=max_num_seqs,
             repeats=repeats,
@@ -310,7 +319,7 @@ def compare(
         result = apart_bench.measure(order, lambda: _session(target, fields, plot, **size))
         _emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
         return
-    dtype = choose_dtype(EngineConfig(**fields).dtype, jax.default_backend()).name
+    dtype = choose_dtype(EngineConfig(**fields).dtype, _platform()).name
     with tempfile.TemporaryDirectory(prefix="jaxinfer-compare-") as folder:
         shared = target
         if random_weights is not None:
@@ -318,7 +327,7 @@ def compare(
                 RandomStore(parse_model_config(target.fields()), target.seed), target.fields(), Path(folder)
             )
             shared = Target(model=folder, seed=target.seed)
-        other = peers.load_peer(peer, shared.path(), dtype=dtype, platform=jax.default_backend())
+        other = peers.load_peer(peer, shared.path(), dtype=dtype, platform=_platform())
         if mixed:
             drawn = {"distribution": "uniform", "prompt_len": prompt_len, "output_len": output_len, "spread": spread}
             entries = workload.draw_trace(mixed, seed=target.seed, **drawn)
@@ -354,7 +363,10 @@ def kernels(
 ) -> None:
     """Check the backends of paged attention on this device against the reference and time them; exits with 1 if one is
     wrong."""
-    is_cpu = jax.default_backend() == "cpu"
+    from jaxinfer.bench import kernels as kernels_bench
+    from jaxinfer.bench import report, step_kernels
+
+    is_cpu = _platform() == "cpu"
     large = {
         "num_rows": decode_rows or (4 if is_cpu else 128),
         "context": context or (128 if is_cpu else 1024),
@@ -379,6 +391,9 @@ def frames(
     json_file: JsonFile = "",
 ) -> None:
     """Time the sending of steps to a second process, beside a simulated device, and whether that slows it down."""
+    from jaxinfer.bench import frames as frames_bench
+    from jaxinfer.bench import report
+
     report.warn_if_busy()
     result = frames_bench.measure(rows=rows, step_ms=step_ms, num_steps=num_steps)
     _emit(frames_bench, result, {"num_steps": num_steps}, json_file)
@@ -392,6 +407,9 @@ def host(
     json_file: JsonFile = "",
 ) -> None:
     """Time what a decode step costs the host, with and without stop strings, over a wrapper that computes nothing."""
+    from jaxinfer.bench import host as host_bench
+    from jaxinfer.bench import report
+
     counts = _whole_numbers("rows", rows), _whole_numbers("waiting", waiting, least=0)
     report.warn_if_busy()
     result = host_bench.measure(rows=counts[0], waiting=counts[1], num_steps=num_steps)
@@ -414,6 +432,8 @@ def steering(
     **fields: Any,
 ) -> None:
     """Time requests of which some are steered against plain ones, in turns."""
+    from jaxinfer.bench import steering as steering_bench
+
     target = _target(model, random_weights, fields)
     steered = num_requests // 2 if num_steered is None else num_steered
     if steered > num_requests:
@@ -444,6 +464,8 @@ def golden(
 
     In bfloat16 tokens may differ where two are nearly equally likely.
     """
+    from jaxinfer.bench import golden as golden_bench
+
     names = cases.split(",") if cases else []
     result = golden_bench.measure(directory, budget_seconds, dtypes=dtype.split(","), names=names)
     _emit(golden_bench, result, {"directory": directory}, json_file)
@@ -471,6 +493,9 @@ def gpu(
 ) -> None:
     """Run the checks of correctness and the benchmarks for a GPU (roofline, comparison with transformers, startup)
     within a time budget; short tables come last."""
+    from jaxinfer.bench import gpu as gpu_bench
+    from jaxinfer.bench import marks, report
+
     plan = gpu_bench.tiny_plan(golden_directory) if tiny else gpu_bench.full_plan(golden_directory, configs)
     chosen = gpu_bench.choose(plan, sections.split(",") if sections else [])
     outcomes = gpu_bench.run(
@@ -501,6 +526,8 @@ def _whole_numbers(name: str, text: str, *, least: int = 1) -> list[int]:
 
 
 def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> Target:
+    from jaxinfer.bench.session import Target
+
     return Target(model=model, random_weights=random_weights, seed=EngineConfig(**fields).seed)
 
 
@@ -508,6 +535,10 @@ def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> 
 def _session(
     target: Target, fields: dict[str, Any], plot: Path | None, *, num_seqs: int, num_tokens: int
 ) -> Iterator[Session]:
+    from jaxinfer.bench import report
+    from jaxinfer.bench.session import Session, engine_config
+    from jaxinfer.models.registry import parse_model_config
+
     if plot is not None:
         report.require_matplotlib()  # before minutes of measuring
     model_config = parse_model_config(target.fields())
@@ -517,12 +548,20 @@ def _session(
         yield session
 
 
+def _platform() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
 def _settings(target: Target, config: EngineConfig) -> dict[str, Any]:
     return {**target.record(), "engine": dataclasses.asdict(config)}
 
 
 def _emit(bench: Any, result: Any, settings: dict[str, Any], json_file: str, plot: Path | None = None) -> None:
     """Prints a result as a table, unless JSON goes to standard output, and writes the files that were asked for."""
+    from jaxinfer.bench import report
+
     if json_file != "-":
         typer.echo(bench.render(result))
     if json_file:

@@ -3,6 +3,8 @@ bench and ablate.
 
 Owns: the commands, reading prompts, printing results, one-line error messages.
 Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
+
+A command imports what needs JAX when it runs: --help and a mistake in the arguments do not wait for that.
 """
 
 from __future__ import annotations
@@ -16,24 +18,17 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from tqdm.auto import tqdm
 
-from jaxinfer import distributed
-from jaxinfer.api.following import follow_run
-from jaxinfer.api.generate import split_settings
-from jaxinfer.api.llm import LLM, find_chat_templates
 from jaxinfer.api.scoring import check_windows
+from jaxinfer.api.settings import split_settings
 from jaxinfer.checkpoint.directory import DEMO
-from jaxinfer.cli import info as facts
 from jaxinfer.cli.ablate import ablate
 from jaxinfer.cli.bench import app as bench
-from jaxinfer.cli.conversation import HELP, Conversation
 from jaxinfer.cli.flags import SETTINGS, takes_settings
 from jaxinfer.cli.launch import become_process, is_launched, plan_processes, run_processes
-from jaxinfer.cli.replay import read_records, replay_records
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.communication.connection import RefusedError
 from jaxinfer.communication.process_group import GatherError
@@ -42,8 +37,11 @@ from jaxinfer.config.sizes import size_text
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.serve.batch import plan_batch, run_batch
 from jaxinfer.text.chat_template import ChatTemplates
+
+if TYPE_CHECKING:
+    from jaxinfer.api.llm import LLM
+    from jaxinfer.cli import info as facts
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_DIFFERENT = 1
@@ -103,6 +101,9 @@ def _exit_code() -> int:
 
 def _as_one_of_many() -> int:
     """Runs the command as a process of a run: process 0 carries it out, the others take part in its steps."""
+    from jaxinfer import distributed
+    from jaxinfer.api.following import follow_run
+
     # The collectives of CPUs print on standard output when they connect; only the command's own output belongs there.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     os.dup2(2, 1)
@@ -157,6 +158,9 @@ def follow(
 
     What is not given comes from JAXINFER_ variables, Slurm, Open MPI or Kubernetes; the secret from JAXINFER_SECRET.
     """
+    from jaxinfer import distributed
+    from jaxinfer.api.following import follow_run
+
     distributed.initialize(address, num_processes, process_id, gpu_memory_utilization=gpu_memory_utilization)
     run = distributed.current_run()
     if not isinstance(run, distributed.FollowerRun):
@@ -183,7 +187,7 @@ def generate(
     """Continue prompts."""
     texts = _read_prompts(prompts or [], file, lines=lines)
     sampling, config = split_settings(fields)
-    with _opened(record) as records, LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+    with _opened(record) as records, _load(model, tokenizer, config) as llm:
         params = dataclasses.replace(llm.default_params, **sampling)
         if stream:
             if params.n > 1 and not as_json:
@@ -204,6 +208,8 @@ def replay(
     tokenizer: Annotated[str | None, typer.Option(help="use this tokenizer instead of the recorded ones")] = None,
 ) -> int:
     """Generate again what was recorded and compare the tokens; exits with 1 if any differ."""
+    from jaxinfer.cli.replay import read_records, replay_records
+
     replays = replay_records(read_records(file), model=model, tokenizer=tokenizer)
     for warning in dict.fromkeys(itertools.chain.from_iterable(entry.warnings for entry in replays)):
         print(f"jaxinfer: {warning}", file=sys.stderr)
@@ -231,8 +237,10 @@ def score(
     if not text:
         raise ValueError(f"there is nothing to score: {file or 'standard input'} is empty")
     config = EngineConfig(**fields)
-    check_windows(window, stride, max_model_len=facts.context(model or DEMO, config))
-    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+    from jaxinfer.cli.info import context
+
+    check_windows(window, stride, max_model_len=context(model or DEMO, config))
+    with _load(model, tokenizer, config) as llm:
         found = llm.perplexity(text, window=window, stride=stride)
     numbers = {
         "tokens": found.num_tokens,
@@ -265,19 +273,23 @@ def batch(
     The model that a request names is not looked at: --model answers all of them.
     """
     config = EngineConfig(**fields)
+    from tqdm.auto import tqdm
+
+    from jaxinfer.serve.batch import plan_batch, run_batch
+
     plan = plan_batch(source, target)
     remark(f"{plan.num_lines:,} requests, {len(plan.done):,} answered already")
     if not plan.num_left:
         return 0
-    arguments: dict[str, Any] = {"model": model or DEMO, "tokenizer": tokenizer, **dataclasses.asdict(config)}
     # The delay keeps the bar from the screen until the first answer.
     with tqdm(total=plan.num_lines, initial=len(plan.done), unit="request", disable=None, delay=1e-9) as bar:
         if ray is None:
-            with LLM(**arguments) as llm:
+            with _load(model, tokenizer, config) as llm:
                 num_errors = run_batch(llm, plan, on_answer=bar.update)
         else:
             from jaxinfer.ray import run_batch as run_batch_on_ray  # needs Ray, which is optional
 
+            arguments: dict[str, Any] = {"model": model or DEMO, "tokenizer": tokenizer, **dataclasses.asdict(config)}
             num_errors = run_batch_on_ray(plan, num_llms=ray, on_answer=bar.update, **arguments)
     if num_errors:
         remark(f"{num_errors:,} requests were wrong; their lines of {target} say why")
@@ -299,9 +311,12 @@ def chat(
     """Talk to a model: one message a line, or a pasted text; /reset forgets the conversation, /quit or the end of input
     leaves, Ctrl-C ends a reply. The oldest turns are forgotten when the context is full."""
     sampling, config = split_settings(fields)
+    from jaxinfer.api.llm import find_chat_templates
+    from jaxinfer.cli.conversation import HELP, Conversation
+
     chosen = _chosen_template(template, find_chat_templates(tokenizer, model or DEMO))
     is_terminal = sys.stdin.isatty()
-    with LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config)) as llm:
+    with _load(model, tokenizer, config) as llm:
         params = dataclasses.replace(llm.default_params, **sampling)
         conversation = Conversation(llm, params, system=system, chat_template=chosen)
         if is_terminal:
@@ -324,6 +339,8 @@ def info(
 ) -> None:
     """Show versions, devices, memory; with --model, a model's size and what fits; with --mesh, what each device holds
     and sends."""
+    from jaxinfer.cli import info as facts
+
     if mesh is not None:
         if model is None:
             raise ValueError("--mesh needs --model")
@@ -345,6 +362,12 @@ def _parallel_sizes(mesh: str) -> dict[str, int]:
     if match is None:
         raise ValueError(f"--mesh must be pipeline stages x tensor shards, such as 2x4, got {mesh!r}")
     return {"pipeline_parallel_size": int(match[1]), "tensor_parallel_size": int(match[2])}
+
+
+def _load(model: str | None, tokenizer: str | None, config: EngineConfig) -> LLM:
+    from jaxinfer.api.llm import LLM
+
+    return LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config))
 
 
 def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list[str]:

@@ -12,9 +12,11 @@ import pytest
 from conftest import GOLDEN, load_golden
 from typer.testing import CliRunner
 
+from jaxinfer.bench import compare_apart as apart_bench
+from jaxinfer.bench import golden as golden_bench
 from jaxinfer.bench import host as host_bench
 from jaxinfer.bench import kernels as kernels_bench
-from jaxinfer.bench import report
+from jaxinfer.bench import peers, report
 from jaxinfer.bench.golden import TOLERANCES, GoldenCase, GoldenResult, largest_allowed_error
 from jaxinfer.bench.growth import GrowthSeries
 from jaxinfer.bench.latency import timed_runs
@@ -56,7 +58,11 @@ def kept():
 
 @pytest.fixture
 def session(kept, monkeypatch):
-    monkeypatch.setattr(commands, "Session", lambda *_: contextlib.nullcontext(kept))
+    class KeptSession(Session):
+        def __new__(cls, *_):
+            return contextlib.nullcontext(kept)
+
+    monkeypatch.setattr("jaxinfer.bench.session.Session", KeptSession)
     return kept
 
 
@@ -189,7 +195,7 @@ def test_compare_equal_weights_give_equal_tokens(run, session, monkeypatch, tmp_
         def tune(self, prompts):
             return 3
 
-    monkeypatch.setattr(commands.peers, "TransformersPeer", EqualPeer)
+    monkeypatch.setattr(peers, "TransformersPeer", EqualPeer)
     arguments = ("--random-weights", GQA, *SMALL, *LENGTHS, "--json", "-", "--plot", tmp_path / "plot.png")
     result = json.loads(run("compare", *arguments).stdout)["result"]
     assert result["peer"] == "equal" and result["dtype"] == "float32"
@@ -237,9 +243,7 @@ def test_golden_agrees_and_failing_case_sets_the_status(run, tmp_path, monkeypat
     (tmp_path / "gqa").symlink_to(GQA)
     assert run("golden", tmp_path, "--dtype", "float32,bfloat16").stdout.count("OK") == 2
     assert "skipped" in run("golden", tmp_path, "--budget-seconds", -1).stdout
-    monkeypatch.setattr(
-        commands.golden_bench, "measure", lambda *_, **__: GoldenResult(cases=(golden_case(),), skipped=())
-    )
+    monkeypatch.setattr(golden_bench, "measure", lambda *_, **__: GoldenResult(cases=(golden_case(),), skipped=()))
     assert "FAIL" in run("golden", tmp_path, code=1).stdout
 
 
@@ -411,7 +415,7 @@ def test_kernel_cost_counts_a_shared_text_once():
 
 def test_compare_apart_peer_that_fails_leaves_our_times(run, session, monkeypatch):
     found = {"name": "other 1.0", "load_s": 1.0, "works": [{"first_s": 9.0, "seconds": 4.0}, "OutOfMemoryError: big"]}
-    monkeypatch.setattr(commands.apart_bench, "_peer_times", lambda order: found)
+    monkeypatch.setattr(apart_bench, "_peer_times", lambda order: found)
     arguments = ("compare", "--apart", "--random-weights", GQA, *LENGTHS, "--repeats", 1, "--batch-size", "1,2")
     rows = json.loads(run(*arguments, "--json", "-").stdout)["result"]["rows"]
     assert rows[0]["peer"]["seconds"] == 4.0 and rows[1]["peer"] is None and rows[1]["ours"]["seconds"] > 0
@@ -428,7 +432,7 @@ def test_compare_apart_peer_that_is_stopped_leaves_what_it_has_written():
         {"number": 0, "result": done},
         {"number": 1, "began_at": 20.0, "first_s": 5.0},
     ]
-    found = commands.apart_bench._read_lines(lines, 3, "other", 62.0, 70.0)
+    found = apart_bench._read_lines(lines, 3, "other", 62.0, 70.0)
     assert found["name"] == "other 1.0" and found["works"][0] == done
     assert found["works"][1] == {"first_s": 5.0, "seconds": 42.0, "is_whole": False}
     assert found["works"][2] == "stopped after 70 s; raise peer_limit"
@@ -441,7 +445,7 @@ def test_compare_apart_trace_is_one_work_with_more_requests_than_slots(run, sess
         orders.append(order)
         return {"name": "other", "load_s": 1.0, "works": [{"first_s": 9.0, "seconds": 4.0}]}
 
-    monkeypatch.setattr(commands.apart_bench, "_peer_times", peer_times)
+    monkeypatch.setattr(apart_bench, "_peer_times", peer_times)
     arguments = ("--random-weights", GQA, *LENGTHS, "--repeats", 1, "--trace", 5, "--max-num-seqs", 2)
     assert "trace of 5" in run("compare", "--apart", *arguments).stdout
     assert orders[0].max_num_seqs == 2 and [work.num_requests for work in orders[0].works] == [5]

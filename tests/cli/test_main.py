@@ -152,7 +152,7 @@ def test_main_interrupt_exits_quietly(run, monkeypatch):
     def interrupt(*arguments, **fields):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "LLM", interrupt)
+    monkeypatch.setattr("jaxinfer.api.llm.LLM", interrupt)
     assert run("generate", "x") == (130, "", "")
 
 
@@ -263,7 +263,7 @@ def test_generate_record_and_replay_of_sampled_prompts_without_a_seed(run, tmp_p
     ],
 )
 def test_score_checks_its_input_before_the_model_is_loaded(run, monkeypatch, arguments, text, message):
-    monkeypatch.setattr(cli, "LLM", None)
+    monkeypatch.setattr("jaxinfer.api.llm.LLM", None)
     assert run("score", *arguments, *FLAGS, stdin=text) == (1, "", message)
 
 
@@ -346,7 +346,7 @@ def test_chat_keeps_the_conversation_until_reset(run, tmp_path):
     ],
 )
 def test_chat_without_its_template_says_so_before_the_model_is_loaded(run, monkeypatch, arguments, message):
-    monkeypatch.setattr(cli, "LLM", None)
+    monkeypatch.setattr("jaxinfer.api.llm.LLM", None)
     code, out, err = run("chat", *FLAGS, *arguments, stdin="hello\n")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.search(message, err.strip())

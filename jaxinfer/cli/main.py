@@ -28,6 +28,7 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli.ablate import ablate
 from jaxinfer.cli.bench import app as bench
 from jaxinfer.cli.flags import SETTINGS, takes_settings
+from jaxinfer.cli.lasting_imports import lasting_imports
 from jaxinfer.cli.launch import become_process, is_launched, plan_processes, run_processes
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.communication.connection import RefusedError
@@ -101,9 +102,9 @@ def _exit_code() -> int:
 
 def _as_one_of_many() -> int:
     """Runs the command as a process of a run: process 0 carries it out, the others take part in its steps."""
-    from jaxinfer import distributed
-    from jaxinfer.api.following import follow_run
-
+    with lasting_imports():
+        from jaxinfer import distributed
+        from jaxinfer.api.following import follow_run
     # The collectives of CPUs print on standard output when they connect; only the command's own output belongs there.
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     os.dup2(2, 1)
@@ -158,9 +159,9 @@ def follow(
 
     What is not given comes from JAXINFER_ variables, Slurm, Open MPI or Kubernetes; the secret from JAXINFER_SECRET.
     """
-    from jaxinfer import distributed
-    from jaxinfer.api.following import follow_run
-
+    with lasting_imports():
+        from jaxinfer import distributed
+        from jaxinfer.api.following import follow_run
     distributed.initialize(address, num_processes, process_id, gpu_memory_utilization=gpu_memory_utilization)
     run = distributed.current_run()
     if not isinstance(run, distributed.FollowerRun):
@@ -208,8 +209,8 @@ def replay(
     tokenizer: Annotated[str | None, typer.Option(help="use this tokenizer instead of the recorded ones")] = None,
 ) -> int:
     """Generate again what was recorded and compare the tokens; exits with 1 if any differ."""
-    from jaxinfer.cli.replay import read_records, replay_records
-
+    with lasting_imports():
+        from jaxinfer.cli.replay import read_records, replay_records
     replays = replay_records(read_records(file), model=model, tokenizer=tokenizer)
     for warning in dict.fromkeys(itertools.chain.from_iterable(entry.warnings for entry in replays)):
         print(f"jaxinfer: {warning}", file=sys.stderr)
@@ -237,8 +238,8 @@ def score(
     if not text:
         raise ValueError(f"there is nothing to score: {file or 'standard input'} is empty")
     config = EngineConfig(**fields)
-    from jaxinfer.cli.info import context
-
+    with lasting_imports():
+        from jaxinfer.cli.info import context
     check_windows(window, stride, max_model_len=context(model or DEMO, config))
     with _load(model, tokenizer, config) as llm:
         found = llm.perplexity(text, window=window, stride=stride)
@@ -273,10 +274,10 @@ def batch(
     The model that a request names is not looked at: --model answers all of them.
     """
     config = EngineConfig(**fields)
-    from tqdm.auto import tqdm
+    with lasting_imports():
+        from tqdm.auto import tqdm
 
-    from jaxinfer.serve.batch import plan_batch, run_batch
-
+        from jaxinfer.serve.batch import plan_batch, run_batch
     plan = plan_batch(source, target)
     remark(f"{plan.num_lines:,} requests, {len(plan.done):,} answered already")
     if not plan.num_left:
@@ -311,9 +312,9 @@ def chat(
     """Talk to a model: one message a line, or a pasted text; /reset forgets the conversation, /quit or the end of input
     leaves, Ctrl-C ends a reply. The oldest turns are forgotten when the context is full."""
     sampling, config = split_settings(fields)
-    from jaxinfer.api.llm import find_chat_templates
-    from jaxinfer.cli.conversation import HELP, Conversation
-
+    with lasting_imports():
+        from jaxinfer.api.llm import find_chat_templates
+        from jaxinfer.cli.conversation import HELP, Conversation
     chosen = _chosen_template(template, find_chat_templates(tokenizer, model or DEMO))
     is_terminal = sys.stdin.isatty()
     with _load(model, tokenizer, config) as llm:
@@ -339,8 +340,8 @@ def info(
 ) -> None:
     """Show versions, devices, memory; with --model, a model's size and what fits; with --mesh, what each device holds
     and sends."""
-    from jaxinfer.cli import info as facts
-
+    with lasting_imports():
+        from jaxinfer.cli import info as facts
     if mesh is not None:
         if model is None:
             raise ValueError("--mesh needs --model")
@@ -365,8 +366,8 @@ def _parallel_sizes(mesh: str) -> dict[str, int]:
 
 
 def _load(model: str | None, tokenizer: str | None, config: EngineConfig) -> LLM:
-    from jaxinfer.api.llm import LLM
-
+    with lasting_imports():
+        from jaxinfer.api.llm import LLM
     return LLM(model or DEMO, tokenizer=tokenizer, **dataclasses.asdict(config))
 
 

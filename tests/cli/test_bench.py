@@ -129,14 +129,15 @@ def test_throughput_arrivals_warm_up_everything_and_prefixes_hit(run, session, m
     assert record["settings"]["request_rate"] == 500
 
 
-def test_roofline_shows_rates_and_shares(run, session, tmp_path):
+def test_roofline_shows_rates_and_shares(run, session, monkeypatch, tmp_path):
     plot = tmp_path / "plot.png"
     arguments = ("--model", GQA, *SMALL, *RATES, "--context", 14, "--num-steps", 4, "--plot", plot)
-    compiled = session.engine.stats().num_compilations
+    compiled, rehearsed = session.decoder.compiled, []
+    monkeypatch.setattr(session.decoder, "compiled", lambda *key: rehearsed.append(key[0]) or compiled(*key))
     shown = run("roofline", *arguments, "--prefill-len", "9,40", "--profile", "--keep", tmp_path).stdout
     assert "GB/s measured" in shown and "of floor" in shown and "prefill ms" in shown
     assert shown.count("a step under the profiler") == len(list(tmp_path.glob("*.xplane.pb.gz"))) == 3
-    assert session.engine.stats().num_compilations > compiled
+    assert set(rehearsed) == {"forward", "sample"}
     assert is_png(plot)
 
 

@@ -47,3 +47,8 @@ def test_public_names_are_those_that_are_imported_at_first_use():
         assert getattr(jaxinfer, name) is getattr(public_names, name)
     with pytest.raises(AttributeError, match=r"^module 'jaxinfer' has no attribute 'nothing'$"):
         jaxinfer.nothing  # noqa: B018
+
+
+def test_name_that_a_test_replaces_stays_replaced(monkeypatch):
+    monkeypatch.setattr(jaxinfer, "LLM", None)
+    assert not hasattr(jaxinfer, "nothing") and jaxinfer.LLM is None

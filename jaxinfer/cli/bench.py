@@ -261,7 +261,7 @@ def compare(
     *,
     model: Model = DEMO,
     random_weights: RandomWeights = None,
-    peer: Annotated[str, typer.Option(help=" or ".join(peers.PEERS))] = "transformers",
+    peer: Annotated[str, typer.Option(help="transformers or llama.cpp")] = "transformers",
     batch_sizes: BatchSizes = "1,8,32",
     prompt_len: PromptLen = 64,
     output_len: OutputLen = 64,

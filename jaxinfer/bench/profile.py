@@ -87,7 +87,7 @@ def measure(
     Raises:
       ValueError: the context is too short for the steps, or as StepParts and Session.decoding.
     """
-    all_steps = num_steps * (repeats + 2)
+    all_steps = (num_steps + 1) * (repeats + 2)
     if context <= all_steps // 2:
         raise ValueError(f"context must be above half of the {all_steps} steps of all turns, got {context}")
     turns = _Turns(context=context, num_steps=num_steps, repeats=repeats, seed=seed)
@@ -109,14 +109,15 @@ class _Turns:
 
     def run(self, session: Session, batch_size: int, parts: Sequence[Part]) -> ProfileRow:
         """Times the steps of one batch size, and the parts in turns with them."""
-        num_turns = self.repeats + 2
-        prompt_len = max(1, self.context - self.num_steps * num_turns // 2)
+        num_steps = (self.num_steps + 1) * (self.repeats + 2)
+        prompt_len = max(1, self.context - num_steps // 2)
         steps: list[float] = []
         found: dict[str, list[float]] = {part.name: [] for part in parts}
         with session.decoding(session.prompts(batch_size, prompt_len, self.seed, batch_size)) as decoding:
             decoding.run(self.num_steps)
             first = decoding.mean_len
             for _ in range(self.repeats):
+                decoding.run(1)  # the step that it reads was launched ahead of the parts, and has long ended
                 steps.append(1e3 * decoding.run(self.num_steps))
                 for part in parts:
                     found[part.name].append(1e3 * self._seconds(part))

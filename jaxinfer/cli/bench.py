@@ -204,7 +204,7 @@ def profile(
     from jaxinfer.bench import profile as profile_bench
 
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
-    longest = context + num_steps * (repeats + 3)
+    longest = context + (num_steps + 1) * (repeats + 3)
     with _session(target, fields, plot, num_seqs=max(sizes), num_tokens=longest) as session:
         result = profile_bench.measure(
             session, sizes, context=context, num_steps=num_steps, repeats=repeats, seed=target.seed

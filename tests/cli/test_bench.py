@@ -294,7 +294,7 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
         (("latency", "--random-weights", "none.json"), "none.json does not exist"),
         (
             ("profile", "--model", GQA, "--context", 3),
-            "context must be above half of the 56 steps of all turns, got 3",
+            "context must be above half of the 63 steps of all turns, got 3",
         ),
         (
             ("profile", "--model", GQA, "--attention-backend", "pallas"),

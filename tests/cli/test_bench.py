@@ -220,7 +220,7 @@ def test_compare_mixed_serves_the_same_requests_on_both_sides(run, session, monk
         def serve_mixed(self, prompts, output_lens, *, max_num_seqs):
             return in_static_batches(session.generate, prompts, output_lens, batch_size=max_num_seqs)
 
-    monkeypatch.setattr(commands.peers, "TransformersPeer", StaticPeer)
+    monkeypatch.setattr(peers, "TransformersPeer", StaticPeer)
     arguments = ("compare", "--model", GQA, *LENGTHS, "--repeats", 1, "--mixed", 5, "--spread", 0.5)
     record = json.loads(run(*arguments, "--json", "-", "--plot", tmp_path / "plot.png").stdout)
     result = record["result"]

@@ -19,12 +19,9 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.bench.report import format_table
-from jaxinfer.bench.roofline import DeviceRates, decode_cost, measure_rates
+from jaxinfer.bench.roofline import DeviceRates, decode_cost, measure_rates, rate_sizes
 from jaxinfer.bench.session import Session
 from jaxinfer.config.model_config import ModelConfig
-
-READ_BYTES, MATMUL_SIZE = 2**29, 2048
-"""Sizes with which the device's rates are measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,15 +126,18 @@ def measure(
       open_session: opens a session for a model with other layers, with slots and context for the largest sizes.
 
     Raises:
-      ValueError: more layers are asked for than the model has.
+      ValueError: more layers are asked for than the model has, or the mesh is larger than one device.
     """
     if max(growth.layers) > config.num_layers:
         raise ValueError(f"layers must be <= {config.num_layers}, the model's, got {max(growth.layers)}")
     by_batch = [(size, growth.context) for size in growth.batch_sizes]
     by_context = [(growth.batch_size, context) for context in growth.contexts]
     with open_session(config) as session:
+        if session.decoder.mesh.size != 1:
+            raise ValueError(f"growth compares with one device, got a mesh of {session.decoder.mesh.size}")
         dtype = session.decoder.layout.dtype
-        rates = measure_rates(dtype, read_bytes=READ_BYTES, matmul_size=MATMUL_SIZE)
+        read_bytes, matmul_size = rate_sizes(session.decoder.mesh.devices.flat[0].platform)
+        rates = measure_rates(dtype, read_bytes=read_bytes, matmul_size=matmul_size)
         steps = _steps(growth, session, rates, [*by_batch, *by_context])
     series = [
         _series("batch", growth.batch_sizes, steps[: len(by_batch)]),
@@ -166,7 +166,13 @@ def _steps(
     itemsize = session.decoder.layout.dtype.itemsize
     found = []
     for batch_size, context in points:
-        cost = decode_cost(session.model_config, batch_size=batch_size, context=context, itemsize=itemsize)
+        cost = decode_cost(
+            session.model_config,
+            batch_size=batch_size,
+            context=context,
+            itemsize=itemsize,
+            span=session.config.span,
+        )
         found.append((_step_ms(growth, session, batch_size, context), 1e3 * cost.floor_s(rates)))
     return found
 

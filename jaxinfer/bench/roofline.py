@@ -216,6 +216,15 @@ def datasheet_bytes_per_s(device_kind: str) -> float | None:
     return next((1e9 * rate for name, rate in _DATASHEET_GB_PER_S.items() if name in device_kind), None)
 
 
+def rate_sizes(platform: str) -> tuple[int, int]:
+    """Sizes that tell a device's rates: bytes to read, far above its caches, and rows of the square product.
+
+    Args:
+      platform: JAX's name of the platform, such as "gpu".
+    """
+    return (512 * 2**20, 2048) if platform == "cpu" else (4096 * 2**20, 8192)
+
+
 def measure_rates(dtype: Any, *, read_bytes: int, matmul_size: int) -> DeviceRates:
     """The device's read bandwidth and matmul rate, each the best of several trials.
 

@@ -167,6 +167,7 @@ def roofline(
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     lengths = _whole_numbers("prefill_len", prefill_lens)
     is_cpu = _platform() == "cpu"
+    read_bytes, usual_size = roofline_bench.rate_sizes(_platform())
     chain = fields.get("steps_per_launch") or (1 if is_cpu else CHAIN_LEN)
     steps = (num_steps * (repeats + 1) + roofline_bench.PROFILED_STEPS) * chain
     longest = max(context + steps, max(lengths) + 1)
@@ -178,8 +179,8 @@ def roofline(
             prefill_lens=lengths,
             num_steps=num_steps,
             repeats=repeats,
-            read_bytes=(read_mib or (512 if is_cpu else 4096)) * 2**20,
-            matmul_size=matmul_size or (2048 if is_cpu else 8192),
+            read_bytes=read_mib * 2**20 or read_bytes,
+            matmul_size=matmul_size or usual_size,
             seed=target.seed,
             profiled=not is_cpu if profile is None else profile,
             keep=keep,

@@ -307,6 +307,10 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
         (("growth", "--random-weights", GQA, "--layers", "2"), "layers must be two different sizes or more, got"),
         (("growth", "--random-weights", GQA, "--layers", "1,99"), "layers must be <= 2, the model's, got 99"),
         (
+            ("growth", "--random-weights", GQA, "--tensor-parallel-size", 2, "--batch-size", "1,2"),
+            "growth compares with one device, got a mesh of 2",
+        ),
+        (
             ("roofline", "--model", GQA, "--context", 3, *RATES),
             "context must be above half of the 64 steps of all runs, got 3",
         ),

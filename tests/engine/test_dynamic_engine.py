@@ -165,7 +165,10 @@ def test_engine_abort_while_a_step_is_in_flight_drops_its_token():
 
 
 def test_engine_four_stages_keep_nearly_all_launched_rows_useful():
-    """64 requests of mixed lengths; one batch at a time would leave three of four stages idle, hence at most 0.25."""
+    """64 requests of mixed lengths; one batch at a time would leave three of four stages idle, hence at most 0.25.
+
+    A stage has 4 decode rows at most; steps with 2 or 3 are padded to 4, which no idle stage explains.
+    """
     engine, _ = make_engine(
         max_model_len=128,
         max_num_seqs=16,
@@ -178,7 +181,7 @@ def test_engine_four_stages_keep_nearly_all_launched_rows_useful():
     lengths = zip(random.integers(8, 61, 64), random.integers(16, 49, 64), strict=True)
     run_all(engine, [request(name, [name] * prompt, int(output)) for name, (prompt, output) in enumerate(lengths)])
     stats = engine.stats()
-    assert stats.num_rows_live / stats.num_rows_launched >= 0.8
+    assert stats.num_rows_live / stats.num_rows_launched >= 0.82
 
 
 def test_engine_chunks_of_one_prompt_enter_on_consecutive_ticks():

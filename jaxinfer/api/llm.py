@@ -57,8 +57,8 @@ class LLM(ResearchMethods):
       tokenizer: None takes the checkpoint's own. Otherwise a directory or hub id with a tokenizer.json or
         tokenizer.model, a Tokenizer object, or "byte" for one token per byte. If there is none at all, the LLM takes
         and returns token ids only.
-      **engine: fields of EngineConfig: dtype, max_model_len, max_num_seqs, max_num_batched_tokens, page_size,
-        num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
+      **engine: fields of EngineConfig: dtype, quantization, max_model_len, max_num_seqs, max_num_batched_tokens,
+        page_size, num_kv_pages, gpu_memory_utilization, enable_prefix_caching, enable_chunked_prefill, run_ahead,
         steps_per_launch, attention_backend (or the name of an attention function of yours), sliding_window,
         sink_tokens, draft_model, num_draft_tokens, seed, xla_options, max_research_bytes and the parallel sizes.
 

@@ -218,7 +218,8 @@ class ResearchMethods:
 
         Args:
           tree: nested dicts like params, with arrays of the same shapes, dtypes and shardings (or numpy arrays). They
-            are copied, so for a moment the devices hold the old weights, the new ones and the copies.
+            are copied, so for a moment the devices hold the old weights, the new ones and the copies. With
+            quantization, a matrix may also be given in floats (and without its scales), which are rounded as LLM does.
           only: tells by dotted name, such as "layers.0.mlp.down.weight", which weights are replaced; the tree may then
             lack the others. None replaces all.
           pause: "wait" lets running requests finish first, "abort" ends them with finish reason "abort". Requests that

@@ -1,4 +1,4 @@
-"""Writing a Llama as a GGUF file in float32, so that llama.cpp can load the same weights.
+"""Writing a Llama as a GGUF file, so that llama.cpp can load the same weights.
 
 Owns: the file's metadata and the order in which llama.cpp expects the rows of queries and keys.
 Does not know: llama.cpp, where the tensors come from. The package gguf is imported only when a file is written.
@@ -18,19 +18,23 @@ from jaxinfer.config.model_config import ModelConfig
 
 _ARCHITECTURE = "LlamaForCausalLM"
 _ROPE = "default"
+_BLOCK = 32
+"""Weights of a row that share a scale in Q8_0."""
 
 
-def write_gguf(store: TensorStore, config: ModelConfig, file: Path) -> None:
+def write_gguf(store: TensorStore, config: ModelConfig, file: Path, *, quantization: str | None = None) -> None:
     """Writes a Llama's weights and numbers; memory holds all tensors while the file is written.
 
     Args:
       store: the tensors, named as in Hugging Face checkpoints.
       config: the model's numbers.
       file: the file to write.
+      quantization: "int8" writes matrices as Q8_0, with a scale for 32 weights in a row; None writes float32.
 
     Raises:
       ImportError: gguf is not installed.
-      ValueError: the model is no Llama, its rotary embedding is an extended one, or GGUF lacks one of its tensors.
+      ValueError: the model is no Llama, its rotary embedding is an extended one, GGUF lacks one of its tensors, or a
+        matrix to be rounded has no whole blocks.
     """
     import gguf
 
@@ -39,7 +43,8 @@ def write_gguf(store: TensorStore, config: ModelConfig, file: Path) -> None:
         found = f"{config.architecture} with {rope.kind if rope else 'no'} rope"
         raise ValueError(f"only {_ARCHITECTURE} with {_ROPE} rope is written as GGUF, got {found}")
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    is_quantized = quantization is not None
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if is_quantized else gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -63,7 +68,13 @@ def write_gguf(store: TensorStore, config: ModelConfig, file: Path) -> None:
         saved_name = names.get_name(name, (".weight", ".bias"))
         if saved_name is None:
             raise ValueError(f"GGUF has no name for the tensor {name}")
-        writer.add_tensor(saved_name, rows)
+        if is_quantized and rows.ndim == 2:
+            if rows.shape[1] % _BLOCK:
+                raise ValueError(f"llama.cpp rounds blocks of {_BLOCK} inputs, got {list(rows.shape)} in {name}")
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(saved_name, gguf.quants.quantize(rows, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(saved_name, rows)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -163,14 +163,15 @@ def _steps(
 ) -> list[tuple[float, float]]:
     """Milliseconds of a step and its least time, for pairs of batch size and context."""
     session.compile_for(lambda session: [_step_ms(growth, session, *point) for point in points])
-    itemsize = session.decoder.layout.dtype.itemsize
+    layout = session.decoder.layout
     found = []
     for batch_size, context in points:
         cost = decode_cost(
             session.model_config,
             batch_size=batch_size,
             context=context,
-            itemsize=itemsize,
+            itemsize=layout.dtype.itemsize,
+            weight_itemsize=layout.matrix_dtype.itemsize,
             span=session.config.span,
         )
         found.append((_step_ms(growth, session, batch_size, context), 1e3 * cost.floor_s(rates)))

@@ -41,12 +41,13 @@ class _Fed:
 
 
 class LlamaCppPeer:
-    """llama.cpp on the CPU in float32: weights, activations and KV cache. One llama_decode a step has all rows.
+    """llama.cpp on the CPU, weights, activations and KV cache in float32. One llama_decode a step has all rows.
 
     Args:
       checkpoint: a checkpoint directory; or the fields of a config.json, for random weights of that shape.
       dtype: must be "float32".
       platform: must be "cpu".
+      quantization: of the matrices, as write_gguf's.
 
     Raises:
       ValueError: a package is missing, dtype or platform is another, or the model is not one that is written as GGUF.
@@ -54,7 +55,9 @@ class LlamaCppPeer:
 
     mixed_batching = "continuous batching"
 
-    def __init__(self, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str):
+    def __init__(
+        self, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str, quantization: str | None = None
+    ):
         try:
             import gguf  # noqa: F401
             import llama_cpp
@@ -73,7 +76,7 @@ class LlamaCppPeer:
         self._vocab_size = config.vocab_size
         with tempfile.TemporaryDirectory(prefix="jaxinfer-gguf-") as folder:
             file = Path(folder) / "model.gguf"
-            write_gguf(store, config, file)
+            write_gguf(store, config, file, quantization=quantization)
             self._model: Any = self._load(file)
         self._max_threads = self._threads = os.cpu_count() or 1
         self._context: Any = None

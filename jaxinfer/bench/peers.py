@@ -169,7 +169,9 @@ class TransformersPeer:
         return in_static_batches(self.generate, prompts, output_lens, batch_size=max_num_seqs)
 
 
-def load_peer(name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str) -> Peer:
+def load_peer(
+    name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, platform: str, quantization: str | None = None
+) -> Peer:
     """Loads a peer by name, onto the kind of device that JAX uses.
 
     Args:
@@ -177,12 +179,18 @@ def load_peer(name: str, checkpoint: Path | Mapping[str, Any], *, dtype: str, pl
       checkpoint: a directory, whose weights are loaded; or the fields of a config.json, for random weights.
       dtype: of weights and activations.
       platform: JAX's name of the device's kind, such as "gpu".
+      quantization: of the weights, "int8" or None.
 
     Raises:
-      ValueError: there is no such peer, it is not installed, or it does not run this model here.
+      ValueError: there is no such peer, it is not installed, it has no such quantisation, or it does not
+        run this model here.
     """
     if name not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")
     if name == "llama.cpp":
-        return LlamaCppPeer(checkpoint, dtype=dtype, platform=platform)
+        return LlamaCppPeer(checkpoint, dtype=dtype, platform=platform, quantization=quantization)
+    if quantization is not None:
+        raise ValueError(
+            f"peer {name!r} is run without quantization, got {quantization!r}; use llama.cpp or leave it out"
+        )
     return TransformersPeer(checkpoint, dtype=dtype, device="cpu" if platform == "cpu" else "cuda")

@@ -113,14 +113,14 @@ class DeviceRandomStore(RandomStore):
         """
         is_norm = "norm.weight" in parameter.path
         shape = parameter.variable.shape
-        draw = _drawer(shape, jnp.dtype(parameter.variable.dtype), sharding, is_vector=len(parameter.shape) == 1)
+        draw = _drawer(shape, parameter.loaded_dtype, sharding, is_vector=len(parameter.shape) == 1)
         key = jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(parameter.path.encode()))
         live = np.array([bool(names) for names in parameter.stages], np.float32)
         return draw(key, live if parameter.staged else live[0], 1 - self._config.norm_offset if is_norm else 0)
 
 
 @functools.cache
-def _drawer(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, *, is_vector: bool) -> Any:
+def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, *, is_vector: bool) -> Any:
     """A jitted function that draws an array. Parameters of the same shape share it, so that few programs compile."""
 
     def draw(key: jax.Array, live: jax.Array, constant: float) -> jax.Array:

@@ -141,7 +141,13 @@ class RooflineResult:
 
 
 def decode_cost(
-    config: ModelConfig, *, batch_size: int, context: float, itemsize: int, span: AttentionSpan = WHOLE_TEXT
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context: float,
+    itemsize: int,
+    weight_itemsize: int | None = None,
+    span: AttentionSpan = WHOLE_TEXT,
 ) -> StepCost:
     """The cost of a decode step: weights read once, every row's KV read, float32 logits written and read once.
 
@@ -149,13 +155,14 @@ def decode_cost(
       config: the model's numbers.
       batch_size: rows.
       context: KV positions that each row reads, the new one included.
-      itemsize: bytes of a weight and of a KV number.
+      itemsize: bytes of a KV number.
+      weight_itemsize: bytes of a weight; None for as many.
       span: what the engine's settings let a token see.
     """
     used, read = (weights + _head_weights(config) for weights in _product_weights(config, batch_size))
     seen = _positions_seen(config, context, span)
     rows_embedded = batch_size * config.hidden_size
-    num_bytes = (read + rows_embedded) * itemsize
+    num_bytes = (read + rows_embedded) * (weight_itemsize or itemsize)
     num_bytes += batch_size * seen * 2 * config.num_kv_heads * config.head_dim * itemsize
     num_bytes += 2 * 4 * batch_size * config.vocab_size
     num_ops = batch_size * (2 * used + 4 * config.num_heads * config.head_dim * seen)
@@ -163,7 +170,13 @@ def decode_cost(
 
 
 def prefill_cost(
-    config: ModelConfig, *, batch_size: int, prompt_len: int, itemsize: int, span: AttentionSpan = WHOLE_TEXT
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    prompt_len: int,
+    itemsize: int,
+    weight_itemsize: int | None = None,
+    span: AttentionSpan = WHOLE_TEXT,
 ) -> StepCost:
     """The cost of prefilling prompts up to the first token: weights read once, KV written and read once.
 
@@ -173,13 +186,15 @@ def prefill_cost(
       config: the model's numbers.
       batch_size: prompts.
       prompt_len: tokens of each.
-      itemsize: bytes of a weight and of a KV number.
+      itemsize: bytes of a KV number.
+      weight_itemsize: bytes of a weight; None for as many.
       span: what the engine's settings let a token see.
     """
     num_tokens = batch_size * prompt_len
     (used, read), head = _product_weights(config, num_tokens), _head_weights(config)
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    num_bytes = (read + head + num_tokens * (config.hidden_size + 2 * kv_per_token)) * itemsize
+    num_bytes = (read + head + num_tokens * config.hidden_size) * (weight_itemsize or itemsize)
+    num_bytes += num_tokens * 2 * kv_per_token * itemsize
     num_bytes += 2 * 4 * batch_size * config.vocab_size
     seen = sum(_positions_seen(config, position + 1, span) for position in range(prompt_len))
     num_ops = 2 * used * num_tokens + batch_size * (2 * head + 4 * config.num_heads * config.head_dim * seen)
@@ -313,6 +328,7 @@ def measure(
         keep=keep,
         rates=rates,
         itemsize=dtype.itemsize,
+        weight_itemsize=session.decoder.layout.matrix_dtype.itemsize,
     )
 
     started = time.perf_counter()
@@ -337,6 +353,7 @@ class _Bench:
     keep: Path | None
     rates: DeviceRates
     itemsize: int
+    weight_itemsize: int
 
 
 def _run_all(bench: _Bench, session: Session) -> tuple[RooflineRow, ...]:
@@ -359,6 +376,7 @@ def _decode(bench: _Bench, session: Session, batch_size: int) -> RooflineRow:
             batch_size=batch_size,
             context=context,
             itemsize=bench.itemsize,
+            weight_itemsize=bench.weight_itemsize,
             span=session.config.span,
         )
         num_steps = max(min(bench.num_steps, PROFILED_STEPS), session.chain_len(batch_size))
@@ -374,7 +392,12 @@ def _prefill(bench: _Bench, session: Session, length: int) -> RooflineRow:
 
     seconds = statistics.median([run(number) for number in range(bench.repeats + 1)][1:])
     cost = prefill_cost(
-        session.model_config, batch_size=1, prompt_len=length, itemsize=bench.itemsize, span=session.config.span
+        session.model_config,
+        batch_size=1,
+        prompt_len=length,
+        itemsize=bench.itemsize,
+        weight_itemsize=bench.weight_itemsize,
+        span=session.config.span,
     )
     return _row(bench, "prefill", 1, length, cost, seconds, lambda: run(bench.repeats + 1), 1)
 

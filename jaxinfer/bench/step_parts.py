@@ -24,6 +24,7 @@ from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers import kv_cache
 from jaxinfer.layers.embedding import VocabularyEmbedding
 from jaxinfer.layers.linear import project
+from jaxinfer.layers.weight import SCALE
 from jaxinfer.sampling import sampling
 from jaxinfer.wrappers.step_shapes import pages_for
 
@@ -81,13 +82,15 @@ class StepParts:
 
     def _products(self, num_rows: int) -> Callable[[], object]:
         """All matrix products of the layers, one after the other."""
-        weights = [array for array in self._decoder.params.values() if array.ndim == 3]
-        inputs = {array.shape[-1]: self._normal(num_rows, array.shape[-1]) for array in weights}
+        params = self._decoder.params
+        weights = [(array, params.get(name + SCALE)) for name, array in params.items() if array.ndim == 3]
+        inputs = {array.shape[-1]: self._normal(num_rows, array.shape[-1]) for array, _ in weights}
 
-        def products(weights: list[Array], inputs: dict[int, Array]) -> Array:
+        def products(weights: list[tuple[Array, Array | None]], inputs: dict[int, Array]) -> Array:
             link = jnp.zeros((1, 1), self._dtype)
-            for weight in weights:
-                link = _LINK * project(inputs[weight.shape[-1]] + link, weight[0])[:1, :1]
+            for weight, scale in weights:
+                x = inputs[weight.shape[-1]] + link
+                link = _LINK * project(x, weight[0], None if scale is None else scale[0])[:1, :1]
             return link
 
         return self._program(products, weights, inputs)
@@ -102,15 +105,18 @@ class StepParts:
                 num_shards=1,
                 dtype=self._dtype,
                 logit_softcap=config.logit_softcap,
+                quantization=self._decoder.layout.quantization,
             )
         )
         graph, state = nnx.split(head)
-        name = "embedding.weight" if config.tie_word_embeddings else "lm_head.weight"
+        place = "embedding" if config.tie_word_embeddings else "lm_head"
+        names = [".".join(map(str, (place, *path))) for path, _ in nnx.to_flat_state(state)]
 
-        def logits(weight: Array, hidden: Array) -> Array:
-            return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), [weight])).logits(hidden)
+        def logits(parameters: list[Array], hidden: Array) -> Array:
+            return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters)).logits(hidden)
 
-        return self._program(logits, self._decoder.params[name], self._normal(num_rows, config.hidden_size))
+        parameters = [self._decoder.params[name] for name in names]
+        return self._program(logits, parameters, self._normal(num_rows, config.hidden_size))
 
     def _attention(self, num_rows: int, context: int) -> Callable[[], object]:
         """Attention of all layers over the wrapper's own KV pages."""

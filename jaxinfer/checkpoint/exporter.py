@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.checkpoint.fusion import unfuse
-from jaxinfer.checkpoint.naming import NamedParameter, name_parameters
+from jaxinfer.checkpoint.naming import NamedParameter, name_parameters, scale_path
+from jaxinfer.layers.weight import dequantize
 from jaxinfer.models.registry import ModelFamily
 
 
@@ -26,11 +27,16 @@ def export_parameters(
       num_shards: the number of tensor shards that the parameters were loaded for.
 
     Returns:
-      Checkpoint name -> array in the parameter's dtype, without the padding of the vocabulary.
+      Checkpoint name -> array in the parameter's dtype (the model's for int8 matrices, which are multiplied by their
+      scales), without the padding of the vocabulary.
     """
     tensors: dict[str, np.ndarray] = {}
-    for parameter in name_parameters(state, family, num_layers).values():
-        values = np.asarray(parameter.variable[...])
+    variables = dict(nnx.to_flat_state(state))
+    for path, parameter in name_parameters(state, family, num_layers).items():
+        values = parameter.variable[...]
+        if parameter.is_quantized:
+            values = dequantize(values, variables[scale_path(path)][...], parameter.variable.float_dtype)
+        values = np.asarray(values)
         for names, stage in zip(parameter.stages, values if parameter.staged else values[None], strict=True):
             if names:
                 tensors |= zip(names, _stored(parameter, stage, len(names), num_shards), strict=True)

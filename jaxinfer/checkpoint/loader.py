@@ -18,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint.fusion import fused_rows, stored_rows
-from jaxinfer.checkpoint.naming import NamedParameter, missing_prefix, name_parameters
+from jaxinfer.checkpoint.naming import NamedParameter, missing_prefix, name_parameters, scale_path
 from jaxinfer.checkpoint.store import TensorStore
 from jaxinfer.communication.mesh import TENSOR
+from jaxinfer.layers.weight import quantizer
 from jaxinfer.models.registry import ModelFamily
 
 Bounds = tuple[tuple[int, int], ...]
@@ -53,7 +54,7 @@ def load_parameters(
     """Reads a model's parameters from a store straight onto the mesh.
 
     One slice is read and transferred at a time, so that host memory holds at most two tensors beside the weights of
-    devices whose memory it is (CPUs).
+    devices whose memory it is (CPUs). Int8 matrices are read as float32 and rounded on the mesh.
 
     Args:
       model: abstract model (nnx.eval_shape), whose variables have their PartitionSpec in the metadata field `spec`.
@@ -71,17 +72,23 @@ def load_parameters(
       ValueError: a tensor is missing, unexpected, of a wrong shape or not of floats; the message names it.
     """
     prefix = missing_prefix(family, store.names())
-    parameters = name_parameters(nnx.state(model), family, num_layers, base_prefix=prefix)
+    variables = nnx.state(model)
+    parameters = name_parameters(variables, family, num_layers, base_prefix=prefix)
+    variables = dict(nnx.to_flat_state(variables))
     _check_names(parameters.values(), store, family)
     for parameter in parameters.values():
         _check_shapes(parameter, store)
     loaded = {}
     bar = tqdm(parameters.items(), desc="loading", unit="tensor", disable=None if progress else True, leave=False)
     for path, parameter in bar:
+        sharding = NamedSharding(mesh, parameter.variable.spec)
         if isinstance(store, ParameterMaker):
-            array = store.make(parameter, NamedSharding(mesh, parameter.variable.spec))
+            array = store.make(parameter, sharding)
         else:
-            array = _load(parameter, store, mesh)
+            array = _load(parameter, store, sharding)
+        if parameter.is_quantized:
+            array, scale = quantizer(sharding, array.ndim)(array)
+            loaded[scale_path(path)] = variables[scale_path(path)].replace(scale)
         loaded[path] = parameter.variable.replace(array)
     return nnx.from_flat_state(loaded)
 
@@ -109,14 +116,13 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _load(parameter: NamedParameter, store: TensorStore, mesh: Mesh) -> jax.Array:
+def _load(parameter: NamedParameter, store: TensorStore, sharding: NamedSharding) -> jax.Array:
     variable = parameter.variable
-    sharding = NamedSharding(mesh, variable.spec)
     devices: dict[Bounds, list[jax.Device]] = {}  # a slice that several devices hold is read once
     for device, index in sharding.addressable_devices_indices_map(variable.shape).items():
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), variable.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
-    reader = _ParameterReader(parameter, store, num_shards=mesh.shape[TENSOR])
+    reader = _ParameterReader(parameter, store, num_shards=sharding.mesh.shape[TENSOR])
     arrays = []
     for bounds, replicas in devices.items():
         values = reader.read(bounds)
@@ -144,7 +150,7 @@ class _ParameterReader:
     def read(self, bounds: Bounds) -> np.ndarray:
         """The slice with these bounds, in aligned memory; stages that only pad are zero."""
         parameter = self._parameter
-        out = _aligned_zeros([stop - start for start, stop in bounds], np.dtype(parameter.variable.dtype))
+        out = _aligned_zeros([stop - start for start, stop in bounds], parameter.loaded_dtype)
         if not parameter.staged:
             self._read_stage(0, bounds, out)
             return out

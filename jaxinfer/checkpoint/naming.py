@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from jaxinfer.layers.linear import FusedPart
+from jaxinfer.layers.weight import SCALE
 from jaxinfer.models.registry import ModelFamily
 
 
@@ -41,6 +43,16 @@ class NamedParameter:
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape on one stage, without the axis of stages."""
         return self.variable.shape[1:] if self.staged else self.variable.shape
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is kept as int8 and has scales beside it, in a parameter that the checkpoint does not have."""
+        return "float_dtype" in self.variable.get_metadata()
+
+    @property
+    def loaded_dtype(self) -> np.dtype:
+        """The dtype in which its tensors are read."""
+        return np.dtype(np.float32 if self.is_quantized else self.variable.dtype)
 
     @property
     def parts(self) -> tuple[FusedPart, ...]:
@@ -72,7 +84,8 @@ class NamedParameter:
 def name_parameters(
     state: nnx.State, family: ModelFamily, num_layers: int, *, base_prefix: str = ""
 ) -> dict[tuple[Any, ...], NamedParameter]:
-    """Matches every parameter of a model with its checkpoint tensors.
+    """Matches every parameter of a model with its checkpoint tensors; scales of int8 matrices, which have none, are not
+    among them.
 
     Args:
       state: the model's state, abstract or not.
@@ -87,7 +100,14 @@ def name_parameters(
     return {
         path: _describe(".".join(map(str, path)), variable, family, num_layers, base_prefix)
         for path, variable in flat.items()
+        if not variable.get_metadata().get("is_scale", False)
     }
+
+
+def scale_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The nnx path of the scales of an int8 matrix, from the matrix's own."""
+    *place, name = path
+    return (*place, f"{name}{SCALE}")
 
 
 def missing_prefix(family: ModelFamily, found: Iterable[str]) -> str:

@@ -297,6 +297,9 @@ def compare(
     sizes, target = _sizes(batch_sizes), _target(model, random_weights, fields)
     if apart and mixed:
         raise ValueError("mixed takes turns with the peer; leave apart out, or use its trace")
+    quantization = fields.get("quantization")
+    if apart and quantization is not None:
+        raise ValueError(f"a peer apart is run without quantization, got {quantization!r}; leave one of the two out")
     if apart:
         # The peer runs first, in another process, and needs the device's memory: JAX must not preallocate it here.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -321,6 +324,7 @@ def compare(
         _emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
         return
     dtype = choose_dtype(EngineConfig(**fields).dtype, _platform()).name
+    numbers = dtype if quantization is None else f"{quantization} and {dtype}"
     with tempfile.TemporaryDirectory(prefix="jaxinfer-compare-") as folder:
         shared = target
         if random_weights is not None:
@@ -328,13 +332,13 @@ def compare(
                 RandomStore(parse_model_config(target.fields()), target.seed), target.fields(), Path(folder)
             )
             shared = Target(model=folder, seed=target.seed)
-        other = peers.load_peer(peer, shared.path(), dtype=dtype, platform=_platform())
+        other = peers.load_peer(peer, shared.path(), dtype=dtype, platform=_platform(), quantization=quantization)
         if mixed:
             drawn = {"distribution": "uniform", "prompt_len": prompt_len, "output_len": output_len, "spread": spread}
             entries = workload.draw_trace(mixed, seed=target.seed, **drawn)
             longest = max(entry.prompt_len + entry.output_len for entry in entries)
             with _session(shared, fields, plot, num_seqs=_MIXED_SEQS, num_tokens=longest) as session:
-                result = mixed_bench.measure(session, other, entries, dtype=dtype, repeats=repeats, seed=target.seed)
+                result = mixed_bench.measure(session, other, entries, dtype=numbers, repeats=repeats, seed=target.seed)
                 settings = _settings(target, session.config) | {"num_requests": mixed} | drawn
                 _emit(mixed_bench, result, settings, json_file, plot)
             return
@@ -343,7 +347,7 @@ def compare(
                 session,
                 other,
                 sizes,
-                dtype=dtype,
+                dtype=numbers,
                 prompt_len=prompt_len,
                 output_len=output_len,
                 repeats=repeats,

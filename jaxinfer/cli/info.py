@@ -6,6 +6,7 @@ Does not know: how the facts are shown.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.engine.pages_in_sight import PagesInSight
 from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import known_architectures, parse_model_config
-from jaxinfer.wrappers.assembly import abstract_model, context_length, lay_out
+from jaxinfer.wrappers.assembly import abstract_model, context_length, lay_out, parameter_bytes
 from jaxinfer.wrappers.jax_start import start_jax
 from jaxinfer.wrappers.memory import free_bytes
 from jaxinfer.wrappers.step_batch import SamplerVariant
@@ -58,7 +59,8 @@ class ModelFacts:
     """Facts of a model, served with given engine settings.
 
     Args:
-      architecture, dtype: their names.
+      architecture: its name.
+      dtypes: of the parameters, for people to read.
       num_parameters: number of parameters; tied ones are counted once.
       num_layers, hidden_size, num_heads, num_kv_heads, head_dim, vocab_size: the model's dimensions.
       max_model_len: tokens of prompt and output together that a request may have.
@@ -72,7 +74,7 @@ class ModelFacts:
     """
 
     architecture: str
-    dtype: str
+    dtypes: str
     num_parameters: int
     num_layers: int
     hidden_size: int
@@ -173,7 +175,7 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
     kv_tokens = (free - all_held) // all_page_bytes * config.page_size
     return ModelFacts(
         architecture=model_config.architecture,
-        dtype=layout.dtype.name,
+        dtypes=layout.weight_dtypes,
         num_parameters=model_config.num_parameters,
         num_layers=model_config.num_layers,
         hidden_size=model_config.hidden_size,
@@ -182,7 +184,7 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
         head_dim=model_config.head_dim,
         vocab_size=model_config.vocab_size,
         max_model_len=layout.max_model_len,
-        weight_bytes=model_config.num_parameters * layout.dtype.itemsize,
+        weight_bytes=parameter_bytes(model_config, dataclasses.replace(layout, num_stages=1, num_shards=1)),
         kv_bytes_per_token=page_bytes // config.page_size,
         kv_tokens=kv_tokens,
         full_requests=max(kv_tokens, 0) // config.page_size // in_sight.most(layout.max_model_len),
@@ -195,7 +197,7 @@ def _memory(model_config: ModelConfig, layout: Layout, config: EngineConfig, mes
     """Bytes of a model's weights and of one of its KV pages, each summed over all devices."""
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
     num_devices = layout.num_stages * layout.num_shards
-    weights = model_config.num_parameters * layout.dtype.itemsize if mesh is None else mesh.weight_bytes * num_devices
+    weights = parameter_bytes(model_config, layout) if mesh is None else mesh.weight_bytes * num_devices
     return weights, page.page_bytes(layout.dtype.itemsize)
 
 

@@ -477,7 +477,7 @@ def _model_lines(model: facts.ModelFacts) -> list[str]:
         "",
         f"model          {model.architecture}, {model.num_parameters / 1e6:,.1f} million parameters",
         f"shape          {model.num_layers} layers of {model.hidden_size}, {heads}, {model.vocab_size} tokens",
-        f"weights        {size_text(model.weight_bytes)} in {model.dtype}",
+        f"weights        {size_text(model.weight_bytes)} in {model.dtypes}",
         f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
         f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
         *([] if model.draft is None else [_draft_line(model.draft)]),

@@ -14,6 +14,7 @@ from jaxinfer.config.keywords import names_nearest_field
 from jaxinfer.config.validation import require_bool, require_choice, require_float, require_int
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
 ATTENTION_BACKENDS = ("auto", "reference", "xla", "pallas")
 REGISTERED_ATTENTION: list[str] = []
 """Names of attention functions of users; only kernels/paged_attention.py's register_attention adds to it."""
@@ -26,6 +27,9 @@ class EngineConfig:
 
     Args:
       dtype: dtype of weights, activations and KV cache: "auto" is float32 on CPU and bfloat16 elsewhere.
+      quantization: "int8" keeps the matrices of the model, embedding and head included, as int8 with one float32 scale
+        for each output feature, in a quarter of the memory of float32; they are rounded while the model is loaded. Not
+        quantised are norms, biases, learned positions, a mixture's router, and all activations. None for none.
       tensor_parallel_size: devices that share each layer.
       pipeline_parallel_size: stages that share the layers.
       data_parallel_size: replicas of the model, each on a mesh of its own; requests are shared out among them.
@@ -69,6 +73,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    quantization: str | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
@@ -93,6 +98,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization must be None or {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
         require_choice("attention_backend", self.attention_backend, (*ATTENTION_BACKENDS, *REGISTERED_ATTENTION))
         lowest = {"max_num_batched_tokens": 16, "page_size": 8, "max_num_seqs": 1}
         lowest |= {

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
 """Pairs of a block. Triton multiplies matrices of at least 16 rows. If experts have few pairs each, small blocks leave
@@ -46,18 +46,32 @@ class _Groups(NamedTuple):
     experts: Any
 
 
+class ExpertScales(NamedTuple):
+    """What the rows of int8 weights of experts are multiplied by.
+
+    Args:
+      gate_up: float32[E, G].
+      down: float32[E, D].
+    """
+
+    gate_up: Float[Array, "E G"]
+    down: Float[Array, "E D"]
+
+
 class _Operands(NamedTuple):
     """The operands of a product: arrays where it is called, references inside it.
 
     Args:
         x: float[J, I], the rows to multiply; a pair's row is found by the kernel.
-        weight: float[E, O, I].
+        weight: float[E, O, I], or int8.
+        scale: float32[E, O], of int8 weights; else None.
         groups: the pairs.
         shares: float32[T * K], the factor of each pair's output; None where there is none.
     """
 
     x: Any
     weight: Any
+    scale: Any
     groups: _Groups
     shares: Any
 
@@ -66,10 +80,11 @@ def expert_groups(
     x: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     shares: Float[Array, "T K"],
-    gate_up: Float[Array, "E G D"],
-    down: Float[Array, "E D F"],
+    gate_up: Num[Array, "E G D"],
+    down: Num[Array, "E D F"],
     *,
     gate: Callable[[Array], Array],
+    scales: ExpertScales | None = None,
 ) -> Float[Array, "T D"]:
     """Each token's sum over its chosen experts of share * down(gate(x W_gate) * (x W_up)).
 
@@ -80,6 +95,7 @@ def expert_groups(
         gate_up: weights of gate and up, G = 2 F.
         down: weights.
         gate: activation of the gate.
+        scales: of int8 weights; None for other weights.
 
     Returns:
         float32[T, D]. Hidden values and the experts' outputs are rounded to x's dtype.
@@ -93,6 +109,7 @@ def expert_groups(
         shares,
         gate_up,
         down,
+        scales,
         cpu=functools.partial(run, interpret=True),
         default=functools.partial(run, interpret=False),
     )
@@ -106,11 +123,12 @@ def _run(
     shares: Array,
     gate_up: Array,
     down: Array,
+    scales: ExpertScales | None,
     *,
     gate: Callable[[Array], Array],
     interpret: bool,
 ) -> Array:
-    compute = functools.partial(_computed, gate_up=gate_up, down=down, gate=gate, interpret=interpret)
+    compute = functools.partial(_computed, gate_up=gate_up, down=down, scales=scales, gate=gate, interpret=interpret)
     starts = range(0, x.shape[0], MAX_TOKENS)
     turns = [tuple(y[start : start + MAX_TOKENS] for y in (x, expert_ids, shares)) for start in starts]
     return jnp.concatenate([compute(*turn) for turn in turns])
@@ -123,6 +141,7 @@ def _computed(
     *,
     gate_up: Array,
     down: Array,
+    scales: ExpertScales | None,
     gate: Callable[[Array], Array],
     interpret: bool,
 ) -> Array:
@@ -130,8 +149,9 @@ def _computed(
     num_experts = gate_up.shape[0]
     groups = _grouped(expert_ids.ravel(), num_experts, interpret=interpret)
     product = functools.partial(_product, num_chosen=num_chosen, interpret=interpret)
-    hidden = product(_Operands(x, gate_up, groups, None), gate=gate, num_rows=groups.pairs.size)
-    outputs = product(_Operands(hidden, down, groups, shares.ravel()), gate=None, num_rows=expert_ids.size)
+    gate_up_scale, down_scale = (None, None) if scales is None else scales
+    hidden = product(_Operands(x, gate_up, gate_up_scale, groups, None), gate=gate, num_rows=groups.pairs.size)
+    outputs = product(_Operands(hidden, down, down_scale, groups, shares.ravel()), gate=None, num_rows=expert_ids.size)
     # Where a pair has no expert, its row has never been written.
     chosen = (expert_ids < num_experts)[:, :, None]
     outputs = outputs.reshape(num_tokens, num_chosen, -1).astype(jnp.float32)
@@ -243,11 +263,17 @@ def _product_kernel(
             for start, total in zip(starts, sums, strict=True):
                 where = (expert, start + feature[:, None], column)
                 weight = plgpu.load(operands.weight.at[where], mask=mask, other=0.0)
-                added.append(total + _dot(x, weight))
+                added.append(total + _dot(x, weight.astype(x.dtype)))
             return added
 
         zeros = [jnp.zeros((size, _OUT_TILE), jnp.float32)] * len(starts)
         sums = lax.fori_loop(0, pl.cdiv(num_in, in_tile), add_inputs, zeros)
+        if operands.scale is not None:
+            sums = [
+                total
+                * plgpu.load(operands.scale.at[expert, start + feature], mask=feature < num_out, other=0.0)[None, :]
+                for start, total in zip(starts, sums, strict=True)
+            ]
         if gate is not None:
             rounded = [total.astype(out_ref.dtype).astype(jnp.float32) for total in sums]
             out = gate(rounded[0]) * rounded[1]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 _SMALLEST_DOT = 16  # rows and columns of the smallest matrix product that Triton supports
 _MANY_FEATURES = 4096
@@ -40,6 +40,7 @@ class _Inputs(NamedTuple):
 
     x: Any
     weight: Any
+    scale: Any
     bias: Any
 
 
@@ -59,7 +60,8 @@ class Tiles(NamedTuple):
 
 def few_rows_linear(
     x: Float[Array, "T I"],
-    weight: Float[Array, "O I"],
+    weight: Num[Array, "O I"],
+    scale: Float[Array, " O"] | None = None,
     *,
     bias: Float[Array, " O"] | None = None,
     gate: Callable[[Array], Array] | None = None,
@@ -68,25 +70,35 @@ def few_rows_linear(
 
     Args:
         x: float[T, I].
-        weight: float[O, I].
+        weight: float[O, I], or int8.
+        scale: float32[O], by which rows of int8 weights are multiplied; None for other weights.
         bias: added to the product; None for none.
         gate: activation of the first half of y, which then multiplies the second half; None leaves y as it is.
 
     Returns:
         Float[T, F] in x's dtype, where F is O, or O / 2 with a gate. Sums are float32.
     """
-    inputs = _Inputs(x, weight, bias)
-    tiles = _choose_tiles(x.shape[0], weight.shape[0], num_halves=1 if gate is None else 2, itemsize=x.dtype.itemsize)
+    inputs = _Inputs(x, weight, scale, bias)
+    tiles = _choose_tiles(
+        x.shape[0],
+        weight.shape[0],
+        num_halves=1 if gate is None else 2,
+        itemsizes=(x.dtype.itemsize, weight.dtype.itemsize),
+    )
     run = functools.partial(_run, gate=gate, tiles=tiles)
     return lax.platform_dependent(
         inputs, cpu=functools.partial(run, interpret=True), default=functools.partial(run, interpret=False)
     )
 
 
-def _choose_tiles(num_rows: int, num_out: int, *, num_halves: int, itemsize: int) -> Tiles:
-    """Tiles that keep many weights on their way; Triton keeps one tile less in shared memory than it has stages."""
+def _choose_tiles(num_rows: int, num_out: int, *, num_halves: int, itemsizes: tuple[int, int]) -> Tiles:
+    """Tiles that keep many weights on their way; itemsizes are bytes of an input and of a weight.
+
+    Triton keeps one tile less in shared memory than it has stages.
+    """
     out, inner = (32 if num_out >= _MANY_FEATURES else 16), _INNER
-    tile_bytes = inner * itemsize * (num_halves * out + _padded(num_rows))
+    input_bytes, weight_bytes = itemsizes
+    tile_bytes = inner * (weight_bytes * num_halves * out + input_bytes * _padded(num_rows))
     while 2 * tile_bytes > _SHARED_BYTES:
         inner, tile_bytes = inner // 2, tile_bytes // 2
     return Tiles(out, inner, min(_MOST_STAGES, 1 + _SHARED_BYTES // tile_bytes))
@@ -142,15 +154,18 @@ def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | N
                 other=0.0,
                 eviction_policy="evict_first",  # weights are read once; they must not push out what is read again
             )
-            added.append(total + dot(weight, x))
+            added.append(total + dot(weight.astype(x.dtype), x))
         return added
 
     zeros = jnp.zeros((tiles.out, row.shape[1]), jnp.float32)
     sums = lax.fori_loop(0, pl.cdiv(num_in, tiles.inner), add_inputs, [zeros] * len(starts))
+
+    def loaded(ref: Any) -> Float[Array, "O 1"]:
+        return plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
+
+    if inputs.scale is not None:
+        sums = [total * loaded(inputs.scale.at[start + feature]) for start, total in zip(starts, sums, strict=True)]
     if inputs.bias is not None:
-        sums = [
-            total + plgpu.load(inputs.bias.at[start + feature], mask=exists, other=0.0).astype(jnp.float32)
-            for start, total in zip(starts, sums, strict=True)
-        ]
+        sums = [total + loaded(inputs.bias.at[start + feature]) for start, total in zip(starts, sums, strict=True)]
     out = sums[0] if gate is None else gate(sums[0]) * sums[1]
     plgpu.store(out_ref.at[row, feature], out.astype(out_ref.dtype), mask=exists & (row < num_rows))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 _OUT_TILE, _IN_TILE = 2, 2048
 """Output features of a block, and the input features that it reads at a time. The measurement above with eight choices
@@ -50,6 +50,7 @@ class _Inputs(NamedTuple):
 
     x: Any
     weight: Any
+    scale: Any
     norm_weight: Any
     bias: Any
     residual: Any
@@ -57,7 +58,8 @@ class _Inputs(NamedTuple):
 
 def one_row_linear(
     x: Float[Array, "1 I"],
-    weight: Float[Array, "O I"],
+    weight: Num[Array, "O I"],
+    scale: Float[Array, " O"] | None = None,
     *,
     norm: RowNorm | None = None,
     bias: Float[Array, " O"] | None = None,
@@ -68,7 +70,8 @@ def one_row_linear(
 
     Args:
         x: float[1, I].
-        weight: float[O, I].
+        weight: float[O, I], or int8.
+        scale: float32[O], by which rows of int8 weights are multiplied; None for other weights.
         norm: of x; None for none.
         bias: added to the product; None for none.
         gate: activation of the first half of y, which then multiplies the second half; None leaves y as it is.
@@ -77,7 +80,7 @@ def one_row_linear(
     Returns:
         Float[1, F] in x's dtype, where F is O, or O / 2 with a gate. Sums are float32.
     """
-    inputs = _Inputs(x, weight, None if norm is None else norm.weight, bias, residual)
+    inputs = _Inputs(x, weight, scale, None if norm is None else norm.weight, bias, residual)
     eps, offset = (0.0, 0.0) if norm is None else (norm.eps, norm.offset)
     run = functools.partial(_run, gate=gate, eps=eps, offset=offset)
     return lax.platform_dependent(
@@ -133,12 +136,14 @@ def _kernel(inputs: _Inputs, out_ref: Any, *, gate: Callable[[Array], Array] | N
     terms, squares = lax.fori_loop(0, pl.cdiv(num_in, _IN_TILE), add_inputs, ([zeros] * len(starts), zeros))
     sums = [jnp.sum(term, axis=1) for term in terms]  # [O]
     if inputs.norm_weight is not None:
-        scale = lax.rsqrt(jnp.sum(squares, axis=1) / num_in + eps)
-        sums = [total * scale for total in sums]
+        inverse = lax.rsqrt(jnp.sum(squares, axis=1) / num_in + eps)
+        sums = [total * inverse for total in sums]
 
     def loaded(ref: Any) -> Float[Array, " O"]:
         return plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
 
+    if inputs.scale is not None:
+        sums = [total * loaded(inputs.scale.at[start + feature]) for start, total in zip(starts, sums, strict=True)]
     if inputs.bias is not None:
         sums = [total + loaded(inputs.bias.at[start + feature]) for start, total in zip(starts, sums, strict=True)]
     out = sums[0] if gate is None else gate(sums[0]) * sums[1]

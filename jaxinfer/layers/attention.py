@@ -85,6 +85,7 @@ class Attention(nnx.Module):
         spans: tuple[AttentionSpan, ...],
         backend: str,
         dtype: jnp.dtype,
+        quantization: str | None = None,
     ):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads // num_shards
@@ -102,6 +103,7 @@ class Attention(nnx.Module):
             num_stages=num_stages,
             dtype=dtype,
             bias=config.attention_bias,
+            quantization=quantization,
             backend=backend,
         )
         self.out = RowParallelLinear(
@@ -110,6 +112,7 @@ class Attention(nnx.Module):
             num_stages=num_stages,
             dtype=dtype,
             bias=config.attention_out_bias,
+            quantization=quantization,
             backend=backend,
         )
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.communication.collectives import sum_over_vocabulary, vocabulary_shard
 from jaxinfer.communication.sharding import REPLICATED, VOCABULARY_PARALLEL, padded_vocabulary
 from jaxinfer.layers.linear import FusedPart, project
+from jaxinfer.layers.weight import dequantize, weight_params
 
 
 class VocabularyEmbedding(nnx.Module):
@@ -23,6 +24,7 @@ class VocabularyEmbedding(nnx.Module):
       hidden_size: D.
       num_shards: devices of the whole mesh, pipeline stages times tensor shards.
       dtype: of the weight.
+      quantization: of the table; "int8" or None.
       logit_softcap: logits become cap * tanh(logits / cap); None leaves them as they are.
       backend: name of the kernel backend with which tokens are to be sampled from the logits.
     """
@@ -35,14 +37,20 @@ class VocabularyEmbedding(nnx.Module):
         num_shards: int,
         dtype: jnp.dtype,
         logit_softcap: float | None = None,
+        quantization: str | None = None,
         backend: str = "xla",
     ):
         self.vocab_size = vocab_size
         self.backend = backend
         self.logit_softcap = logit_softcap
         rows = padded_vocabulary(vocab_size, num_shards)
-        self.weight = nnx.Param(
-            jnp.zeros((rows, hidden_size), dtype), spec=VOCABULARY_PARALLEL, parts=(FusedPart(vocab_size),)
+        self.dtype = dtype
+        self.weight, self.weight_scale = weight_params(
+            (rows, hidden_size),
+            dtype,
+            quantization=quantization,
+            spec=VOCABULARY_PARALLEL,
+            parts=(FusedPart(vocab_size),),
         )
 
     def embed(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
@@ -50,13 +58,17 @@ class VocabularyEmbedding(nnx.Module):
         weight = self.weight[...]
         local = token_ids - vocabulary_shard() * weight.shape[0]
         owned = (local >= 0) & (local < weight.shape[0])
-        rows = weight.at[jnp.where(owned, local, 0)].get(mode="promise_in_bounds")
+        place = jnp.where(owned, local, 0)
+        rows = weight.at[place].get(mode="promise_in_bounds")
+        if self.weight_scale is not None:
+            rows = dequantize(rows, self.weight_scale[...].at[place].get(mode="promise_in_bounds"), self.dtype)
         return sum_over_vocabulary(jnp.where(owned[:, None], rows, 0))
 
     def logits(self, hidden: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Scores hidden states against this device's slice of the vocabulary: float32 logits, -inf for padding."""
         weight = self.weight[...]
-        logits = project(hidden, weight, out_dtype=jnp.dtype(jnp.float32))
+        scale = None if self.weight_scale is None else self.weight_scale[...]
+        logits = project(hidden, weight, scale, out_dtype=jnp.dtype(jnp.float32))
         if self.logit_softcap is not None:
             logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         token_ids = vocabulary_shard() * weight.shape[0] + jnp.arange(weight.shape[0])

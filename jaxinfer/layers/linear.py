@@ -17,28 +17,36 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxinfer.communication.collectives import num_shards, sum_over_tensor
 from jaxinfer.communication.sharding import COLUMN_PARALLEL, PER_STAGE, ROW_PARALLEL
 from jaxinfer.kernels.pallas_gemm import few_rows_linear
 from jaxinfer.kernels.pallas_gemv import one_row_linear
 from jaxinfer.layers.residual import Norm, PendingSum, Stream, added
+from jaxinfer.layers.weight import int8_product, weight_params
 
 MANY_ROWS = 64
 """From so many rows on, a GPU's products are left to cuBLAS (wrappers/xla_options.py)."""
 
 
 def project(
-    x: Float[Array, "T I"], weight: Float[Array, "O I"], *, out_dtype: jnp.dtype | None = None
+    x: Float[Array, "T I"],
+    weight: Num[Array, "O I"],
+    scale: Float[Array, " O"] | None = None,
+    *,
+    out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "T O"]:
     """x @ weight.T; float32 inputs are multiplied in full float32 on every platform.
 
     Args:
       x: float[T, I].
-      weight: float[O, I], of x's dtype.
+      weight: float[O, I], of x's dtype; or int8.
+      scale: float32[O], by which rows of int8 weights are multiplied; None for other weights.
       out_dtype: dtype of the result, in which products are summed; None for x's dtype.
     """
+    if scale is not None:
+        return int8_product(x, weight, scale).astype(out_dtype or x.dtype)
     # HIGHEST keeps a GPU from rounding float32 to TF32.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=out_dtype)
@@ -103,6 +111,7 @@ class ColumnParallelLinear(nnx.Module):
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: whether the layer has a bias.
       dtype: of the parameters.
+      quantization: of the matrix; "int8" or None.
       backend: name of the kernel backend; with "pallas", product and gate of a few rows are one kernel, for a single
         row with the norm.
     """
@@ -115,14 +124,14 @@ class ColumnParallelLinear(nnx.Module):
         num_stages: int,
         dtype: jnp.dtype,
         bias: bool = False,
+        quantization: str | None = None,
         backend: str = "xla",
     ):
-        def parameter(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.zeros((num_stages, *shape), dtype), spec=COLUMN_PARALLEL, parts=parts)
-
         out_size = sum(part.size for part in parts)
-        self.weight = parameter(out_size, in_size)
-        self.bias = parameter(out_size) if bias else None
+        metadata = {"spec": COLUMN_PARALLEL, "parts": parts}
+        shape = (num_stages, out_size, in_size)
+        self.weight, self.weight_scale = weight_params(shape, dtype, quantization=quantization, **metadata)
+        self.bias = nnx.Param(jnp.zeros(shape[:2], dtype), **metadata) if bias else None
         self.backend = backend
 
     def __call__(
@@ -136,15 +145,16 @@ class ColumnParallelLinear(nnx.Module):
           gate: activation that turns the output into gate(first half) * second half, [T, out / tp / 2]; None for none.
         """
         bias = None if self.bias is None else self.bias[0]
+        scale = None if self.weight_scale is None else self.weight_scale[0]
         row_norm = None if norm is None else norm.row_norm
         if norm is not None and row_norm is None:
             x = norm(x)
         if self.backend == "pallas" and x.shape[0] == 1:
-            return one_row_linear(x, self.weight[0], norm=row_norm, bias=bias, gate=gate)
+            return one_row_linear(x, self.weight[0], scale, norm=row_norm, bias=bias, gate=gate)
         x = x if norm is None or row_norm is None else norm(x)
         if self.backend == "pallas" and x.shape[0] < MANY_ROWS:
-            return few_rows_linear(x, self.weight[0], bias=bias, gate=gate)
-        y = project(x, self.weight[0])
+            return few_rows_linear(x, self.weight[0], scale, bias=bias, gate=gate)
+        y = project(x, self.weight[0], scale)
         y = y if bias is None else y + bias
         return y if gate is None else gated(y, gate)
 
@@ -157,6 +167,7 @@ class RowParallelLinear(nnx.Module):
       num_stages: pipeline stages, the leading axis of the parameters.
       bias: whether the layer has a bias.
       dtype: of the parameters.
+      quantization: of the matrix; "int8" or None.
       backend: name of the kernel backend. With "pallas", a single row is computed in one kernel, which also adds bias
         and residual where neither a psum nor a norm comes in between; a few rows have a kernel too, and their addition
         to the residual waits for the norm of the next block.
@@ -170,9 +181,12 @@ class RowParallelLinear(nnx.Module):
         num_stages: int,
         dtype: jnp.dtype,
         bias: bool = False,
+        quantization: str | None = None,
         backend: str = "xla",
     ):
-        self.weight = nnx.Param(jnp.zeros((num_stages, out_size, in_size), dtype), spec=ROW_PARALLEL)
+        self.weight, self.weight_scale = weight_params(
+            (num_stages, out_size, in_size), dtype, quantization=quantization, spec=ROW_PARALLEL
+        )
         self.bias = nnx.Param(jnp.zeros((num_stages, out_size), dtype), spec=PER_STAGE) if bias else None
         self.backend = backend
 
@@ -193,18 +207,19 @@ class RowParallelLinear(nnx.Module):
           tap: what happens to the sum over shards, after the norm and before the residual is added; None for nothing.
         """
         bias = None if self.bias is None else self.bias[0]
+        scale = None if self.weight_scale is None else self.weight_scale[0]
         # Whether the residual is added right after the product, with nothing in between.
         is_last = num_shards() == 1 and norm is None and tap is None
         if self.backend == "pallas" and x.shape[0] == 1:
             if is_last:
-                return one_row_linear(x, self.weight[0], bias=bias, residual=residual)
-            y = one_row_linear(x, self.weight[0])
+                return one_row_linear(x, self.weight[0], scale, bias=bias, residual=residual)
+            y = one_row_linear(x, self.weight[0], scale)
         elif self.backend == "pallas" and is_last and x.shape[0] < MANY_ROWS and bias is None and residual is not None:
-            return PendingSum(residual, few_rows_linear(x, self.weight[0]))
+            return PendingSum(residual, few_rows_linear(x, self.weight[0], scale))
         elif self.backend == "pallas" and x.shape[0] < MANY_ROWS:
-            y = few_rows_linear(x, self.weight[0])
+            y = few_rows_linear(x, self.weight[0], scale)
         else:
-            y = project(x, self.weight[0])
+            y = project(x, self.weight[0], scale)
         y = sum_over_tensor(y)
         y = y if bias is None else y + bias
         y = y if norm is None else norm(y)

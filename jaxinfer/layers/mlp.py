@@ -34,6 +34,7 @@ class GatedMLP(nnx.Module):
       bias: whether both linear layers have a bias.
       dtype: of the parameters.
       activation: of the gate, a name in config.ACTIVATIONS.
+      quantization: of the matrices; "int8" or None.
       backend: name of the kernel backend, for the linear layers.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
@@ -48,10 +49,17 @@ class GatedMLP(nnx.Module):
         dtype: jnp.dtype,
         bias: bool = False,
         activation: str = "silu",
+        quantization: str | None = None,
         backend: str = "xla",
     ):
         self.activation = activation
-        options = {"num_stages": num_stages, "dtype": dtype, "bias": bias, "backend": backend}
+        options = {
+            "num_stages": num_stages,
+            "dtype": dtype,
+            "bias": bias,
+            "quantization": quantization,
+            "backend": backend,
+        }
         self.gate_up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size), FusedPart(ffn_size)), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 
@@ -97,10 +105,17 @@ class MLP(nnx.Module):
         dtype: jnp.dtype,
         bias: bool,
         activation: str,
+        quantization: str | None = None,
         backend: str = "xla",
     ):
         self.activation = activation
-        options = {"num_stages": num_stages, "dtype": dtype, "bias": bias, "backend": backend}
+        options = {
+            "num_stages": num_stages,
+            "dtype": dtype,
+            "bias": bias,
+            "quantization": quantization,
+            "backend": backend,
+        }
         self.up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size),), **options)
         self.down = RowParallelLinear(ffn_size, hidden_size, **options)
 

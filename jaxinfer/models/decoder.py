@@ -59,6 +59,7 @@ class DecoderLayer(nnx.Module):
             spans=layout.spans(config, index),
             backend=layout.attention_backend,
             dtype=dtype,
+            quantization=layout.quantization,
         )
         if layout.has_experts(config, index):
             self.mlp = MixtureOfExperts(
@@ -66,6 +67,7 @@ class DecoderLayer(nnx.Module):
                 num_stages=stages,
                 num_shards=layout.num_shards,
                 dtype=dtype,
+                quantization=layout.quantization,
                 backend=layout.attention_backend,
             )
         else:
@@ -76,6 +78,7 @@ class DecoderLayer(nnx.Module):
                 dtype=dtype,
                 bias=config.mlp_bias,
                 activation=config.activation,
+                quantization=layout.quantization,
                 backend=layout.attention_backend,
             )
 
@@ -132,6 +135,7 @@ class TransformerDecoder(nnx.Module):
                 num_shards=num_devices,
                 dtype=layout.dtype,
                 logit_softcap=config.logit_softcap,
+                quantization=layout.quantization,
                 backend=layout.attention_backend,
             )
 

@@ -29,6 +29,7 @@ class Layout:
       max_model_len: tokens of the longest text that the engine will serve.
       attention_backend: name of the kernel backend, already resolved (not "auto").
       span: what the settings let a token see; layers may see less.
+      quantization: how matrices of weights are kept, "int8" or None for dtype.
     """
 
     num_stages: int
@@ -37,6 +38,17 @@ class Layout:
     max_model_len: int
     attention_backend: str
     span: AttentionSpan = WHOLE_TEXT
+    quantization: str | None = None
+
+    @property
+    def matrix_dtype(self) -> jnp.dtype:
+        """The dtype of the matrices of products."""
+        return self.dtype if self.quantization is None else jnp.dtype(self.quantization)
+
+    @property
+    def weight_dtypes(self) -> str:
+        """The dtypes of the parameters, for people to read: "float32", or "int8 and float32" if matrices are int8."""
+        return self.dtype.name if self.quantization is None else f"{self.quantization} and {self.dtype.name}"
 
     def check(self, config: ModelConfig) -> None:
         """Refuses a model whose layers, heads, experts or feed-forward do not divide among stages and shards.

@@ -38,10 +38,12 @@ def make_logprob_fn(decoder: DecoderWrapper, config: ModelConfig, *, max_len: in
       max_len: tokens of the longest text.
 
     Raises:
-      ValueError: shards outnumber the model's kv heads.
+      ValueError: shards outnumber the model's kv heads, or the weights are quantised.
     """
     mesh = decoder.mesh
     layout = decoder.layout
+    if layout.quantization is not None:
+        raise ValueError(f"logprob_fn needs float weights, got quantization {layout.quantization!r}; leave it out")
     if is_built_in(layout.attention_backend):  # the fast backends cannot be differentiated
         layout = dataclasses.replace(layout, attention_backend="reference")
     if layout.kv_copies(config) > 1:

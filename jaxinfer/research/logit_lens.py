@@ -142,7 +142,7 @@ class Lens:
 
         def logits(leaves: list[Array], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
             model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-            return model.head.logits(model.final_norm(x.astype(model.head.weight[...].dtype)))
+            return model.head.logits(model.final_norm(x.astype(model.head.dtype)))
 
         specs = [variable.spec for _, variable in variables]
         mapped = jax.shard_map(

@@ -115,7 +115,7 @@ def assemble(
         model_config.num_parameters / 1e6,
         "x".join(map(str, mesh.devices.shape)),
         jax.devices()[0].device_kind,
-        layout.dtype.name,
+        layout.weight_dtypes,
         layout.attention_backend,
         wrapper.weight_bytes / 2**20,
         wrapper.num_pages,
@@ -138,7 +138,7 @@ def footprint(model_config: ModelConfig, config: EngineConfig) -> Footprint:
     page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
     num_devices = layout.num_stages * layout.num_shards
     return Footprint(
-        fixed_bytes=model_config.num_parameters * itemsize // num_devices
+        fixed_bytes=parameter_bytes(model_config, layout) // num_devices
         + activation_bytes(model_config, shapes, itemsize),
         page_bytes=page.page_bytes(itemsize) // num_devices,
     )
@@ -159,6 +159,7 @@ def lay_out(
         max_model_len=context_length(config, model_config),
         attention_backend=choose_backend(config.attention_backend, platform, compute_capability),
         span=config.span,
+        quantization=config.quantization,
     )
     layout.check(model_config)
     return layout
@@ -170,9 +171,28 @@ def platform_of(device: jax.Device) -> tuple[str, str | None]:
 
 
 def abstract_model(model_config: ModelConfig, layout: Layout) -> Any:
-    """The model, an nnx module with the Decoder protocol, with shapes in place of arrays."""
+    """The model, an nnx module with the Decoder protocol, with shapes in place of arrays.
+
+    Raises:
+      ValueError: quantised weights are asked for, which the model's family does not have.
+    """
     family = find_family(model_config.architecture)
-    return nnx.eval_shape(lambda: family.build(model_config, layout))
+    model = nnx.eval_shape(lambda: family.build(model_config, layout))
+    if layout.quantization is not None and not any(
+        leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(nnx.state(model))
+    ):
+        raise ValueError(
+            f"{model_config.architecture} is registered without quantization: its `build` must pass "
+            f"layout.quantization to its layers; leave out quantization={layout.quantization!r}"
+        )
+    return model
+
+
+def parameter_bytes(model_config: ModelConfig, layout: Layout) -> int:
+    """Bytes of a model's parameters over all devices, replicas counted once."""
+    return sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(abstract_model(model_config, layout)))
+    )
 
 
 def choose_dtype(requested: str, platform: str) -> jnp.dtype:

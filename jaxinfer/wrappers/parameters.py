@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.layers.weight import SCALE, quantizer
+
 
 def as_tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of arrays by dotted name: {"norm.weight": x} becomes {"norm": {"weight": x}}.
@@ -54,7 +56,8 @@ def replacements(
     """Checked copies of new parameters, on the devices and in the sharding of the present ones.
 
     Args:
-      tree: like as_tree(present); with `only` it may lack what that leaves out.
+      tree: like as_tree(present); with `only` it may lack what that leaves out. A float array in the place of an int8
+        matrix is rounded to int8, and its scales with it.
       present: the model's parameters by dotted name.
       only: which names are replaced; None for all.
 
@@ -69,7 +72,12 @@ def replacements(
             near = difflib.get_close_matches(name, list(present), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"the model has no parameter {name!r}{hint}")
-    wanted = [name for name in present if only is None or only(name)]
+    rounded = [name for name, new in given.items() if name + SCALE in present and _is_float(new)]
+    for name in rounded:
+        if name + SCALE in given:
+            raise ValueError(f"{name}{SCALE} follows from the floats that are given for {name}; leave it out")
+    scales = {name + SCALE for name in rounded}
+    wanted = [name for name in present if name not in scales and (only is None or only(name))]
     if not wanted:
         raise ValueError(
             f"only=.. chooses none of the model's {len(present)} parameters, such as {next(iter(present))}"
@@ -78,17 +86,26 @@ def replacements(
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"the weights lack {missing[0]}{others}; choose with only=.. what is to be replaced")
-    return {name: _checked(name, given[name], present[name]) for name in wanted}
+    new: dict[str, jax.Array] = {}
+    for name in wanted:
+        if name in rounded:
+            floats = _checked(name, given[name], present[name], dtype=given[name].dtype)
+            new[name], new[name + SCALE] = quantizer(present[name].sharding, floats.ndim)(floats)
+        else:
+            new[name] = _checked(name, given[name], present[name], dtype=present[name].dtype)
+    return new
 
 
-def _checked(name: str, new: Any, present: jax.Array) -> jax.Array:
+def _is_float(array: Any) -> bool:
+    return isinstance(array, (jax.Array, np.ndarray)) and jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _checked(name: str, new: Any, present: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
     """A copy of an array that can take the place of a parameter; the caller may go on to donate or change theirs."""
     if not isinstance(new, (jax.Array, np.ndarray)):
         raise ValueError(f"{name} must be an array, got {type(new).__name__}")
-    if new.shape != present.shape or new.dtype != present.dtype:
-        raise ValueError(
-            f"{name} must be {present.dtype.name}{list(present.shape)}, got {new.dtype.name}{list(new.shape)}"
-        )
+    if new.shape != present.shape or new.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype.name}{list(present.shape)}, got {new.dtype.name}{list(new.shape)}")
     if isinstance(new, np.ndarray):
         placed = jax.device_put(np.array(new), present.sharding)  # JAX may take over the memory of an array on a CPU
     elif new.sharding.is_equivalent_to(present.sharding, new.ndim):

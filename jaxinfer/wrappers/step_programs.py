@@ -62,7 +62,7 @@ class StepPrograms:
         self._head_path = next(path for path, module in nnx.iter_graph(model) if module is model.head)
         self._head_backend = model.head.backend
         weight = model.head.weight
-        self._hidden_size, self._hidden_dtype = weight.shape[1], weight.dtype
+        self._hidden_size, self._hidden_dtype = weight.shape[1], model.head.dtype
         self._state, self._state_tree = _flat(lambda: DecodeState.zeros(shapes.num_slots, shapes.table_width))
         self._caches, self._cache_tree = _flat(lambda: kv_cache.empty(cache_shape, dtype))
         self._ring, self._ring_tree = _flat(

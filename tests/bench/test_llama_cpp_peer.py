@@ -1,5 +1,7 @@
 """llama.cpp as a peer: the order of rows by arithmetic; the file and the tokens where its packages are installed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import load_golden
@@ -51,6 +53,23 @@ def test_write_gguf_holds_every_tensor_of_the_checkpoint(tmp_path):
         expected = np.empty(store.shape(name), np.float32)
         store.read(name, tuple(slice(0, size) for size in expected.shape), expected)
         np.testing.assert_array_equal(tensors[saved], interleaved_halves(expected, heads) if heads else expected)
+
+
+def test_write_gguf_int8_rounds_blocks_of_32_and_keeps_norms(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    small = parse_model_config(read_json(load_golden("gqa").path / "config.json"))
+    with pytest.raises(ValueError, match=r"blocks of 32 inputs, got \[\d+, 48\] in model"):
+        write_gguf(RandomStore(small), small, tmp_path / "small.gguf", quantization="int8")
+    config = dataclasses.replace(small, hidden_size=64, ffn_size=96, num_heads=4, head_dim=16)
+    store, file = RandomStore(config), tmp_path / "model.gguf"
+    write_gguf(store, config, file, quantization="int8")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    norm, down = tensors["blk.0.attn_norm.weight"], tensors["blk.0.ffn_down.weight"]
+    assert norm.tensor_type == gguf.GGMLQuantizationType.F32 and down.tensor_type == gguf.GGMLQuantizationType.Q8_0
+    expected = np.empty((64, 96), np.float32)
+    store.read("model.layers.0.mlp.down_proj.weight", (slice(0, 64), slice(0, 96)), expected)
+    steps = np.repeat(np.abs(expected.reshape(64, 3, 32)).max(-1), 32, axis=1) / 127
+    assert (np.abs(gguf.quants.dequantize(down.data, down.tensor_type) - expected) <= 0.52 * steps).all()
 
 
 @pytest.mark.parametrize("case", ["gpt2", "rope_llama3"])

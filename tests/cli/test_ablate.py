@@ -33,7 +33,7 @@ def test_presets_are_ablations_of_known_settings(file):
     assert len(planned.settings) >= 2
     for setting in planned.settings:
         EngineConfig(**{"max_num_batched_tokens": 2048, **planned.engine, **setting})
-    must_be_close = {"dtype", "attention_backend", "sliding_window", "sink_tokens"} & set(planned.vary)
+    must_be_close = {"dtype", "quantization", "attention_backend", "sliding_window", "sink_tokens"} & set(planned.vary)
     assert planned.outputs == ("close" if must_be_close else "equal")
 
 

@@ -36,6 +36,7 @@ WRONG = [
     ),
     *(("gpu_memory_utilization", value, TypeError, "in (0, 1]") for value in (None, True, np.True_, "0.9", [0.9], 1j)),
     *(("dtype", value, ValueError, "auto, float32, bfloat16, float16") for value in ("int8", "", None, 32, np.float32)),
+    *(("quantization", value, ValueError, "None or int8") for value in ("int4", "", 8, True)),
     *(("xla_options", value, TypeError, "mapping of") for value in ("x=1", ["x"], {1: 2}, {"x": None}, {"x": [1]})),
     *(("attention_backend", value, ValueError, "auto, reference, xla") for value in ("flash", None, True)),
 ]

@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=1152)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--num-kv-pages", type=int, default=2304)
+    parser.add_argument("--quantization", choices=["int8"])
     parser.add_argument("--sliding-window", type=int)
     parser.add_argument("--sink-tokens", type=int, default=0)
     parser.add_argument("--option", action="append", default=[], help="XLA option, name=value, beside the engine's own")
@@ -174,6 +175,7 @@ def main() -> None:
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         num_kv_pages=arguments.num_kv_pages,
+        quantization=arguments.quantization,
         sliding_window=arguments.sliding_window,
         sink_tokens=arguments.sink_tokens,
         pipeline_parallel_size=stages,

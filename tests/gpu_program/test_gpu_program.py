@@ -73,6 +73,17 @@ def test_forward_is_one_command_buffer_with_few_kernels_a_layer(name):
     assert many["temp_bytes"] <= most_bytes
 
 
+@pytest.mark.parametrize("name", ["decode:1", "decode:8", "decode:32"])
+def test_int8_weights_take_no_kernel_more_a_layer_and_no_copy(name):
+    """A copy in bfloat16 of the largest matrix of a layer would be 224 MiB of temporaries."""
+    names = tuple(FORWARD)[:3]
+    many, few = (compiled(names, "--layers", str(number), "--quantization", "int8")[name] for number in NUM_LAYERS)
+    most_kernels, most_bytes = FORWARD[name]
+    assert (many["kernels"] - few["kernels"]) / (NUM_LAYERS[0] - NUM_LAYERS[1]) <= most_kernels
+    assert many["temp_bytes"] <= most_bytes
+    assert many["command_buffers"] == 1 and many["eager_kernels"] == 0
+
+
 @pytest.mark.parametrize("name", FORWARD)
 def test_window_with_sink_tokens_takes_no_kernel_more(name):
     window = "--sliding-window", "512", "--sink-tokens", "4"

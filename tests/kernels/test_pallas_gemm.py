@@ -7,6 +7,7 @@ import pytest
 from gpu_lowering import count_kernels, lowered_for_gpu
 
 from jaxinfer.kernels.pallas_gemm import few_rows_linear
+from jaxinfer.layers.weight import dequantize, quantize
 
 
 def arrays(num_rows, num_in, num_out, dtype, seed=0):
@@ -37,6 +38,19 @@ def test_few_rows_linear_bias_and_gate_equal_numpy(is_gated, num_out):
     expected = y[:, :half] / (1 + np.exp(-y[:, :half])) * y[:, half:] if is_gated else y
     found = jax.jit(lambda x, w, b: few_rows_linear(x, w, bias=b, gate=gate))(x, weight, bias)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_few_rows_linear_int8_equals_numpy(is_gated):
+    x, weight, bias = arrays(5, 300, 20, "bfloat16")
+    values, scale = quantize(weight)
+    gate = jax.nn.silu if is_gated else None
+    y = np.asarray(x, np.float64) @ np.asarray(dequantize(values, scale, jnp.dtype("float32")), np.float64).T
+    y += np.asarray(bias, np.float64)
+    expected = y[:, :10] / (1 + np.exp(-y[:, :10])) * y[:, 10:] if is_gated else y
+    found = jax.jit(lambda x, w, s, b: few_rows_linear(x, w, s, bias=b, gate=gate))(x, values, scale, bias)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
 def test_few_rows_linear_lowers_for_gpu_as_one_kernel():

@@ -7,6 +7,7 @@ import pytest
 from gpu_lowering import count_kernels, lowered_for_gpu
 
 from jaxinfer.kernels.pallas_gemv import RowNorm, one_row_linear
+from jaxinfer.layers.weight import dequantize, quantize
 
 EPS = 1e-5
 
@@ -45,6 +46,17 @@ def test_one_row_linear_norm_bias_gate_and_residual_equal_numpy(is_gated, offset
     expected = 3 + (silu(y[:, :10]) * y[:, 10:] if is_gated else y)
     found = jax.jit(lambda x, w: one_row_linear(x, w, **options))(x, weight)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_row_linear_int8_with_norm_bias_and_gate_equals_numpy():
+    x, weight, norm, bias = arrays(300, 20, "bfloat16")
+    values, scale = quantize(weight)
+    wide, norms = np.asarray(x, np.float64), np.asarray(norm, np.float64)
+    weights = np.asarray(dequantize(values, scale, jnp.dtype("float32")), np.float64)
+    y = wide / np.sqrt((wide**2).mean() + EPS) * norms @ weights.T + np.asarray(bias, np.float64)
+    options = {"norm": RowNorm(norm, EPS, 0.0), "bias": bias, "gate": jax.nn.silu}
+    found = jax.jit(lambda x, w, s: one_row_linear(x, w, s, **options))(x, values, scale)
+    np.testing.assert_allclose(np.asarray(found, np.float64), silu(y[:, :10]) * y[:, 10:], rtol=2**-8, atol=1e-3)
 
 
 def test_one_row_linear_lowers_for_gpu_as_one_kernel():

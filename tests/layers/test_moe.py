@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from gpu_lowering import count_kernels, lowered_for_gpu
 
-from jaxinfer.kernels.pallas_experts import MAX_TOKENS, expert_groups
+from jaxinfer.kernels.pallas_experts import MAX_TOKENS, ExpertScales, expert_groups
 from jaxinfer.layers.moe import expert_dense, expert_loop
+from jaxinfer.layers.weight import dequantize, quantize
 
 MATRIX = pytest.mark.matrix
 """Pallas' interpreter takes a second to compile: CI runs the cases that differ most."""
@@ -38,6 +39,22 @@ def test_experts_any_tokens_equal_dense(method, num_chosen: int, num_tokens: int
     expected, found = (jax.jit(partial(call, gate=jax.nn.silu))(*arguments) for call in (expert_dense, method))
     # Sums of 8 float32 products in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [expert_dense, expert_loop, expert_groups])
+@pytest.mark.parametrize("num_tokens", [2, 20])
+def test_experts_int8_equal_what_they_stand_for(method, num_tokens) -> None:
+    rng = np.random.default_rng(num_tokens)
+    chosen = jnp.asarray([rng.permutation(5)[:2] for _ in range(num_tokens)], jnp.int32)
+    shares = jnp.asarray(rng.random((num_tokens, 2)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((num_tokens, 8)), jnp.float32)
+    matrices = [quantize(jnp.asarray(rng.standard_normal(shape))) for shape in ((5, 12, 8), (5, 8, 6))]
+    values, scales = zip(*matrices, strict=True)
+    floats = [dequantize(*matrix, jnp.dtype("float32")) for matrix in matrices]
+    expected = expert_dense(x, chosen, shares, *floats, gate=jax.nn.silu)
+    found = jax.jit(partial(method, gate=jax.nn.silu))(x, chosen, shares, *values, scales=ExpertScales(*scales))
+    # Activations are rounded to 16 bits twice.
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("method", [expert_loop, expert_groups])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import jax.numpy as jnp
 from flax import nnx
@@ -100,6 +101,16 @@ class FusedPart:
     def size(self) -> int:
         """Rows of the parameter, summed over all shards."""
         return self.stored * self.copies
+
+
+class LinearOptions(TypedDict, total=False):
+    """Keywords of both linear layers, for blocks that pass them on."""
+
+    num_stages: int
+    dtype: jnp.dtype
+    bias: bool
+    quantization: str | None
+    backend: str
 
 
 class ColumnParallelLinear(nnx.Module):

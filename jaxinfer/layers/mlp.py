@@ -7,12 +7,12 @@ Does not know: which norms and residual stream it is given; the linear layers ap
 from __future__ import annotations
 
 import functools
+from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear, gated
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, LinearOptions, RowParallelLinear, gated
 from jaxinfer.layers.residual import Norm, Stream, settled
 from jaxinfer.layers.taps import NO_TAPS, SiteTaps, block_input, block_output
 
@@ -30,38 +30,16 @@ class GatedMLP(nnx.Module):
 
     Args:
       hidden_size, ffn_size: D and F, summed over all shards.
-      num_stages: pipeline stages.
-      bias: whether both linear layers have a bias.
-      dtype: of the parameters.
       activation: of the gate, a name in config.ACTIVATIONS.
-      quantization: of the matrices; "int8" or None.
-      backend: name of the kernel backend, for the linear layers.
+      **linear: of both linear layers.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        ffn_size: int,
-        *,
-        num_stages: int,
-        dtype: jnp.dtype,
-        bias: bool = False,
-        activation: str = "silu",
-        quantization: str | None = None,
-        backend: str = "xla",
-    ):
+    def __init__(self, hidden_size: int, ffn_size: int, *, activation: str = "silu", **linear: Unpack[LinearOptions]):
         self.activation = activation
-        options = {
-            "num_stages": num_stages,
-            "dtype": dtype,
-            "bias": bias,
-            "quantization": quantization,
-            "backend": backend,
-        }
-        self.gate_up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size), FusedPart(ffn_size)), **options)
-        self.down = RowParallelLinear(ffn_size, hidden_size, **options)
+        self.gate_up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size), FusedPart(ffn_size)), **linear)
+        self.down = RowParallelLinear(ffn_size, hidden_size, **linear)
 
     def __call__(
         self,
@@ -96,28 +74,10 @@ class MLP(nnx.Module):
     Source: Vaswani et al. 2017, section 3.3.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        ffn_size: int,
-        *,
-        num_stages: int,
-        dtype: jnp.dtype,
-        bias: bool,
-        activation: str,
-        quantization: str | None = None,
-        backend: str = "xla",
-    ):
+    def __init__(self, hidden_size: int, ffn_size: int, *, activation: str, **linear: Unpack[LinearOptions]):
         self.activation = activation
-        options = {
-            "num_stages": num_stages,
-            "dtype": dtype,
-            "bias": bias,
-            "quantization": quantization,
-            "backend": backend,
-        }
-        self.up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size),), **options)
-        self.down = RowParallelLinear(ffn_size, hidden_size, **options)
+        self.up = ColumnParallelLinear(hidden_size, (FusedPart(ffn_size),), **linear)
+        self.down = RowParallelLinear(ffn_size, hidden_size, **linear)
 
     def __call__(
         self,

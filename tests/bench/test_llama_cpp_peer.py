@@ -69,7 +69,7 @@ def test_write_gguf_int8_rounds_blocks_of_32_and_keeps_norms(tmp_path):
     expected = np.empty((64, 96), np.float32)
     store.read("model.layers.0.mlp.down_proj.weight", (slice(0, 64), slice(0, 96)), expected)
     steps = np.repeat(np.abs(expected.reshape(64, 3, 32)).max(-1), 32, axis=1) / 127
-    assert (np.abs(gguf.quants.dequantize(down.data, down.tensor_type) - expected) <= 0.52 * steps).all()
+    assert (np.abs(gguf.quants.dequantize(down.data, down.tensor_type) - expected) <= 0.6 * steps).all()
 
 
 @pytest.mark.parametrize("case", ["gpt2", "rope_llama3"])

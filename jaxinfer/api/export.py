@@ -47,7 +47,7 @@ def export_checkpoint(
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another directory for the checkpoint or remove it")
     decoder, config = loaded.decoder, loaded.model_config
-    params = decoder.params
+    params = decoder.held_params
     variables = nnx.to_flat_state(nnx.state(abstract_model(config, decoder.layout)))
     state = nnx.from_flat_state({path: var.replace(params[".".join(map(str, path))]) for path, var in variables})
     tensors = export_parameters(

@@ -194,11 +194,11 @@ class ResearchMethods:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The weights as nested dicts of jax.Array, sharded over the mesh as the engine reads them.
+        """The weights as nested dicts of jax.Array, sharded over the mesh.
 
         The names are those of the modules: params["layers"]["0"]["mlp"]["down"]["weight"] is [stages, out, in], with
         the layers of all pipeline stages stacked. They are the very arrays that steps read, so do not donate them;
-        sleep and close delete them.
+        sleep and close delete them. But matrices of linear layers on CPUs are copies, as steps read them transposed.
 
         Raises:
           ValueError: several processes hold the model, or the LLM sleeps.

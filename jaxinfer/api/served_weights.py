@@ -20,6 +20,7 @@ from jaxinfer.checkpoint import orbax
 from jaxinfer.config.validation import require_choice
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.text.controller import TextGenerationController
+from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.parameters import as_tree, replacements
 
 Pause = Literal["wait", "abort"]
@@ -45,7 +46,7 @@ class ServedWeights:
     @property
     def params(self) -> dict[str, Any]:
         """The first replica's parameters as nested dicts; see LLM.params."""
-        return as_tree(self._present())
+        return as_tree(self._decoder.params)
 
     def update(self, tree: Mapping[str, Any], *, only: Callable[[str], bool] | None, pause: Pause) -> int:
         """Replaces parameters and returns the new version; see LLM.update_weights."""
@@ -53,14 +54,14 @@ class ServedWeights:
         if only is not None and not callable(only):
             raise TypeError(f"only must be a function of a parameter's name, got {only!r}")
         with self._changing:
-            new = replacements(tree, self._present(), only=only)  # before anybody has to wait
+            new = replacements(tree, self._decoder.param_shapes, only=only)  # before anybody has to wait
             version = self.version + 1
             first = self._engines[0].decoder
 
             def replace(loaded: LoadedEngine, controller: TextGenerationController) -> None:
-                decoder = loaded.decoder
+                decoder, shapes = loaded.decoder, loaded.decoder.param_shapes
                 own = {
-                    name: array if decoder is first else jax.device_put(array, decoder.params[name].sharding)
+                    name: array if decoder is first else jax.device_put(array, shapes[name].sharding)
                     for name, array in new.items()
                 }
                 decoder.replace_params(own)
@@ -93,15 +94,18 @@ class ServedWeights:
     def load(self, directory: str | Path, *, pause: Pause) -> int:
         """Replaces the parameters by saved ones; see LLM.load_weights."""
         with self._changing:
-            return self.update(orbax.load(directory, like=self.params), only=None, pause=pause)
+            like = as_tree(self._decoder.param_shapes)
+            return self.update(orbax.load(directory, like=like), only=None, pause=pause)
 
     def export(self, directory: str | Path, config_fields: Mapping[str, Any], *, source: Path | None) -> None:
         """Writes a checkpoint; see LLM.export."""
         with self._changing:
-            self._present()
+            _ = self._decoder
             export_checkpoint(directory, self._engines[0], config_fields, source=source)
 
-    def _present(self) -> dict[str, jax.Array]:
+    @property
+    def _decoder(self) -> DecoderWrapper:
+        """The first replica's wrapper, of which the others are copies."""
         if not self._runner.is_running:
             raise EngineClosedError("the LLM is closed")
-        return self._engines[0].decoder.params
+        return self._engines[0].decoder

@@ -112,15 +112,22 @@ class DeviceRandomStore(RandomStore):
           sharding: of the array.
         """
         is_norm = "norm.weight" in parameter.path
-        shape = parameter.variable.shape
-        draw = _drawer(shape, parameter.loaded_dtype, sharding, is_vector=len(parameter.shape) == 1)
+        draw = _drawer(
+            parameter.variable.shape[: -len(parameter.shape)] + parameter.shape,
+            parameter.loaded_dtype,
+            sharding,
+            is_vector=len(parameter.shape) == 1,
+            inputs_first=parameter.inputs_first,
+        )
         key = jax.random.fold_in(jax.random.key(self._seed), zlib.crc32(parameter.path.encode()))
         live = np.array([bool(names) for names in parameter.stages], np.float32)
         return draw(key, live if parameter.staged else live[0], 1 - self._config.norm_offset if is_norm else 0)
 
 
 @functools.cache
-def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, *, is_vector: bool) -> Any:
+def _drawer(
+    shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, *, is_vector: bool, inputs_first: bool
+) -> Any:
     """A jitted function that draws an array. Parameters of the same shape share it, so that few programs compile."""
 
     def draw(key: jax.Array, live: jax.Array, constant: float) -> jax.Array:
@@ -128,7 +135,8 @@ def _drawer(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, *,
         if is_vector:
             return jnp.broadcast_to(scale * constant, shape).astype(dtype)
         bound = math.sqrt(3 / shape[-1])  # uniform in -bound .. bound has variance bound^2 / 3
-        return (jax.random.uniform(key, shape, jnp.float32, -bound, bound) * scale).astype(dtype)
+        values = (jax.random.uniform(key, shape, jnp.float32, -bound, bound) * scale).astype(dtype)
+        return values.swapaxes(-1, -2) if inputs_first else values
 
     return jax.jit(draw, out_shardings=sharding)
 

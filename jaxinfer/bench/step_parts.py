@@ -82,15 +82,17 @@ class StepParts:
 
     def _products(self, num_rows: int) -> Callable[[], object]:
         """All matrix products of the layers, one after the other."""
-        params = self._decoder.params
+        params = self._decoder.held_params
         weights = [(array, params.get(name + SCALE)) for name, array in params.items() if array.ndim == 3]
-        inputs = {array.shape[-1]: self._normal(num_rows, array.shape[-1]) for array, _ in weights}
+        inputs_first = self._decoder.layout.inputs_first
+        in_axis = -2 if inputs_first else -1
+        inputs = {size: self._normal(num_rows, size) for size in {array.shape[in_axis] for array, _ in weights}}
 
         def products(weights: list[tuple[Array, Array | None]], inputs: dict[int, Array]) -> Array:
             link = jnp.zeros((1, 1), self._dtype)
             for weight, scale in weights:
-                x = inputs[weight.shape[-1]] + link
-                link = _LINK * project(x, weight[0], None if scale is None else scale[0])[:1, :1]
+                x, scale = inputs[weight.shape[in_axis]] + link, None if scale is None else scale[0]
+                link = _LINK * project(x, weight[0], scale, inputs_first=inputs_first)[:1, :1]
             return link
 
         return self._program(products, weights, inputs)
@@ -115,7 +117,7 @@ class StepParts:
         def logits(parameters: list[Array], hidden: Array) -> Array:
             return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), parameters)).logits(hidden)
 
-        parameters = [self._decoder.params[name] for name in names]
+        parameters = [self._decoder.held_params[name] for name in names]
         return self._program(logits, parameters, self._normal(num_rows, config.hidden_size))
 
     def _attention(self, num_rows: int, context: int) -> Callable[[], object]:

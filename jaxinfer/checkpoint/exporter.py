@@ -37,6 +37,7 @@ def export_parameters(
         if parameter.is_quantized:
             values = dequantize(values, variables[scale_path(path)][...], parameter.variable.float_dtype)
         values = np.asarray(values)
+        values = values.swapaxes(-1, -2) if parameter.inputs_first else values
         for names, stage in zip(parameter.stages, values if parameter.staged else values[None], strict=True):
             if names:
                 tensors |= zip(names, _stored(parameter, stage, len(names), num_shards), strict=True)

@@ -41,8 +41,14 @@ class NamedParameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's shape on one stage, without the axis of stages."""
-        return self.variable.shape[1:] if self.staged else self.variable.shape
+        """The parameter's shape on one stage with its outputs first, without the axis of stages."""
+        shape = self.variable.shape[1:] if self.staged else self.variable.shape
+        return shape[::-1] if self.inputs_first else shape
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the parameter is a matrix that is kept as [in, out]."""
+        return self.variable.get_metadata().get("inputs_first", False)
 
     @property
     def is_quantized(self) -> bool:

@@ -32,7 +32,7 @@ def save(directory: str | Path, tree: Mapping[str, Any]) -> None:
 
 
 def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads what save has written, onto the devices on which the arrays of a like tree are.
+    """Reads what save has written, as a like tree of jax.ShapeDtypeStruct with shardings says.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -43,7 +43,7 @@ def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
     path = Path(directory).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"no saved weights at {path}")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
+    shapes = dict(like)
     with StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata if (path / _MARK).exists() else None
         if metadata is None:

@@ -7,7 +7,7 @@ Does not know: how attention is computed (kernels/ does), nor which requests the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxinfer.kernels.pallas_heads import HeadNorm, rotate_and_write
 from jaxinfer.kernels.segment import Segment
 from jaxinfer.layers import kv_cache, rope
 from jaxinfer.layers.kv_cache import LayerCache
-from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, RowParallelLinear
+from jaxinfer.layers.linear import ColumnParallelLinear, FusedPart, LinearOptions, RowParallelLinear
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.residual import Norm, Stream, settled
 from jaxinfer.layers.taps import NO_TAPS, SiteTaps, block_input, block_output
@@ -68,24 +68,21 @@ class Attention(nnx.Module):
 
     Args:
       config: the model's numbers.
-      num_stages, num_shards: pipeline stages and tensor shards.
+      num_shards: tensor shards.
       kv_copies: how many shards hold the same kv head; 1 unless shards outnumber the kv heads.
       spans: for every stage, which positions a query sees.
-      backend: name of the kernel backend, for paged_attention and for the linear layers.
-      dtype: of the parameters.
+      **linear: of both linear layers; num_stages and dtype are those of the head norms as well, backend is
+        paged_attention's as well.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        num_stages: int,
         num_shards: int,
         kv_copies: int,
         spans: tuple[AttentionSpan, ...],
-        backend: str,
-        dtype: jnp.dtype,
-        quantization: str | None = None,
+        **linear: Unpack[LinearOptions],
     ):
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads // num_shards
@@ -94,26 +91,20 @@ class Attention(nnx.Module):
         self.spans = spans
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.softcap = config.attention_softcap
-        self.backend = backend
+        self.backend = linear["backend"]
         q_size = config.num_heads * config.head_dim
         kv_part = FusedPart(config.num_kv_heads * config.head_dim, copies=kv_copies, unit=config.head_dim)
         self.qkv = ColumnParallelLinear(
             config.hidden_size,
             (FusedPart(q_size), kv_part, kv_part),
-            num_stages=num_stages,
-            dtype=dtype,
             bias=config.attention_bias,
-            quantization=quantization,
-            backend=backend,
+            **linear,
         )
         self.out = RowParallelLinear(
             q_size,
             config.hidden_size,
-            num_stages=num_stages,
-            dtype=dtype,
             bias=config.attention_out_bias,
-            quantization=quantization,
-            backend=backend,
+            **linear,
         )
 
         self.qk_norm = config.qk_norm
@@ -125,8 +116,8 @@ class Attention(nnx.Module):
             return RMSNorm(
                 projection.size if whole else config.head_dim,
                 eps=config.norm_eps,
-                num_stages=num_stages,
-                dtype=dtype,
+                num_stages=linear["num_stages"],
+                dtype=linear["dtype"],
                 offset=config.norm_offset,
                 sharded=projection if whole else None,
             )

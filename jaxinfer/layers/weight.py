@@ -1,4 +1,4 @@
-"""How a matrix of weights is kept: as the numbers it was loaded as, or as int8 with one scale for each row.
+"""How a matrix of weights is kept: outputs or inputs first, as floats or as int8 with one scale for each output.
 
 Owns: the parameters of a matrix, rounding to int8 and back, and the product with int8 weights.
 Does not know: which layer multiplies, how tensors are found in a checkpoint.
@@ -28,21 +28,45 @@ _DIGIT = 256
 
 
 def weight_params(
-    shape: tuple[int, ...], dtype: jnp.dtype, *, quantization: str | None, spec: PartitionSpec, **metadata: Any
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    *,
+    spec: PartitionSpec,
+    quantization: str | None,
+    inputs_first: bool = False,
+    **metadata: Any,
 ) -> tuple[nnx.Param, nnx.Param | None]:
     """The parameter of a matrix, and the parameter of its scales (None if it is not quantised).
 
     Args:
       shape: [.., O, I].
       dtype: of the matrix if it is not quantised.
+      spec: how the matrix lies on the mesh, for [.., O, I]; its scales lie like its outputs.
       quantization: "int8" or None.
-      spec: how the matrix lies on the mesh; its scales lie like its rows.
+      inputs_first: whether the parameter is [.., I, O]; not for int8.
       metadata: of the matrix, for the loader.
     """
+    if inputs_first:
+        shape, spec, metadata["inputs_first"] = swapped_axes(shape), _swapped_spec(spec, len(shape)), True
     if quantization is None:
         return nnx.Param(jnp.zeros(shape, dtype), spec=spec, **metadata), None
     values = nnx.Param(jnp.zeros(shape, jnp.int8), spec=spec, float_dtype=dtype, **metadata)
     return values, nnx.Param(jnp.zeros(shape[:-1], jnp.float32), spec=_of_rows(spec, len(shape)), is_scale=True)
+
+
+def swapped_axes(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What stands for the axes of a matrix, with the last two swapped."""
+    *others, outputs, inputs = shape
+    return (*others, inputs, outputs)
+
+
+def swapped_sharding(sharding: NamedSharding, num_axes: int) -> NamedSharding:
+    """How a matrix lies on the mesh when its last two axes are swapped."""
+    return NamedSharding(sharding.mesh, _swapped_spec(sharding.spec, num_axes))
+
+
+def _swapped_spec(spec: PartitionSpec, num_axes: int) -> PartitionSpec:
+    return PartitionSpec(*swapped_axes((*spec, *[None] * (num_axes - len(spec)))))
 
 
 def quantize(weight: Float[Array, "*N O I"]) -> tuple[Int8[Array, "*N O I"], Float[Array, "*N O"]]:

@@ -21,6 +21,7 @@ from jaxinfer.layers import rope
 from jaxinfer.layers.attention import Attention, TokenBatch
 from jaxinfer.layers.embedding import PositionEmbedding, VocabularyEmbedding
 from jaxinfer.layers.kv_cache import LayerCache
+from jaxinfer.layers.linear import LinearOptions
 from jaxinfer.layers.mlp import MLP, GatedMLP
 from jaxinfer.layers.moe import MixtureOfExperts
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
@@ -43,43 +44,40 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, layout: Layout, index: int):
-        stages, dtype = layout.num_stages, layout.dtype
+        linear: LinearOptions = {
+            "num_stages": layout.num_stages,
+            "dtype": layout.dtype,
+            "quantization": layout.quantization,
+            "inputs_first": layout.inputs_first,
+            "backend": layout.attention_backend,
+        }
 
         def norm(place: str) -> Norm | None:
-            return make_norm(config, layout, num_stages=stages) if config.norm_places in (place, "both") else None
+            is_here = config.norm_places in (place, "both")
+            return make_norm(config, layout, num_stages=layout.num_stages) if is_here else None
 
         self.windows = layout.windows(config, index)
         self.attention_norm, self.mlp_norm = norm("before"), norm("before")
         self.attention_post_norm, self.mlp_post_norm = norm("after"), norm("after")
         self.attention = Attention(
             config,
-            num_stages=stages,
             num_shards=layout.num_shards,
             kv_copies=layout.kv_copies(config),
             spans=layout.spans(config, index),
-            backend=layout.attention_backend,
-            dtype=dtype,
-            quantization=layout.quantization,
+            **linear,
         )
         if layout.has_experts(config, index):
             self.mlp = MixtureOfExperts(
                 config,
-                num_stages=stages,
+                num_stages=layout.num_stages,
                 num_shards=layout.num_shards,
-                dtype=dtype,
+                dtype=layout.dtype,
                 quantization=layout.quantization,
                 backend=layout.attention_backend,
             )
         else:
             self.mlp = (GatedMLP if config.mlp_gate else MLP)(
-                config.hidden_size,
-                config.ffn_size,
-                num_stages=stages,
-                dtype=dtype,
-                bias=config.mlp_bias,
-                activation=config.activation,
-                quantization=layout.quantization,
-                backend=layout.attention_backend,
+                config.hidden_size, config.ffn_size, bias=config.mlp_bias, activation=config.activation, **linear
             )
 
     def __call__(

@@ -30,6 +30,7 @@ class Layout:
       attention_backend: name of the kernel backend, already resolved (not "auto").
       span: what the settings let a token see; layers may see less.
       quantization: how matrices of weights are kept, "int8" or None for dtype.
+      inputs_first: whether the matrices of linear layers are kept as [in, out].
     """
 
     num_stages: int
@@ -39,6 +40,7 @@ class Layout:
     attention_backend: str
     span: AttentionSpan = WHOLE_TEXT
     quantization: str | None = None
+    inputs_first: bool = False
 
     @property
     def matrix_dtype(self) -> jnp.dtype:

@@ -44,6 +44,7 @@ def make_logprob_fn(decoder: DecoderWrapper, config: ModelConfig, *, max_len: in
     layout = decoder.layout
     if layout.quantization is not None:
         raise ValueError(f"logprob_fn needs float weights, got quantization {layout.quantization!r}; leave it out")
+    layout = dataclasses.replace(layout, inputs_first=False)  # as llm.params
     if is_built_in(layout.attention_backend):  # the fast backends cannot be differentiated
         layout = dataclasses.replace(layout, attention_backend="reference")
     if layout.kv_copies(config) > 1:

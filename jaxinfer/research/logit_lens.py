@@ -156,7 +156,7 @@ class Lens:
 
     def logprobs(self, residual: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "M V"]:
         """The log-probabilities of all tokens after values of the residual stream, up to 256 of them."""
-        params = self._decoder.params
+        params = self._decoder.held_params
         padded = np.zeros((_BLOCK, residual.shape[1]), np.float32)
         padded[: len(residual)] = residual
         logits = self._logits([params[name] for name in self._names], jnp.asarray(padded))

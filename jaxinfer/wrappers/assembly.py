@@ -152,14 +152,16 @@ def lay_out(
     Raises:
       ValueError: the model cannot be laid out on that mesh.
     """
+    backend = choose_backend(config.attention_backend, platform, compute_capability)
     layout = Layout(
         num_stages=config.pipeline_parallel_size,
         num_shards=config.tensor_parallel_size,
         dtype=choose_dtype(config.dtype, platform),
         max_model_len=context_length(config, model_config),
-        attention_backend=choose_backend(config.attention_backend, platform, compute_capability),
+        attention_backend=backend,
         span=config.span,
         quantization=config.quantization,
+        inputs_first=platform == "cpu" and backend != "pallas" and config.quantization is None,
     )
     layout.check(model_config)
     return layout

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.launch_plans import Call, Exit, Tick
 from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
+from jaxinfer.wrappers.parameters import swapped
 from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
 from jaxinfer.wrappers.sample_step import SCORE_BLOCK
@@ -196,7 +197,16 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """The parameters by dotted name; the arrays are those that steps read, so they must not be donated.
+        """The parameters by dotted name, matrices with their outputs first; they must not be donated.
+
+        Raises:
+          ValueError: the wrapper sleeps.
+        """
+        return self._swapped(self.held_params)
+
+    @property
+    def held_params(self) -> dict[str, jax.Array]:
+        """The very arrays that steps read: as params, but matrices of linear layers as layout.inputs_first says.
 
         Raises:
           ValueError: the wrapper sleeps.
@@ -205,26 +215,36 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             raise ValueError("the weights are not on the devices, since the LLM sleeps; call wake_up()")
         return dict(zip(self._step_programs.parameter_names, self._arrays.leaves, strict=True))
 
+    @property
+    def param_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of each of params."""
+        return self._swapped(self._step_programs.parameter_shapes)
+
     def replace_params(self, new: dict[str, jax.Array]) -> None:
-        """Lets all later steps read other arrays in the place of some parameters; `replacements` has checked them."""
-        leaves = self._step_programs.leaves(self.params | new)
+        """Lets all later steps read other arrays in the place of some of params; `replacements` has checked them."""
+        leaves = self._step_programs.leaves(self.held_params | self._swapped(new))
         self._arrays.leaves, self._arrays.head_leaves = leaves["leaves"], leaves["head_leaves"]
 
     def sleep(self) -> None:
         """Copies the parameters to the host and frees all device memory; no step may be in flight."""
         if self._asleep is None:
             # A copy: on CPUs, np.asarray would give a view of the memory that is freed.
-            self._asleep = {name: np.array(array) for name, array in self.params.items()}
+            self._asleep = {name: np.array(array) for name, array in self.held_params.items()}
             self._in_flight.clear()
             self._free()
 
     def wake_up(self) -> None:
         """Brings the parameters back, with an empty KV pool."""
         if self._asleep is not None:
-            shardings = zip(self._asleep.items(), self._step_programs.parameter_shardings, strict=True)
-            arrays = {name: jax.device_put(array, sharding) for (name, array), sharding in shardings}
+            shapes = self._step_programs.parameter_shapes
+            arrays = {name: jax.device_put(array, shapes[name].sharding) for name, array in self._asleep.items()}
             self._arrays, self._asleep = self._step_programs.allocate_with(arrays), None
             self._edited_slots.clear()
+
+    def _swapped(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters, or their shapes, with the axes swapped of those that steps read with their inputs first."""
+        names = self._step_programs.inputs_first
+        return {name: swapped(array) if name in names else array for name, array in arrays.items()}
 
     def launch(self, batch: StepBatch) -> StepHandle:
         """Starts a step and returns without waiting for the device.

@@ -7,14 +7,16 @@ Does not know: what the parameters are for, files.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from jaxinfer.layers.weight import SCALE, quantizer
+from jaxinfer.layers.weight import SCALE, quantizer, swapped_axes, swapped_sharding
 
 
 def as_tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,15 +52,28 @@ def by_name(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return arrays
 
 
+def swapped(array: Any) -> Any:
+    """A matrix [.., O, I] on a mesh as [.., I, O] and vice versa, in a new array; or its shape, dtype and sharding."""
+    sharding = swapped_sharding(array.sharding, array.ndim)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(swapped_axes(array.shape), array.dtype, sharding=sharding)
+    return _swapper(sharding)(array)
+
+
+@functools.cache
+def _swapper(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array.swapaxes(-1, -2), out_shardings=sharding)
+
+
 def replacements(
-    tree: Mapping[str, Any], present: Mapping[str, jax.Array], *, only: Callable[[str], bool] | None = None
+    tree: Mapping[str, Any], present: Mapping[str, jax.ShapeDtypeStruct], *, only: Callable[[str], bool] | None = None
 ) -> dict[str, jax.Array]:
     """Checked copies of new parameters, on the devices and in the sharding of the present ones.
 
     Args:
       tree: like as_tree(present); with `only` it may lack what that leaves out. A float array in the place of an int8
         matrix is rounded to int8, and its scales with it.
-      present: the model's parameters by dotted name.
+      present: shape, dtype and sharding of the model's parameters by dotted name.
       only: which names are replaced; None for all.
 
     Raises:
@@ -100,7 +115,7 @@ def _is_float(array: Any) -> bool:
     return isinstance(array, (jax.Array, np.ndarray)) and jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def _checked(name: str, new: Any, present: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def _checked(name: str, new: Any, present: jax.ShapeDtypeStruct, *, dtype: jnp.dtype) -> jax.Array:
     """A copy of an array that can take the place of a parameter; the caller may go on to donate or change theirs."""
     if not isinstance(new, (jax.Array, np.ndarray)):
         raise ValueError(f"{name} must be an array, got {type(new).__name__}")

@@ -126,9 +126,15 @@ class StepPrograms:
         return [_dotted(path[1:]) for path in self._step.paths]  # without the step's own name for its model
 
     @property
-    def parameter_shardings(self) -> list[NamedSharding]:
-        """How each of StepArrays.leaves lies on the mesh."""
-        return [self._on_mesh(spec) for spec in self._step.specs]
+    def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of each of StepArrays.leaves, by name."""
+        return dict(zip(self.parameter_names, self._placed(self._step.leaves, self._step.specs), strict=True))
+
+    @property
+    def inputs_first(self) -> set[str]:
+        """The names of matrices that are kept as [in, out]."""
+        marks = (variable.get_metadata().get("inputs_first", False) for variable in self._step.variables)
+        return {name for name, marked in zip(self.parameter_names, marks, strict=True) if marked}
 
     def allocate_edits(self) -> list[jax.Array]:
         """The leaves of an EditState for all slots, made on demand, since only some requests have logit edits."""
@@ -472,8 +478,9 @@ class _Parameters:
         self._tree = jax.tree.structure(state)
         found = nnx.to_flat_state(state)
         self.paths = [path for path, _ in found]
-        self.leaves = [variable.get_value() for _, variable in found]
-        self.specs = [variable.spec for _, variable in found]
+        self.variables = [variable for _, variable in found]
+        self.leaves = [variable.get_value() for variable in self.variables]
+        self.specs = [variable.spec for variable in self.variables]
 
     def merge(self, leaves: list[Any]) -> Any:
         """The module with these arrays as its parameters."""

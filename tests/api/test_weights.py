@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_golden
 from mesh_tools import on_mesh
+from safetensors.numpy import load_file
 
 from jaxinfer import LLM, EngineClosedError, SamplingParams, logits_processor
 from jaxinfer.research import scale
@@ -69,6 +70,19 @@ def llm_fields(llm: LLM, layout) -> dict:
     stages, shards = layout
     sizes = {"pipeline_parallel_size": stages, "tensor_parallel_size": shards}
     return {name: getattr(llm.config, name) for name in names} | sizes
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
+def test_params_have_their_outputs_first_however_steps_read_them(layout):
+    tensors = load_file(load_golden("mesh/llama").path / "model.safetensors")
+    with on_mesh("llama", layout) as llm:
+        down = llm.params["layers"]["0"]["mlp"]["down"]["weight"]
+        held = llm._weights._decoder.held_params["layers.0.mlp.down.weight"]
+        shape = llm._weights._decoder.param_shapes["layers.0.mlp.down.weight"]
+        np.testing.assert_array_equal(down[0], tensors["model.layers.0.mlp.down_proj.weight"])
+        assert (shape.shape, shape.dtype) == (down.shape, down.dtype)
+        assert down.sharding.is_equivalent_to(shape.sharding, 3)
+        np.testing.assert_array_equal(held.swapaxes(1, 2), down)
 
 
 def test_only_some_weights_are_replaced_by_a_tree_that_lacks_the_others():
@@ -235,7 +249,7 @@ def test_sleeping_frees_the_devices_and_waking_up_goes_on():
     with open_llm() as llm:
         before = llm.generate(PROMPT, GREEDY)
         num_compilations = llm.stats().num_compilations
-        arrays = jax.tree.leaves(llm.params)
+        arrays = list(llm._weights._decoder.held_params.values())
         llm.sleep()
         assert all(array.is_deleted() for array in arrays)
         with pytest.raises(EngineClosedError, match=r"the LLM sleeps; call wake_up\(\) first"):

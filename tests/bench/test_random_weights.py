@@ -1,5 +1,6 @@
 """Random weights: the same values for any slicing, the names a checkpoint has, activations of a sane size."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -76,9 +77,10 @@ def test_write_checkpoint_reads_back(tmp_path):
         np.testing.assert_array_equal(read(written, name), read(store, name))
 
 
-def drawn_parameters(config, **mesh):
-    """A model's parameters as DeviceRandomStore draws them, by dotted path."""
-    model = abstract_model(config, lay_out(config, EngineConfig(**mesh), "cpu"))
+def drawn_parameters(config, *, inputs_first=False, **mesh):
+    """A model's parameters as DeviceRandomStore draws them, by dotted path, matrices with their outputs first."""
+    layout = lay_out(config, EngineConfig(**mesh), "cpu")
+    model = abstract_model(config, dataclasses.replace(layout, inputs_first=inputs_first))
     parameters = load_parameters(
         model,
         family=find_family(config.architecture),
@@ -87,7 +89,12 @@ def drawn_parameters(config, **mesh):
         mesh=make_mesh(**{"pipeline_parallel_size": 1, "tensor_parallel_size": 1} | mesh),
         progress=False,
     )
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(parameters)}
+    found = {}
+    for path, leaf in nnx.to_flat_state(parameters):
+        values = np.asarray(leaf[...])
+        is_swapped = leaf.get_metadata().get("inputs_first", False)
+        found[".".join(map(str, path))] = values.swapaxes(-1, -2) if is_swapped else values
+    return found
 
 
 @pytest.mark.parametrize("case", ["gqa", "biases", "gemma2", "qwen3_moe"])
@@ -104,6 +111,14 @@ def test_device_random_store_has_the_distribution_of_random_store(case):
             assert values.var() * values.shape[-1] == pytest.approx(1, abs=0.13), path
     matrices = [values.ravel()[:4].tolist() for values in parameters.values() if values.ndim == 3]
     assert len({tuple(values) for values in matrices}) == len(matrices)
+
+
+def test_device_random_store_draws_the_same_whichever_axis_is_first():
+    config = config_of("biases")
+    for plain, swapped in zip(
+        drawn_parameters(config).values(), drawn_parameters(config, inputs_first=True).values(), strict=True
+    ):
+        np.testing.assert_array_equal(plain, swapped)
 
 
 def test_device_random_store_padding_layers_are_zero():

@@ -30,7 +30,7 @@ class Loaded:
     store: SafetensorsStore
 
 
-def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "float32") -> Loaded:
+def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "float32", inputs_first=False) -> Loaded:
     config = parse_model_config(read_json(path / "config.json"))
     family = find_family(config.architecture)
     layout = Layout(
@@ -39,6 +39,7 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
         dtype=jnp.dtype(dtype),
         max_model_len=64,
         attention_backend="reference",
+        inputs_first=inputs_first,
     )
     store = SafetensorsStore(weight_files(path))
     parameters = load_parameters(
@@ -59,6 +60,7 @@ def load(path: Path, *, num_stages: int = 1, num_shards: int = 1, dtype: str = "
             names = [name.replace("{expert}", str(e)) for e in range(config.num_experts) for name in names]
         transposed = key in family.transposed
         values = np.asarray(variable[...])
+        values = values.swapaxes(-1, -2) if "inputs_first" in variable.get_metadata() else values
         if layer is None:
             tensors |= _parts(names, values, variable, 1, transposed)
             continue

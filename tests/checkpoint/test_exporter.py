@@ -23,13 +23,19 @@ from jaxinfer.models.layout import Layout
 from jaxinfer.models.registry import find_family, parse_model_config
 
 
+@pytest.mark.parametrize("inputs_first", [False, True])
 @pytest.mark.parametrize("case", ["gqa", "biases", "tied", "qwen3", "phi3", "gpt2"])
-def test_export_parameters_returns_what_was_loaded(case: str) -> None:
+def test_export_parameters_returns_what_was_loaded(case: str, inputs_first: bool) -> None:
     path = GOLDEN / case
     config = parse_model_config(json.loads((path / "config.json").read_text()))
     family = find_family(config.architecture)
     layout = Layout(
-        num_stages=1, num_shards=1, dtype=jnp.dtype("float32"), max_model_len=16, attention_backend="reference"
+        num_stages=1,
+        num_shards=1,
+        dtype=jnp.dtype("float32"),
+        max_model_len=16,
+        attention_backend="reference",
+        inputs_first=inputs_first,
     )
     state = load_parameters(
         nnx.eval_shape(lambda: family.build(config, layout)),

@@ -59,10 +59,11 @@ from checkpoint.loading_tools import assert_same_tensors, checkpoint_tensors, lo
 for word in sys.argv[2:]:
     case, num_stages, num_shards = word.split(",")
     path = Path(sys.argv[1]) / case
-    loaded = load(path, num_stages=int(num_stages), num_shards=int(num_shards))
     expected = checkpoint_tensors(path)
-    assert_same_tensors(loaded.tensors, expected)
-    assert loaded.store.bytes_read == num_bytes(expected), word  # each byte once, although norms have replicas
+    for inputs_first in (False, True):
+        loaded = load(path, num_stages=int(num_stages), num_shards=int(num_shards), inputs_first=inputs_first)
+        assert_same_tensors(loaded.tensors, expected)
+        assert loaded.store.bytes_read == num_bytes(expected), word  # each byte once, although norms have replicas
     print(word)
 """
 
@@ -91,7 +92,8 @@ def status(field):
 
 # The measured part is load_parameters alone, after the file is mapped and XLA's threads have started.
 num_stages, num_shards = int(sys.argv[3]), int(sys.argv[4])
-loading_tools.load(Path(sys.argv[2]), num_stages=num_stages, num_shards=num_shards)
+options = {"num_stages": num_stages, "num_shards": num_shards, "inputs_first": True}
+loading_tools.load(Path(sys.argv[2]), **options)
 growth, kept = {}, []
 original = loading_tools.load_parameters
 def measured(*args, **keywords):
@@ -104,7 +106,7 @@ def measured(*args, **keywords):
 loading_tools.load_parameters = measured
 for dtype in ("bfloat16", "float32"):  # VmPeak never falls: the smaller first
     try:
-        loading_tools.load(Path(sys.argv[1]), dtype=dtype, num_stages=num_stages, num_shards=num_shards)
+        loading_tools.load(Path(sys.argv[1]), dtype=dtype, **options)
     except StopIteration:
         pass
 print(json.dumps(growth))

@@ -23,13 +23,18 @@ def normal(*shape: int, dtype="float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
 
 
+@pytest.mark.parametrize("inputs_first", [False, True])
 @pytest.mark.parametrize("out_dtype", [None, "float32"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("out_size", [6, 7])
 @pytest.mark.parametrize("num_rows", [1, 2, 9])
-def test_project_any_path_equals_plain_product(num_rows: int, out_size: int, dtype: str, out_dtype: str | None) -> None:
+def test_project_any_path_equals_plain_product(
+    num_rows: int, out_size: int, dtype: str, out_dtype: str | None, inputs_first: bool
+) -> None:
     x, weight = normal(num_rows, 32, dtype=dtype), normal(out_size, 32, dtype=dtype)
-    y = jax.jit(lambda x, w: project(x, w, out_dtype=out_dtype and jnp.dtype(out_dtype)))(x, weight)
+    kept = weight.T if inputs_first else weight
+    options = {"inputs_first": inputs_first, "out_dtype": out_dtype and jnp.dtype(out_dtype)}
+    y = jax.jit(lambda x, w: project(x, w, **options))(x, kept)
     assert y.shape == (num_rows, out_size) and y.dtype == (out_dtype or dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     # 32 terms in float32; a bfloat16 result is rounded once to 8 bits.

@@ -122,9 +122,9 @@ def _converted(x: Array, values: Array, scale: Array) -> Array:
 def _by_digits(x: Array, values: Array, scale: Array) -> Array:
     """Multiplies integers, whose sums are exact, so that a row's result is the same among any others.
 
-    XLA's CPU backend multiplies int8 by int8 as fast as memory allows (from two rows on), but makes a float copy of the
-    matrix for a product with floats, and takes 8 times as long. So every activation is rounded to 16 bits and taken
-    apart into two int8 digits, which are two rows of the product.
+    For a product of int8 with floats, XLA's CPU backend makes a float copy of the matrix and takes 8 times as long as
+    with a float matrix. From two rows on, it is fast at int8 with int8. So every activation is rounded to 16 bits and
+    taken apart into two int8 digits, which are two rows of the product.
     """
     num_rows = x.shape[0]
     x = x.astype(jnp.float32)

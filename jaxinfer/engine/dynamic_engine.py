@@ -101,6 +101,7 @@ class DynamicEngine:
             span=wrapper.span if drafter is None else widest([wrapper.span, drafter.span]),
             plan_drafts=None if drafter is None else self._plan_drafts,
         )
+        wrapper.foresee(self._scheduler.coming_shapes)
         self.log: StepLog | None = None
         """Where steps are logged while it is set."""
         self._taps = TapPlanner(wrapper.shapes)

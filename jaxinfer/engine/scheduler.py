@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from jaxinfer.captured_values import CapturedValues
 from jaxinfer.config.attention_span import WHOLE_TEXT, AttentionSpan
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.engine.coming_steps import Work, coming_shapes
 from jaxinfer.engine.ending import end_reason, start_constraint
 from jaxinfer.engine.page_allocator import PageAllocator
 from jaxinfer.engine.pages_in_sight import PagesInSight
@@ -33,12 +34,14 @@ from jaxinfer.engine.step_plan import StepPlan
 from jaxinfer.engine.turns import Turns
 from jaxinfer.engine.waiting import WaitingQueue
 from jaxinfer.request import FinishReason, Request
-from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShapes
+from jaxinfer.wrappers.step_shapes import PREFILL_BLOCK, StepShape, StepShapes
 
 MAX_SKIPS = 16
 """How often younger requests may overtake the first waiting one that does not fit yet."""
 SKIP_WINDOW = 8
 """How many more waiting requests may fail to fit, after the first one, before a step stops admitting."""
+NUM_FORESEEN = 32
+"""How many waiting requests coming_shapes looks at."""
 
 
 class Scheduler:
@@ -195,6 +198,18 @@ class Scheduler:
         missing = sum(self._pages.num_missing(sequence, end) for sequence, end in ends)
         lasts = any(sequence.num_tokens + num_steps <= sequence.max_total_len for sequence in self._running)
         return lasts and missing <= self.pages.num_available
+
+    def coming_shapes(self) -> list[StepShape]:
+        """The shapes of the steps after the last one scheduled, as far as they can be foreseen.
+
+        None in a pipeline, nor while a sequence is fed by the host or captures values or the like: its steps have
+        shapes or programs of their own.
+        """
+        waiting = self._waiting.first(NUM_FORESEEN)
+        if self._shapes.num_stages > 1 or any(s.needs_other_steps for s in (*self._running, *waiting)):
+            return []
+        in_slots = [_work(s, s.num_computed_tokens) for s in self._running]
+        return coming_shapes(self._shapes, in_slots, [_work(s, self._pages.find_prefix(s).num_tokens) for s in waiting])
 
     def append(self, sequence: SequenceState, sampled: Sequence[int], drafts: Sequence[int] = ()) -> int:
         """Records tokens that the host has read and decides whether the sequence has ended.
@@ -375,3 +390,11 @@ class Scheduler:
         bisect.insort(self._running, sequence, key=lambda running: running.order)
         plan.add_known_tokens(sequence)
         return True
+
+
+def _work(sequence: SequenceState, num_computed: int) -> Work:
+    """What is left to do for a sequence of whose tokens so many are computed."""
+    left = sequence.max_total_len - sequence.num_tokens
+    if not sequence.is_prefilling:
+        return Work(0, left)
+    return Work(sequence.num_tokens - num_computed, left - 1)  # the step that computes the last one samples another

@@ -138,6 +138,11 @@ class SequenceState:
         return self.is_prefilling or self.is_host_fed or self.constraint is not None or self.kind.is_tapped
 
     @property
+    def needs_other_steps(self) -> bool:
+        """Whether there are steps for the sequence that do more than compute its tokens and sample."""
+        return self.is_host_fed or self.kind.is_tapped or self.request.prompt_logprobs is not None
+
+    @property
     def num_reusable(self) -> int:
         """How many leading tokens need not be computed if their keys and values are there already.
 

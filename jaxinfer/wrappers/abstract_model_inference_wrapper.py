@@ -7,7 +7,7 @@ Does not know: jax, models; a wrapper for tests can be a few lines of numpy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxinfer.interventions import HookKind
 from jaxinfer.sites import Site, Sites
 from jaxinfer.wrappers.step_batch import StepBatch
 from jaxinfer.wrappers.step_result import RowUsage, StepResult
-from jaxinfer.wrappers.step_shapes import StepShapes
+from jaxinfer.wrappers.step_shapes import StepShape, StepShapes
 
 NO_SITES = "captures, interventions and functions of logits need a model that is held by one process alone"
 
@@ -58,6 +58,12 @@ class AbstractModelInferenceWrapper(ABC):
     def span(self) -> AttentionSpan:
         """What the tokens of a text see of it in at least one layer; other pages than these are never read."""
         return WHOLE_TEXT
+
+    def foresee(self, coming_shapes: Callable[[], Sequence[StepShape]]) -> None:
+        """Names a function that tells the shapes of the next steps, as far as they can be foreseen.
+
+        The wrapper may call it during a launch, so that programs for these steps are compiled before they are needed.
+        """
 
     @property
     def is_compiling(self) -> bool:

@@ -106,6 +106,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._arrays = self._step_programs.allocate(parameters)
         self._edited_slots: set[int] = set()
         self._asleep: dict[str, np.ndarray] | None = None  # the parameters while they are not on the devices
+        self._coming_shapes: Callable[[], Sequence[StepShape]] = tuple
         self.layout = layout
         self.mesh = mesh
         traces = {
@@ -170,6 +171,10 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def chain_len(self, batch: StepBatch) -> int:
         """See the protocol."""
         return self.chains.chain_len(batch)
+
+    def foresee(self, coming_shapes: Callable[[], Sequence[StepShape]]) -> None:
+        """See the protocol."""
+        self._coming_shapes = coming_shapes
 
     @property
     def is_compiling(self) -> bool:
@@ -295,10 +300,15 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._in_flight.count_rows(shape)
         taps = self._tapping.upload(self._in_flight, shape)
         forward: ProgramKey = ("forward", shape) if taps is None else ("tapped", shape, taps.plan)
+        batch = handle.batch
+        if taps is None:
+            self._choice.compile_ahead(
+                shape, self._coming_shapes, batch.variant, _reported(batch.num_top), is_edited=batch.edited
+            )
         return Tick(
             shape=shape,
             copy=self._plan_copies() if self._in_flight.num_page_copies else None,
-            forward=Call(self._programs.get(*forward), pack_inputs(handle.batch, shape, self._shapes)),
+            forward=Call(self._programs.get(*forward), pack_inputs(batch, shape, self._shapes)),
             taps=taps,
         )
 

@@ -9,7 +9,7 @@ more rows of padding, with log-probabilities that nobody asked for, or the sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxinfer.sampling_params import MAX_LOGPROBS
 from jaxinfer.wrappers.chains import NO_CHAINS, ChainRule
@@ -81,6 +81,34 @@ class ProgramChoice:
             return True
         self._programs.compile_next(key)
         return False
+
+    def compile_ahead(
+        self,
+        shape: StepShape,
+        coming: Callable[[], Sequence[StepShape]],
+        variant: SamplerVariant,
+        num_top: int | None,
+        *,
+        is_edited: bool,
+    ) -> None:
+        """Begins to compile what follows a step whose forward program is about to be compiled.
+
+        That is the step's sampler, and the programs of the steps that are coming, if their samplers are like its own.
+
+        Args:
+          shape: the step's shape.
+          coming: tells the shapes of those steps; called only if it matters.
+          variant, num_top, is_edited: as in sampler.
+        """
+        forward: ProgramKey = ("forward", shape)
+        if self._programs.are_ready([forward]) or not self._programs.may_work_ahead:
+            return
+
+        def sampler(of: StepShape) -> ProgramKey:
+            return self.sampler(of.num_logits, variant, num_top, is_edited=is_edited)
+
+        following = [key for after in coming() for key in (("forward", after), sampler(after))]
+        self._programs.compile_next(sampler(shape), *(key for key in following if key != forward))
 
     def _chain(self, shape: StepShape, variant: SamplerVariant) -> ProgramKey:
         return ("chain", shape, self._chains.length, variant)

@@ -8,7 +8,6 @@ Does not know: what the programs compute.
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import os
 import threading
@@ -58,7 +57,7 @@ class ProgramCache:
         self._tuned: set[Hashable] = set()
         self._lock = threading.Lock()
         self._waiting: deque[ProgramKey] = deque()  # to be compiled in the background
-        self._num_at_work = 0  # threads that compile one of them
+        self._unfinished: set[ProgramKey] = set()  # of compile_in_background
         self._workers: list[threading.Thread] = []
         self._asked: set[ProgramKey] = set()  # by compile_next
         self._is_closed = False
@@ -148,46 +147,45 @@ class ProgramCache:
         Programs that are asked for by `first_ready` meanwhile come first.
         """
         with self._lock:
+            self._unfinished.update(wanted)
             self._waiting.extend(self._one_of_each_kind_first(wanted))
-            for _ in range(max(1, (os.cpu_count() or 1) // 2)):
-                self._start_worker(self._work)
+            self._start_workers()
 
-    def compile_next(self, key: ProgramKey) -> None:
-        """Begins to compile a program in the background, before all that wait there; returns at once.
+    @property
+    def may_work_ahead(self) -> bool:
+        """Whether programs that are probably needed soon may be compiled beside steps, and beside other programs.
+
+        Not on a single core, where programs have to be compiled in order, or where XLA tunes them on the device that
+        runs the steps. Nor while the background compiles all programs anyway.
+        """
+        return self._num_threads != 1 and not self._tuned_alike and self.is_complete
+
+    def compile_next(self, *keys: ProgramKey) -> None:
+        """Begins to compile programs in the background, before all that wait there; returns at once.
 
         A program that was asked for before is not tried again, even if it could not be compiled.
         """
         with self._lock:
-            if self._is_closed or key in self._asked or key in self._turns:
+            new = [key for key in keys if key not in self._asked and key not in self._turns]
+            if self._is_closed or not new:
                 return
-            self._asked.add(key)
-            if key in self._waiting:
-                self._waiting.remove(key)
-                self._waiting.appendleft(key)
-            else:
-                self._start_worker(functools.partial(self._try, key))
+            self._asked.update(new)
+            self._waiting = deque(dict.fromkeys([*new, *self._waiting]))
+            self._start_workers()
 
-    def _start_worker(self, work: Callable[[], None]) -> None:
-        """Starts a thread; the caller holds the lock."""
-
-        def run() -> None:
-            try:
-                work()
-            finally:
-                with self._lock:
-                    self._workers.remove(threading.current_thread())
-                    if self._is_closed and not self._workers:
-                        atexit.unregister(self._end_background)
-
-        atexit.register(self._end_background)
-        worker = threading.Thread(target=run, name="jaxinfer-compiler", daemon=True)
-        self._workers.append(worker)
-        worker.start()
+    def _start_workers(self) -> None:
+        """Starts threads for the programs that wait; the caller holds the lock."""
+        most = min(len(self._waiting), max(1, (os.cpu_count() or 1) // 2))
+        for _ in range(most - len(self._workers)):
+            atexit.register(self._end_background)
+            worker = threading.Thread(target=self._work, name="jaxinfer-compiler", daemon=True)
+            self._workers.append(worker)
+            worker.start()
 
     @property
     def is_complete(self) -> bool:
         """Whether compile_in_background has nothing to do, or is done."""
-        return not self._waiting and not self._num_at_work
+        return not self._unfinished
 
     def wait(self) -> None:
         """Waits until the background has compiled everything."""
@@ -222,17 +220,20 @@ class ProgramCache:
                 self._turns.pop(key, None)
 
     def _work(self) -> None:
-        while True:
+        while (key := self._next_waiting()) is not None:
+            self._try(key)
             with self._lock:
-                if not self._waiting:
-                    return
-                self._num_at_work += 1  # first, so that is_complete never takes a program on its way for a ready one
-                key = self._waiting.popleft()
-            try:
-                self._try(key)
-            finally:
-                with self._lock:
-                    self._num_at_work -= 1
+                self._unfinished.discard(key)
+
+    def _next_waiting(self) -> ProgramKey | None:
+        """The next program for a worker; None, after which it must end, if none waits."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._workers.remove(threading.current_thread())
+            if self._is_closed and not self._workers:
+                atexit.unregister(self._end_background)
+            return None
 
     def _try(self, key: ProgramKey) -> None:
         try:
@@ -257,3 +258,4 @@ class ProgramCache:
         with self._lock:
             self._is_closed = True
             self._waiting.clear()
+            self._unfinished.clear()

@@ -92,7 +92,7 @@ def test_programs_of_chains_are_for_decode_steps_that_chains_can_have():
 def test_chain_is_there_once_the_background_has_compiled_it(monkeypatch):
     shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192, coarse=True)
     asked = []
-    monkeypatch.setattr(FakePrograms, "compile_next", lambda self, key: asked.append(key))
+    monkeypatch.setattr(FakePrograms, "compile_next", lambda self, *keys: asked.extend(keys))
     shape = shapes.shape(num_decode=1, num_prefill=0, num_logits=1)
     key = ("chain", shape, 4, SamplerVariant.GREEDY)
     for ready in ((), (key,)):
@@ -106,10 +106,9 @@ def tokens_of(engine, requests):
     found, compilations = {}, []
     for request in requests:
         engine.add_request(request)
-        found[request.request_id] = []
     while engine.has_unfinished():
         for event in engine.step():
-            found[event.request_id].append(event.token_id)
+            found.setdefault(event.request_id, []).append(event.token_id)
         compilations.append(engine.stats().num_compilations)
     return found, compilations
 
@@ -146,3 +145,49 @@ def test_warmup_in_the_background_steps_run_larger_programs_and_give_the_same_to
     assert results[0] == results[1]
     assert all(len(tokens) == 6 for tokens in results[0].values())
     np.testing.assert_array_equal(results[0]["greedy"], gqa.greedy[0][:6])
+
+
+def test_compile_ahead_begins_with_the_sampler_of_the_step_and_goes_on_with_what_comes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ProgramCache, "compile_next", lambda self, *keys: asked.extend(keys))
+    shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192)
+    first, second = (shapes.shape(num_decode=rows, num_prefill=0, num_logits=rows) for rows in (8, 1))
+    greedy = SamplerVariant.GREEDY
+    choice = ProgramChoice(ProgramCache({}, {}), shapes)
+    choice.compile_ahead(first, lambda: [first, second], greedy, None, is_edited=False)
+    assert asked == [("sample", 8, greedy, None)] * 2 + [("forward", second), ("sample", 1, greedy, None)]
+    asked.clear()
+    choice.compile_ahead(first, lambda: [second], greedy, 20, is_edited=True)
+    assert asked == [("sample_edited", 8, 20), ("forward", second), ("sample_edited", 1, 20)]
+
+
+def test_compile_ahead_foresees_nothing_for_a_program_that_is_there_or_where_it_may_not():
+    shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192)
+    shape = shapes.shape(num_decode=8, num_prefill=0, num_logits=8)
+    ready = ProgramCache({}, {})
+    ready._programs[("forward", shape)] = FakeProgram(lambda: None)
+    for programs in (ready, ProgramCache({}, {}, in_order=True), FakePrograms(())):
+        choice = ProgramChoice(programs, shapes)
+        choice.compile_ahead(shape, lambda: pytest.fail("was asked"), SamplerVariant.GREEDY, None, is_edited=False)
+
+
+def test_programs_of_coming_steps_are_compiled_in_the_background_and_give_the_same_tokens(gqa, monkeypatch):
+    results = []
+    for works_ahead in (False, True):
+        monkeypatch.setattr(ProgramCache, "may_work_ahead", works_ahead)
+        wrapper = make_wrapper(gqa.path, max_num_seqs=2)
+        engine = DynamicEngine(wrapper, EngineConfig(max_num_seqs=2, page_size=8, num_kv_pages=40), max_model_len=256)
+        requests = [
+            Request(request_id=str(i), prompt_token_ids=tuple(prompt), max_tokens=4 + 4 * i, temperature=0.0)
+            for i, prompt in enumerate(gqa.prompts[:3])
+        ]
+        for request in requests:
+            engine.add_request(request)
+        engine.step()
+        wrapper.wait_for_programs()
+        before = wrapper.num_compilations
+        tokens, compilations = tokens_of(engine, [])
+        assert (compilations[-1] == before) == works_ahead  # else the programs of decode steps had to be compiled
+        results.append(tokens)
+        wrapper.close()
+    assert results[0] == results[1]

@@ -204,6 +204,36 @@ def test_compile_next_overtakes_what_the_background_has_to_do():
     assert build.sizes == [1, 3, 2]
 
 
+def test_compile_next_keeps_the_order_of_its_programs():
+    build = HeldBuild()
+    programs = cache_of(build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 2)
+        programs.compile_next(("step", 1))
+        assert build.begun.wait(SECONDS)
+        programs.compile_next(*(("step", size) for size in (5, 1, 4)))
+        programs.compile_next(("step", 3), ("step", 4))
+    build.may_end.set()
+    programs.wait()
+    assert build.sizes == [1, 3, 5, 4]
+
+
+def test_may_work_ahead_needs_a_second_core_any_order_and_no_tuning(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert ProgramCache({}, {}).may_work_ahead
+    assert not ProgramCache({}, {}, in_order=True).may_work_ahead
+    assert not cache_of(HeldBuild(), tuned_alike=lambda size: size).may_work_ahead
+    build = HeldBuild()
+    programs = cache_of(build)
+    programs.compile_in_background([("step", 1)])
+    assert not programs.may_work_ahead
+    build.may_end.set()
+    programs.wait()
+    assert programs.may_work_ahead
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert not ProgramCache({}, {}).may_work_ahead
+
+
 def test_clear_keeps_no_program_that_is_compiled_later():
     build = HeldBuild()
     programs = cache_of(build)

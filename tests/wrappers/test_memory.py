@@ -46,8 +46,12 @@ def test_free_bytes_silent_device_raises():
         free_on_gpu()
 
 
-def test_free_bytes_cpu_is_positive():
-    assert free_bytes(jax.devices()[0], gpu_memory_utilization=0.9) > 2**20
+@pytest.mark.parametrize(
+    ("available", "expected"), [(64, 4), (8, 4), (7.9, 2), (4.1, 2), (0.3, 0.125), (1e-9, 2**-30), (0, 0)]
+)
+def test_free_bytes_cpu_is_half_of_the_memory_as_a_power_of_two_up_to_four_gibibytes(monkeypatch, available, expected):
+    monkeypatch.setattr(memory, "available_bytes", lambda: round(available * 2**30 + 1))
+    assert free_bytes(jax.devices()[0], gpu_memory_utilization=0.9) == expected * 2**30
 
 
 FULL_PAGE_CACHE = """MemTotal:       16000000 kB

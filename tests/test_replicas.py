@@ -10,7 +10,7 @@ from mesh_tools import MODELS, on_mesh, run
 
 from jaxinfer import EngineClosedError, EngineConfig, SamplingParams
 from jaxinfer.api.replicas import ReplicatedRunner
-from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
+from jaxinfer.wrappers import decoder_wrapper
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -28,7 +28,7 @@ def test_replicas_give_the_tokens_of_one_device_and_all_have_work(model, num_sha
     with on_mesh(model, (1, 1), enable_prefix_caching=False) as llm:
         expected = tokens_of(run(llm, model))
     with on_mesh(model, (1, num_shards), data_parallel_size=2) as llm:
-        meshes = [[device.id for device in loaded.wrapper._mesh.devices.flat] for loaded in llm._replicas]
+        meshes = [[device.id for device in loaded.wrapper.mesh.devices.flat] for loaded in llm._replicas]
         assert tokens_of(run(llm, model)) == expected
         each, whole = [loaded.stats() for loaded in llm._replicas], llm.stats()
     assert meshes == [[*range(num_shards)], [*range(num_shards, 2 * num_shards)]]
@@ -143,7 +143,7 @@ def test_too_few_devices_for_the_replicas_says_so():
 
 def test_replicas_refuse_what_the_smallest_one_has_too_few_pages_for(monkeypatch):
     fitting = iter([9, 7])
-    monkeypatch.setattr(DecoderWrapper, "_fitting_pages", lambda *_: next(fitting))
+    monkeypatch.setattr(decoder_wrapper, "fitting_pages", lambda *_, **settings: next(fitting))
     with on_mesh("llama", (1, 1), data_parallel_size=2, num_kv_pages=None) as llm:
         assert [loaded.wrapper.num_pages for loaded in llm._replicas] == [9, 7]
         with pytest.raises(ValueError, match="needs 8 KV pages for 60 tokens, the pool has 7"):

@@ -32,7 +32,7 @@ from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.launch_plans import Call, Exit, Tick
-from jaxinfer.wrappers.memory import Footprint, activation_bytes, edit_bytes, free_bytes, num_kv_pages
+from jaxinfer.wrappers.memory import Footprint, fitting_pages
 from jaxinfer.wrappers.parameters import swapped
 from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
@@ -82,7 +82,6 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         num_alike: int = 1,
         holders: Holders | None = None,
     ):
-        self._mesh = mesh
         platform = mesh.devices.flat[0].platform
         self._shapes = StepShapes.on_platform(platform, config, max_model_len=layout.max_model_len)
         self._vocab_size = model_config.vocab_size
@@ -91,8 +90,16 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         page = layout.cache_shape(model_config, num_pages=1, page_size=config.page_size)
         self._page_bytes = page.page_bytes(layout.dtype.itemsize)
         if config.num_kv_pages is None:
-            itemsize = layout.dtype.itemsize
-            fitting = self._fitting_pages(config, model_config, itemsize, beside or Footprint(), num_alike)
+            fitting = fitting_pages(
+                mesh,
+                config=config,
+                model_config=model_config,
+                shapes=self._shapes,
+                page_bytes=self._page_bytes,
+                itemsize=layout.dtype.itemsize,
+                beside=beside or Footprint(),
+                num_alike=num_alike,
+            )
             self._num_pages = fitting if holders is None else holders.fewest_pages(fitting)
         else:
             self._num_pages = config.num_kv_pages
@@ -487,22 +494,6 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
     def compiled(self, name: str, *arguments: Any) -> jax.stages.Compiled:
         """A program of StepPrograms by name, for reading its memory plan and text."""
         return self._programs.get(name, *arguments)
-
-    def _fitting_pages(
-        self, config: EngineConfig, model_config: ModelConfig, itemsize: int, beside: Footprint, num_alike: int
-    ) -> int:
-        devices = self._mesh.local_devices
-        free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
-        if devices[0].platform == "cpu":
-            free //= self._mesh.size * num_alike  # CPU devices share one memory
-        else:
-            free -= activation_bytes(model_config, self._shapes, itemsize)
-            free -= edit_bytes(self._shapes, model_config.vocab_size, num_devices=self._mesh.size)
-        return num_kv_pages(
-            free=free - beside.fixed_bytes,
-            page_bytes=self._page_bytes // self._mesh.size + beside.page_bytes,
-            useful_pages=config.max_num_seqs * self._shapes.table_width,
-        )
 
 
 def _reported(num_top: int | None) -> int | None:

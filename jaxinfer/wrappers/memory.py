@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
+from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.kernels.pallas_experts import MAX_TOKENS
 from jaxinfer.sampling.logit_edits import EditState
@@ -40,6 +42,46 @@ class Footprint:
 
     fixed_bytes: int = 0
     page_bytes: int = 0
+
+
+def fitting_pages(
+    mesh: Mesh,
+    *,
+    config: EngineConfig,
+    model_config: ModelConfig,
+    shapes: StepShapes,
+    page_bytes: int,
+    itemsize: int,
+    beside: Footprint,
+    num_alike: int,
+) -> int:
+    """How many KV pages a mesh has room for at present, without the dump page, once the weights are on its devices.
+
+    Args:
+      mesh: the mesh.
+      config: the engine's settings.
+      model_config: the model's numbers.
+      shapes: the shapes of steps.
+      page_bytes: bytes of one page over all devices.
+      itemsize: bytes of a number of activations.
+      beside: memory to leave for a second model, which has as many pages.
+      num_alike: models of this kind that have yet to be loaded, this one included; on CPUs they share one memory.
+
+    Raises:
+      ValueError: not even one page fits, or a device does not report its memory.
+    """
+    devices = mesh.local_devices
+    free = min(free_bytes(device, gpu_memory_utilization=config.gpu_memory_utilization) for device in devices)
+    if devices[0].platform == "cpu":
+        free //= mesh.size * num_alike  # CPU devices share one memory
+    else:
+        free -= activation_bytes(model_config, shapes, itemsize)
+        free -= edit_bytes(shapes, model_config.vocab_size, num_devices=mesh.size)
+    return num_kv_pages(
+        free=free - beside.fixed_bytes,
+        page_bytes=page_bytes // mesh.size + beside.page_bytes,
+        useful_pages=config.max_num_seqs * shapes.table_width,
+    )
 
 
 def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:

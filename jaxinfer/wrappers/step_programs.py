@@ -30,6 +30,7 @@ from jaxinfer.wrappers import pipeline
 from jaxinfer.wrappers.decode_state import DecodeState
 from jaxinfer.wrappers.decoder_step import DecoderStep, StepHooks
 from jaxinfer.wrappers.edit_upload import NUM_WORDS, num_allowed_words, unpack_allowed, unpack_edits
+from jaxinfer.wrappers.flat_module import FlatModule, dotted
 from jaxinfer.wrappers.pipeline import LogitRows
 from jaxinfer.wrappers.sample_step import FunctionsOfLogits, sample_step, score_step
 from jaxinfer.wrappers.step_arrays import HeadInputs, StepArrays, TapResults
@@ -57,8 +58,8 @@ class StepPrograms:
         self._shapes = shapes
         self._mesh = mesh
         step = DecoderStep(model, page_size=cache_shape.page_size, max_decode=shapes.max_decode)
-        self._step = _Parameters(step)
-        self._head = _Parameters(model.head)
+        self._step = FlatModule(step)
+        self._head = FlatModule(model.head)
         self._head_path = next(path for path, module in nnx.iter_graph(model) if module is model.head)
         self._head_backend = model.head.backend
         weight = model.head.weight
@@ -97,7 +98,7 @@ class StepPrograms:
 
     def allocate(self, parameters: nnx.State) -> StepArrays:
         """The arrays for a first step: parameters, which lie on the mesh already, an empty cache, nothing in flight."""
-        arrays = {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(parameters)}
+        arrays = {dotted(path): variable[...] for path, variable in nnx.to_flat_state(parameters)}
         return self.allocate_with({name: arrays[name] for name in self.parameter_names})
 
     def allocate_with(self, arrays: dict[str, jax.Array]) -> StepArrays:
@@ -114,7 +115,7 @@ class StepPrograms:
 
     def leaves(self, arrays: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
         """The fields of StepArrays that hold parameters, from the parameters by name."""
-        head = [_dotted((*self._head_path, *path)) for path in self._head.paths]
+        head = [dotted((*self._head_path, *path)) for path in self._head.paths]
         return {
             "leaves": [arrays[name] for name in self.parameter_names],
             "head_leaves": [arrays[name] for name in head],
@@ -123,7 +124,7 @@ class StepPrograms:
     @property
     def parameter_names(self) -> list[str]:
         """The names of StepArrays.leaves, such as "layers.0.mlp.down.weight"."""
-        return [_dotted(path[1:]) for path in self._step.paths]  # without the step's own name for its model
+        return [dotted(path[1:]) for path in self._step.paths]  # without the step's own name for its model
 
     @property
     def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -468,27 +469,6 @@ class StepPrograms:
     def _sharded(self, function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
         # check_vma cannot see that a psum makes the outputs equal on all devices.
         return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-class _Parameters:
-    """The abstract parameters of a module as a flat list in a fixed order; merge rebuilds the module from arrays."""
-
-    def __init__(self, module: nnx.Module):
-        self._graph, state = nnx.split(module)
-        self._tree = jax.tree.structure(state)
-        found = nnx.to_flat_state(state)
-        self.paths = [path for path, _ in found]
-        self.variables = [variable for _, variable in found]
-        self.leaves = [variable.get_value() for variable in self.variables]
-        self.specs = [variable.spec for variable in self.variables]
-
-    def merge(self, leaves: list[Any]) -> Any:
-        """The module with these arrays as its parameters."""
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
 
 
 def _flat(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:

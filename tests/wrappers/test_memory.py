@@ -10,15 +10,17 @@ from wrapper_tools import make_wrapper
 from jaxinfer.checkpoint import directory
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.models.registry import parse_model_config
-from jaxinfer.wrappers import decoder_wrapper, memory
+from jaxinfer.wrappers import memory
 from jaxinfer.wrappers.memory import (
     Footprint,
     activation_bytes,
     available_bytes,
     edit_bytes,
+    fitting_pages,
     free_bytes,
     num_kv_pages,
 )
+from jaxinfer.wrappers.step_shapes import StepShapes
 
 
 @pytest.mark.parametrize(("free", "useful", "pages"), [(1000, 50, 9), (1000, 4, 4), (200, 50, 1), (299, 50, 1)])
@@ -87,11 +89,24 @@ def test_edit_bytes_are_what_the_edits_of_all_slots_take_on_a_device(gqa, pipe, 
     wrapper.close()
 
 
-def test_pages_of_a_gpu_leave_room_for_weights_in_use_activations_and_edits(gqa, monkeypatch):
-    wrapper = make_wrapper(gqa.path)
+@pytest.mark.parametrize(("platform", "pages"), [("gpu", 9), ("cpu", 4)])
+def test_fitting_pages_leave_room_for_activations_and_edits_or_for_models_that_share_a_memory(
+    gqa, monkeypatch, platform, pages
+):
     model_config = parse_model_config(directory.read_json(gqa.path / "config.json"))
-    others = activation_bytes(model_config, wrapper.shapes, 4) + edit_bytes(wrapper.shapes, 320, num_devices=1)
-    monkeypatch.setattr(decoder_wrapper, "free_bytes", lambda device, **_: others + 10 * wrapper._page_bytes)
-    monkeypatch.setattr(wrapper, "_mesh", SimpleNamespace(local_devices=[SimpleNamespace(platform="gpu")], size=1))
-    assert wrapper._fitting_pages(EngineConfig(), model_config, 4, Footprint(), num_alike=2) == 9
-    wrapper.close()
+    config = EngineConfig()
+    shapes = StepShapes.on_platform(platform, config, max_model_len=256)
+    others = activation_bytes(model_config, shapes, 4) + edit_bytes(shapes, 320, num_devices=1)
+    free = 10 * 1024 + (others if platform == "gpu" else 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, **_: free)
+    found = inspect.unwrap(fitting_pages)(  # without the tests' own type checker
+        SimpleNamespace(local_devices=[SimpleNamespace(platform=platform)], size=1),
+        config=config,
+        model_config=model_config,
+        shapes=shapes,
+        page_bytes=1024,
+        itemsize=4,
+        beside=Footprint(),
+        num_alike=2,
+    )
+    assert found == pages

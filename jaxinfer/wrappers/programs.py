@@ -175,8 +175,8 @@ class ProgramCache:
 
     def _start_workers(self) -> None:
         """Starts threads for the programs that wait; the caller holds the lock."""
-        most = min(len(self._waiting), max(1, (os.cpu_count() or 1) // 2))
-        for _ in range(most - len(self._workers)):
+        num_missing = max(1, (os.cpu_count() or 1) // 2) - len(self._workers)  # each one is busy
+        for _ in range(min(len(self._waiting), num_missing)):
             atexit.register(self._end_background)
             worker = threading.Thread(target=self._work, name="jaxinfer-compiler", daemon=True)
             self._workers.append(worker)

@@ -218,6 +218,19 @@ def test_compile_next_keeps_the_order_of_its_programs():
     assert build.sizes == [1, 3, 5, 4]
 
 
+def test_compile_next_lets_half_of_the_cores_work():
+    build = HeldBuild()
+    programs = cache_of(build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 8)
+        for size in range(6):
+            programs.compile_next(("step", size))
+        assert len(programs._workers) == 4
+    build.may_end.set()
+    programs.wait()
+    assert sorted(build.sizes) == list(range(6)) and programs._workers == []
+
+
 def test_may_work_ahead_needs_a_second_core_any_order_and_no_tuning(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert ProgramCache({}, {}).may_work_ahead

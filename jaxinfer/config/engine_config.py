@@ -38,7 +38,7 @@ class EngineConfig:
       max_num_batched_tokens: tokens that one step may process. Prefill rows are padded to 16 tokens each; padding
         included, they are bounded by the same number, rounded up to whole rows.
       page_size: tokens in one KV page; a power of two, at least 8.
-      num_kv_pages: KV pages without the dump page; None derives it from free memory; on CPUs up to 4 GiB.
+      num_kv_pages: KV pages without the dump page; None derives it from free memory, on CPUs up to 4 GiB.
       gpu_memory_utilization: share of a GPU's memory for weights, KV cache and activations. JAX reserves this share
         when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION or a related variable is set.
       enable_prefix_caching: whether requests with equal beginnings share the full KV pages of these.

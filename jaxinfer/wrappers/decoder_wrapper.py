@@ -113,7 +113,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
         self._arrays = self._step_programs.allocate(parameters)
         self._edited_slots: set[int] = set()
         self._asleep: dict[str, np.ndarray] | None = None  # the parameters while they are not on the devices
-        self._coming_shapes: Callable[[], Sequence[StepShape]] = tuple
+        self._coming_shapes: Callable[[], Sequence[StepShape]] = lambda: ()
         self.layout = layout
         self.mesh = mesh
         traces = {

@@ -149,6 +149,7 @@ def test_warmup_in_the_background_steps_run_larger_programs_and_give_the_same_to
 
 def test_compile_ahead_begins_with_the_sampler_of_the_step_and_goes_on_with_what_comes(monkeypatch):
     asked = []
+    monkeypatch.setattr(ProgramCache, "may_work_ahead", True)  # on a single core too
     monkeypatch.setattr(ProgramCache, "compile_next", lambda self, *keys: asked.extend(keys))
     shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192)
     first, second = (shapes.shape(num_decode=rows, num_prefill=0, num_logits=rows) for rows in (8, 1))

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from held_steps import few_steps
 from mesh_tools import MODELS, on_mesh, run
 
 from jaxinfer import EngineClosedError, EngineConfig, SamplingParams
@@ -129,8 +130,10 @@ def test_cancelled_and_closed_replicas_leave_nothing_behind():
         llm.generate([1], SamplingParams(max_tokens=1))
         while any(loaded.stats().kv_pages_used for loaded in llm._replicas):
             time.sleep(0.01)
-        running = llm.stream([1], params)
-        next(running)
+        with few_steps(llm):
+            running = llm.stream([1], params)
+            next(running)
+            llm.close()
     with pytest.raises(EngineClosedError, match="closed"):
         list(running)
     assert threading.active_count() <= before + 1  # tqdm's monitor may have started

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from conftest import load_golden
+from held_steps import few_steps
 from safetensors.numpy import load_file
 
 from jaxinfer import LLM, AsyncLLM, BeamSearchParams, EngineClosedError, SamplingParams
@@ -92,11 +93,12 @@ def test_generate_from_loops_in_several_threads(llm, expected):
 
 def test_generate_cancelled_task_aborts_the_request(llm):
     async def main():
-        task = asyncio.create_task(text_of(llm, "hello", ENDLESS))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with few_steps(llm._llm):
+            task = asyncio.create_task(text_of(llm, "hello", ENDLESS))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         await until_idle(llm)
 
     asyncio.run(main())
@@ -105,10 +107,11 @@ def test_generate_cancelled_task_aborts_the_request(llm):
 @pytest.mark.parametrize("how", ["aclose", "break"])
 def test_generate_left_early_aborts_the_request(llm, how):
     async def main():
-        stream = llm.generate("hello", ENDLESS)
-        async for output in stream:
-            assert not output.finished
-            break
+        with few_steps(llm._llm):
+            stream = llm.generate("hello", ENDLESS)
+            async for output in stream:
+                assert not output.finished
+                break
         if how == "aclose":
             await stream.aclose()
             assert [output async for output in stream] == []
@@ -120,15 +123,15 @@ def test_generate_left_early_aborts_the_request(llm, how):
 
 def test_generate_closed_by_another_task_ends_the_one_that_waits(llm):
     async def main():
-        stream = llm.generate("hello", ENDLESS)
-
         async def read():
             return [output.finished async for output in stream]
 
-        reader = asyncio.create_task(read())
-        await asyncio.sleep(0.05)
-        await stream.aclose()
-        assert True not in await asyncio.wait_for(reader, 30)
+        with few_steps(llm._llm):
+            stream = llm.generate("hello", ENDLESS)
+            reader = asyncio.create_task(read())
+            await asyncio.sleep(0.05)
+            await stream.aclose()
+            assert True not in await asyncio.wait_for(reader, 30)
         await until_idle(llm)
 
     asyncio.run(main())
@@ -148,9 +151,11 @@ def test_generate_errors_come_at_the_call(llm):
 
 def test_close_wakes_those_who_wait(path):
     async def main():
-        async with AsyncLLM(path, **SMALL) as llm:
-            task = asyncio.create_task(text_of(llm, "hello", ENDLESS))
-            await asyncio.sleep(0.05)
+        llm = AsyncLLM(path, **SMALL)
+        with few_steps(llm._llm):
+            async with llm:
+                task = asyncio.create_task(text_of(llm, "hello", ENDLESS))
+                await asyncio.sleep(0.05)
         with pytest.raises(EngineClosedError, match="was closed"):
             await task
         with pytest.raises(EngineClosedError):

@@ -11,6 +11,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 from conftest import load_golden
+from held_steps import few_steps
 from safetensors.numpy import load_file
 
 import jaxinfer
@@ -175,7 +176,7 @@ def test_closed_llm_says_so(path):
 def test_closed_llm_leaves_another_one_running(llm, path):
     expected = llm.generate("hello", GREEDY).text
     stream = llm.stream("hello", GREEDY)
-    with LLM(path, **SMALL) as other:
+    with few_steps(other := LLM(path, **SMALL)), other:
         running = other.stream("hello", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
         next(running)
     with pytest.raises(EngineClosedError, match="closed"):
@@ -218,12 +219,13 @@ def test_generate_token_that_cannot_be_decoded_fails_its_own_request(llm, path):
 
 
 def test_stream_closed_by_another_thread_ends_its_iterator(llm):
-    stream = llm.stream("hello", SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
-    next(stream)
-    timer = threading.Timer(0.05, stream.close)
-    timer.start()
-    assert not any(output.finished for output in stream)
-    timer.join()
+    with few_steps(llm):
+        stream = llm.stream("hello", SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+        next(stream)
+        timer = threading.Timer(0.05, stream.close)
+        timer.start()
+        assert not any(output.finished for output in stream)
+        timer.join()
 
 
 def test_start_up_line_names_mesh_dtype_weights_and_pages(path, caplog):

@@ -119,6 +119,13 @@ def test_update_weights_rounds_floats_as_the_loader_does():
         both = {"mlp": {"down": {**down, "weight_scale": own["layers"]["0"]["mlp"]["down"]["weight_scale"]}}}
         with pytest.raises(ValueError, match=r"layers.0.mlp.down.weight_scale follows from the floats"):
             llm.update_weights({"layers": {"0": both}}, only=is_down)
+        integers = {"mlp": {"down": own["layers"]["0"]["mlp"]["down"]}}
+        with pytest.raises(
+            ValueError, match=r"chooses layers.0.mlp.down.weight without layers.0.mlp.down.weight_scale"
+        ):
+            llm.update_weights({"layers": {"0": integers}}, only=is_down)
+        llm.update_weights({"layers": {"0": integers}}, only=lambda name: name.startswith("layers.0.mlp.down."))
+        np.testing.assert_array_equal(found(llm)[1], before[1])
         short = {"mlp": {"down": {"weight": down["weight"][:, :-1]}}}
         with pytest.raises(ValueError, match=r"must be float32\[1, 48, 40\], got float32\[1, 47, 40\]"):
             llm.update_weights({"layers": {"0": short}}, only=is_down)

@@ -79,7 +79,7 @@ def replacements(
     Raises:
       TypeError: the tree is not made of dicts.
       ValueError: a parameter is missing or unknown, or an array has another shape, dtype or sharding, or NaN or
-        infinity in it; the message names it.
+        infinity in it, or integers come without their scales; the message names it.
     """
     given = by_name(tree)
     for name in given:
@@ -97,6 +97,12 @@ def replacements(
         raise ValueError(
             f"only=.. chooses none of the model's {len(present)} parameters, such as {next(iter(present))}"
         )
+    for name in wanted:
+        if name + SCALE in present and name not in rounded and name + SCALE not in wanted:
+            raise ValueError(
+                f"only=.. chooses {name} without {name}{SCALE}, and integers mean nothing without their scales; choose "
+                "both, or give the matrix in floats"
+            )
     missing = [name for name in wanted if name not in given]
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -75,7 +75,7 @@ def test_run_processes_kills_those_that_stay_after_one_has_failed(monkeypatch):
     script = "import os, time; time.sleep(100) if os.environ['JAXINFER_PROCESS_ID'] == '0' else os._exit(4)"
     started = time.monotonic()
     assert run_processes(python(script), plan(2)) in (4, 137)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_launch_passes_sigterm_on():

@@ -120,7 +120,7 @@ def test_endless_template_ends_in_time(source, tight) -> None:
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"here: the template takes more than 0\.5 s"):
         render(tight, source)
-    assert time.monotonic() - started < 5  # the limit, a process start and a busy machine
+    assert time.monotonic() - started < 60  # for ever, otherwise
     assert render(tight, "{{ a }}", a=1) == "1"
 
 

@@ -28,13 +28,13 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli.ablate import ablate
 from jaxinfer.cli.bench import app as bench
 from jaxinfer.cli.flags import SETTINGS, takes_settings
+from jaxinfer.cli.info_text import model_lines, system_lines
 from jaxinfer.cli.lasting_imports import lasting_imports
 from jaxinfer.cli.launch import become_process, is_launched, plan_processes, run_processes
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.communication.connection import RefusedError
 from jaxinfer.communication.process_group import GatherError
 from jaxinfer.config.engine_config import EngineConfig
-from jaxinfer.config.sizes import size_text
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
@@ -42,7 +42,6 @@ from jaxinfer.text.chat_template import ChatTemplates
 
 if TYPE_CHECKING:
     from jaxinfer.api.llm import LLM
-    from jaxinfer.cli import info as facts
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_DIFFERENT = 1
@@ -355,7 +354,7 @@ def info(
         record = dataclasses.asdict(system) | {"model": None if found is None else dataclasses.asdict(found)}
         print(json.dumps(record))
         return
-    print("\n".join([*_system_lines(system), *([] if found is None else _model_lines(found))]))
+    print("\n".join([*system_lines(system), *([] if found is None else model_lines(found))]))
 
 
 def _parallel_sizes(mesh: str) -> dict[str, int]:
@@ -456,53 +455,3 @@ def _shown(text: str | None, output: RequestOutput) -> str:
 
 def _as_json(output: RequestOutput) -> str:
     return json.dumps(output.as_dict(), ensure_ascii=False)
-
-
-def _system_lines(system: facts.SystemFacts) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in system.versions.items())
-    kinds = sorted(set(system.devices))
-    devices = ", ".join(f"{system.devices.count(kind)} x {kind}" for kind in kinds)
-    return [
-        f"versions       Python {system.python}, {versions}",
-        f"devices        {devices} ({system.platform})",
-        f"memory         {size_text(system.free_bytes)} for weights, KV pages and activations on the first device",
-        f"architectures  {', '.join(system.architectures)}",
-    ]
-
-
-def _model_lines(model: facts.ModelFacts) -> list[str]:
-    heads = f"{model.num_heads} heads, {model.num_kv_heads} kv heads of {model.head_dim}"
-    fits = f"{model.kv_tokens:,} tokens, {model.full_requests:,} requests of {model.max_model_len:,}"
-    return [
-        "",
-        f"model          {model.architecture}, {model.num_parameters / 1e6:,.1f} million parameters",
-        f"shape          {model.num_layers} layers of {model.hidden_size}, {heads}, {model.vocab_size} tokens",
-        f"weights        {size_text(model.weight_bytes)} in {model.dtypes}",
-        f"KV cache       {model.kv_bytes_per_token / 2**10:,.1f} KiB a token",
-        f"fits           {fits if model.kv_tokens > 0 else 'no: the weights alone take more than the memory'}",
-        *([] if model.draft is None else [_draft_line(model.draft)]),
-        *([] if model.mesh is None else _mesh_lines(model.mesh)),
-    ]
-
-
-def _draft_line(draft: facts.DraftFacts) -> str:
-    sizes = f"{draft.num_parameters / 1e6:,.1f} million parameters, weights {size_text(draft.held_bytes)}"
-    pages = f"KV cache {draft.kv_bytes_per_token / 2**10:,.1f} KiB a token"
-    return f"draft model    {draft.architecture}, {sizes}, {pages}; counted in what fits"
-
-
-def _mesh_lines(mesh: facts.MeshFacts) -> list[str]:
-    volumes = [
-        f"  {volume.name:<22} {volume.count:>4} x over {volume.num_devices:>3}   {size_text(volume.sent_bytes):>10}"
-        for volume in mesh.volumes
-    ]
-    return [
-        "",
-        f"mesh           {mesh.num_stages} pipeline stages x {mesh.num_shards} tensor shards; of these, a device holds",
-        f"weights        {size_text(mesh.weight_bytes)}",
-        f"KV cache       {mesh.kv_bytes_per_token / 2**10:,.1f} KiB a token",
-        f"and sends, in a decode step of {mesh.rows} rows",
-        *volumes,
-        f"  {'in all':<22} {sum(volume.count for volume in mesh.volumes):>4}"
-        f"              {size_text(sum(volume.sent_bytes for volume in mesh.volumes)):>10}",
-    ]

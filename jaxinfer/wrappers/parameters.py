@@ -97,16 +97,16 @@ def replacements(
         raise ValueError(
             f"only=.. chooses none of the model's {len(present)} parameters, such as {next(iter(present))}"
         )
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"the weights lack {missing[0]}{others}; choose with only=.. what is to be replaced")
     for name in wanted:
         if name + SCALE in present and name not in rounded and name + SCALE not in wanted:
             raise ValueError(
                 f"only=.. chooses {name} without {name}{SCALE}, and integers mean nothing without their scales; choose "
                 "both, or give the matrix in floats"
             )
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"the weights lack {missing[0]}{others}; choose with only=.. what is to be replaced")
     new: dict[str, jax.Array] = {}
     for name in wanted:
         if name in rounded:

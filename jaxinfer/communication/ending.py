@@ -75,6 +75,8 @@ class ProcessEnd:
             time.sleep(0.1)
 
     def _at_exit(self) -> None:
+        if self._handles_signal:  # the process ends already, and taking leave must not be interrupted
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._has_failed or self._group.error is not None:
             self._group.finish_telling()
             exit_now(EXIT_FAILED if self._has_failed else EXIT_LOST)

@@ -12,11 +12,12 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxinfer.api.arguments import score_params
 from jaxinfer.api.driver import Ticket
 from jaxinfer.api.llm import LLM
+from jaxinfer.api.loop_waker import LoopWaker
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.outputs import RequestOutput
@@ -56,6 +57,13 @@ class AsyncLLM:
         llm._llm = LLM.from_params(config, params, tokenizer, **engine)
         return llm
 
+    @classmethod
+    def of(cls, llm: LLM) -> AsyncLLM:
+        """An AsyncLLM over an LLM that exists already; both may be used at the same time."""
+        async_llm = cls.__new__(cls)
+        async_llm._llm = llm
+        return async_llm
+
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncOutputStream:
         """Generates for one prompt and gives out the text while it grows; call it in a coroutine.
 
@@ -73,7 +81,7 @@ class AsyncLLM:
           EngineClosedError: the LLM is closed.
           RuntimeError: no event loop is running.
         """
-        return self._stream(self._llm.prepare(prompt, sampling_params))
+        return self.start(self._llm.prepare(prompt, sampling_params))
 
     def chat(
         self,
@@ -103,7 +111,7 @@ class AsyncLLM:
         prepare = self._llm.check_chat(messages, sampling_params, **template)
 
         async def open_stream() -> AsyncOutputStream:
-            return self._stream(await asyncio.to_thread(prepare))
+            return self.start(await asyncio.to_thread(prepare))
 
         return AsyncChatStream(loop.create_task(open_stream()), loop)
 
@@ -124,8 +132,7 @@ class AsyncLLM:
         Raises:
           RequestFailedError, EngineClosedError: as AsyncLLM.generate.
         """
-        outputs = [output async for output in self._stream(submission, stream=False)]
-        return outputs[-1]
+        return await self.start(submission, stream=False).whole()
 
     @property
     def llm(self) -> LLM:
@@ -137,12 +144,25 @@ class AsyncLLM:
         """Sampling settings of the checkpoint's generation_config, used by calls that give no SamplingParams."""
         return self._llm.default_params
 
-    def _stream(self, submission: Submission, *, stream: bool = True) -> AsyncOutputStream:
-        loop, has_update = asyncio.get_running_loop(), asyncio.Event()
+    def start(self, submission: Submission, *, stream: bool = True) -> AsyncOutputStream:
+        """Starts a prepared request; call it in a coroutine.
+
+        Args:
+          submission: from a prepare method of `llm`.
+          stream: give out unfinished outputs, too.
+
+        Returns:
+          As generate.
+
+        Raises:
+          EngineClosedError: the LLM is closed.
+          RuntimeError: no event loop is running.
+        """
+        waker, has_update = LoopWaker.of(asyncio.get_running_loop()), asyncio.Event()
 
         def on_update(ticket: Ticket) -> None:
             try:
-                loop.call_soon_threadsafe(has_update.set)
+                waker.set_soon(has_update)
             except RuntimeError:  # the event loop is closed, so no task can read the outputs any more
                 self._llm.cancel(ticket)
 
@@ -205,6 +225,23 @@ class AsyncOutputStream(AsyncIterator[RequestOutput]):
             await self.aclose()
             raise
         raise StopAsyncIteration
+
+    async def whole(self) -> RequestOutput:
+        """Waits for the finished output, which is made in a thread: log-probabilities are many objects.
+
+        Raises:
+          RequestFailedError, EngineClosedError: as AsyncLLM.generate.
+        """
+        try:
+            while not self._ticket.has_ended:
+                await self._has_update.wait()
+                self._has_update.clear()
+            output = await asyncio.to_thread(self._ticket.take)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._is_done = True
+        return cast(RequestOutput, output)
 
     async def aclose(self) -> None:
         """Aborts the request if it still runs; iterating then ends, also in a task that waits for an output."""

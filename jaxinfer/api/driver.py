@@ -103,6 +103,11 @@ class Ticket(Generic[AnswerT]):
         """Tokens generated so far; 0 before the request starts."""
         return 0 if self.answer is None else self.answer.num_tokens
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether take has the last thing to tell: the finished output, or an error."""
+        return self.is_cancelled or self.error is not None or (self.answer is not None and self.answer.is_finished)
+
     def take(self) -> RequestOutput | None:
         """Returns the newest output without waiting.
 

@@ -24,6 +24,10 @@ EarlyStopping = bool | Literal["never"]
 MAX_SAMPLES = 16_384
 """Limit of SamplingParams.n. Each sample is a request of its own in the engine from the start."""
 MAX_BEAM_WIDTH = 32
+IN_PYTHON_ONLY = frozenset({"capture", "capture_tokens", "interventions", "logits_processors", "sampler"})
+"""Fields of SamplingParams that hold functions, or make arrays; command line and server have none of them."""
+MAX_FLOAT32 = 3.4e38
+"""Limit of numbers without another one: the device computes with them in float32, where larger ones are infinite."""
 MAX_LENGTH_PENALTY = 50.0
 """With a larger value, length ** length_penalty could overflow a float for a long text."""
 
@@ -192,6 +196,9 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             require_bool(name, getattr(self, name))
         keep("repetition_penalty", require_float, "> 0", 0, math.inf, open_low=True)
+        for name in ("temperature", "repetition_penalty"):
+            if getattr(self, name) > MAX_FLOAT32:
+                raise ValueError(f"{name} must be <= {MAX_FLOAT32:g}, got {getattr(self, name):g}")
         keep("presence_penalty", require_float, "in [-2, 2]", -2, 2)
         keep("frequency_penalty", require_float, "in [-2, 2]", -2, 2)
         for name in ("stop", "bad_words"):

@@ -9,7 +9,8 @@ import jaxinfer
 from jaxinfer import public_names
 
 HEAVY = {"jax", "flax", "huggingface_hub", "jinja2", "matplotlib", "pandas", "tokenizers", "tqdm", "jaxinfer.api.llm"}
-FOR_OTHER_USES = {"huggingface_hub", "jinja2", "matplotlib", "pandas", "ray", "jaxinfer.bench", "jaxinfer.serve"}
+FOR_OTHER_USES = {"huggingface_hub", "jinja2", "matplotlib", "pandas", "ray", "starlette", "uvicorn", "jaxinfer.bench"}
+FOR_OTHER_USES |= {"jaxinfer.serve.http", "jaxinfer.serve.interfaces"}  # all but the settings, which are flags
 HELP = "import sys; from jaxinfer.cli import main as cli; sys.argv = {argv}; assert cli._exit_code() == 0"
 
 

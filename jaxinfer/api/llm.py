@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from jaxinfer.api.arguments import as_prompts, checked, one_each, score_params
 from jaxinfer.api.driver import Ticket
@@ -45,6 +45,9 @@ from jaxinfer.text.preparation import Prompt, Submission
 from jaxinfer.tokenizer.byte_tokenizer import ByteTokenizer
 from jaxinfer.tokenizer.load import load_tokenizer
 from jaxinfer.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxinfer.serve import BackgroundServer
 
 logger = logging.getLogger("jaxinfer")
 
@@ -153,6 +156,8 @@ class LLM(ResearchMethods):
         self.max_model_len = self._loaded.max_model_len
         self._longest_request = loaded.longest_request
         provenance = named()  # asks JAX for its devices, so it must come after LoadedReplicas, which starts JAX
+        self.name = provenance.model
+        """The model as it was named; None for weights that were in memory."""
         controllers = [
             TextGenerationController(
                 replica.engine,
@@ -168,6 +173,7 @@ class LLM(ResearchMethods):
         self._controller = controllers[0]  # prepares the requests of all replicas
         self._runner = loaded.make_runner(controllers, provenance)
         self._weights = ServedWeights(loaded.engines, self._runner)
+        self._server: BackgroundServer | None = None
         self._template_sources = template_sources
         self._template_sandbox = TemplateSandbox()
         # The driver's thread must end with its LLM, also when the LLM is garbage-collected or Python exits.
@@ -418,12 +424,34 @@ class LLM(ResearchMethods):
         """
         return self._stream(self.prepare_chat(messages, sampling_params, **template))
 
-    def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
-        """Makes a validated request for start; arguments and errors as stream's."""
+    def prepare(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        ends_with_pages: bool = False,
+    ) -> Submission:
+        """Makes a validated request for start.
+
+        Args:
+          prompt, sampling_params: as stream's.
+          add_special_tokens: let the tokenizer put its special tokens around a text; False for a rendered chat.
+          ends_with_pages: without max_tokens, a request that would not fit all KV pages at max_model_len ends when it
+            fills them; otherwise it is refused.
+
+        Raises:
+          As stream.
+        """
         prompts, is_single = as_prompts(prompt)
         if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
-        return self._controller.prepare(prompt, self._params_or_default(sampling_params))
+        return self._controller.prepare(
+            prompt,
+            self._params_or_default(sampling_params),
+            add_special_tokens=add_special_tokens,
+            ends_at=self._longest_request if ends_with_pages else None,
+        )
 
     def prepare_beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> Submission:
         """Makes a validated beam search for start; arguments and errors as beam_search's, for one prompt."""
@@ -438,6 +466,23 @@ class LLM(ResearchMethods):
     ) -> Submission:
         """Makes a validated request for start; arguments and errors as stream_chat's."""
         return self.check_chat(messages, sampling_params, **template)()
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
+        """The prompt that a conversation becomes; arguments and errors as stream_chat's.
+
+        Example:
+          llm.render_chat([{"role": "user", "content": "What is a river?"}])
+        """
+        return self._chat_renderer.render(messages, **template)
+
+    @property
+    def chat_templates(self) -> ChatTemplates:
+        """The chat templates of the checkpoint.
+
+        Raises:
+          ValueError: a file cannot be read; the message names it.
+        """
+        return find_chat_templates(*self._template_sources)
 
     def check_chat(
         self,
@@ -526,8 +571,39 @@ class LLM(ResearchMethods):
         """
         self._runner.follow()
 
+    def serve(self, **settings: Any) -> BackgroundServer:
+        """Serves this LLM over HTTP from a thread of its own, in a notebook for example; needs the extra [serve].
+
+        Calling it again replaces the server, and close ends it.
+
+        Args:
+          **settings: fields of ServeConfig, such as port and api_key. There is no access log unless it is asked for.
+
+        Returns:
+          The server. It has `url` and `close`, and is a context manager.
+
+        Raises:
+          TypeError, ValueError: a setting is unknown or wrong.
+          OSError: the address is taken, or is not this machine's.
+          ImportError: the extra is not installed.
+
+        Example:
+          with llm.serve(port=8000) as server:
+              openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        """
+        # The one import that points up: the server is made of LLMs, and this method is a shorter way to write that.
+        from jaxinfer.serve import BackgroundServer, ServeConfig
+
+        settings = {"access_log": False, **settings}
+        if self._server is not None:
+            self._server.close()
+        self._server = BackgroundServer(self, ServeConfig(**settings))
+        return self._server
+
     def close(self) -> None:
         """Ends running requests and frees device memory; afterwards only close may be called, which does nothing."""
+        if self._server is not None:
+            self._server.close(drain_timeout=0)
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -538,7 +614,7 @@ class LLM(ResearchMethods):
 
     @functools.cached_property
     def _chat_renderer(self) -> ChatRenderer:
-        return ChatRenderer(find_chat_templates(*self._template_sources), self._template_sandbox)
+        return ChatRenderer(self.chat_templates, self._template_sandbox)
 
     @property
     def _chat_params(self) -> SamplingParams:

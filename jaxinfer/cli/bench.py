@@ -68,7 +68,7 @@ def latency(
         result = latency_bench.measure(
             session, sizes, prompt_len=prompt_len, output_len=output_len, repeats=repeats, seed=target.seed
         )
-        _emit(latency_bench, result, _settings(target, session.config), json_file, plot)
+        emit(latency_bench, result, _settings(target, session.config), json_file, plot)
 
 
 @_command
@@ -107,7 +107,7 @@ def throughput(
         result = throughput_bench.measure(session, entries, prefix_len=prefix_len, seed=target.seed)
         workload_settings = {"trace": trace, "request_rate": request_rate, "prefix_len": prefix_len}
         workload_settings |= {} if trace else {"num_requests": num_requests} | drawn
-        _emit(throughput_bench, result, _settings(target, session.config) | workload_settings, json_file, plot)
+        emit(throughput_bench, result, _settings(target, session.config) | workload_settings, json_file, plot)
 
 
 @_command
@@ -132,7 +132,7 @@ def startup(
     report.warn_if_busy()
     result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
     settings = {**target.record(), "engine": fields, "prompt_len": prompt_len}
-    _emit(startup_bench, result, settings, json_file)
+    emit(startup_bench, result, settings, json_file)
 
 
 @_command
@@ -185,7 +185,7 @@ def roofline(
             profiled=not is_cpu if profile is None else profile,
             keep=keep,
         )
-        _emit(roofline_bench, result, _settings(target, session.config), json_file, plot)
+        emit(roofline_bench, result, _settings(target, session.config), json_file, plot)
 
 
 @_command
@@ -210,7 +210,7 @@ def profile(
         result = profile_bench.measure(
             session, sizes, context=context, num_steps=num_steps, repeats=repeats, seed=target.seed
         )
-        _emit(profile_bench, result, _settings(target, session.config), json_file, plot)
+        emit(profile_bench, result, _settings(target, session.config), json_file, plot)
 
 
 @_command
@@ -254,7 +254,7 @@ def growth(
     engine = engine_config(fields, config, num_seqs=plan.most_rows, num_tokens=plan.longest)
     report.warn_if_busy()
     result = growth_bench.measure(plan, config, lambda config: Session(config, target.store(config), engine))
-    _emit(growth_bench, result, _settings(target, engine), json_file, plot)
+    emit(growth_bench, result, _settings(target, engine), json_file, plot)
 
 
 @_command
@@ -321,7 +321,7 @@ def compare(
         )
         size = {"num_seqs": max_num_seqs, "num_tokens": prompt_len + output_len}
         result = apart_bench.measure(order, lambda: _session(target, fields, plot, **size))
-        _emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
+        emit(apart_bench, result, {**target.record(), "engine": fields}, json_file)
         return
     dtype = choose_dtype(EngineConfig(**fields).dtype, _platform()).name
     numbers = dtype if quantization is None else f"{quantization} and {dtype}"
@@ -340,7 +340,7 @@ def compare(
             with _session(shared, fields, plot, num_seqs=_MIXED_SEQS, num_tokens=longest) as session:
                 result = mixed_bench.measure(session, other, entries, dtype=numbers, repeats=repeats, seed=target.seed)
                 settings = _settings(target, session.config) | {"num_requests": mixed} | drawn
-                _emit(mixed_bench, result, settings, json_file, plot)
+                emit(mixed_bench, result, settings, json_file, plot)
             return
         with _session(shared, fields, plot, num_seqs=max(sizes), num_tokens=prompt_len + output_len) as session:
             result = compare_bench.measure(
@@ -353,7 +353,7 @@ def compare(
                 repeats=repeats,
                 seed=target.seed,
             )
-            _emit(compare_bench, result, _settings(target, session.config), json_file, plot)
+            emit(compare_bench, result, _settings(target, session.config), json_file, plot)
 
 
 @app.command()
@@ -383,7 +383,7 @@ def kernels(
     cases = cases[:: -(-len(cases) // num_cases)] if num_cases else cases
     timed = kernels_bench.large_cases(**large)
     result = kernels_bench.measure(cases, timed, others=step_kernels.comparisons(), backends=backends)
-    _emit(kernels_bench, result, {"backends": backends, **large}, json_file)
+    emit(kernels_bench, result, {"backends": backends, **large}, json_file)
     if not result.is_ok:
         raise typer.Exit(1)
 
@@ -401,7 +401,7 @@ def frames(
 
     report.warn_if_busy()
     result = frames_bench.measure(rows=rows, step_ms=step_ms, num_steps=num_steps)
-    _emit(frames_bench, result, {"num_steps": num_steps}, json_file)
+    emit(frames_bench, result, {"num_steps": num_steps}, json_file)
 
 
 @app.command()
@@ -418,7 +418,7 @@ def host(
     counts = _whole_numbers("rows", rows), _whole_numbers("waiting", waiting, least=0)
     report.warn_if_busy()
     result = host_bench.measure(rows=counts[0], waiting=counts[1], num_steps=num_steps)
-    _emit(host_bench, result, {"num_steps": num_steps}, json_file)
+    emit(host_bench, result, {"num_steps": num_steps}, json_file)
 
 
 @_command
@@ -453,7 +453,7 @@ def steering(
             repeats=repeats,
             seed=target.seed,
         )
-        _emit(steering_bench, result, _settings(target, session.config), json_file)
+        emit(steering_bench, result, _settings(target, session.config), json_file)
 
 
 @app.command()
@@ -473,7 +473,7 @@ def golden(
 
     names = cases.split(",") if cases else []
     result = golden_bench.measure(directory, budget_seconds, dtypes=dtype.split(","), names=names)
-    _emit(golden_bench, result, {"directory": directory}, json_file)
+    emit(golden_bench, result, {"directory": directory}, json_file)
     if not result.is_ok:
         raise typer.Exit(1)
 
@@ -563,7 +563,7 @@ def _settings(target: Target, config: EngineConfig) -> dict[str, Any]:
     return {**target.record(), "engine": dataclasses.asdict(config)}
 
 
-def _emit(bench: Any, result: Any, settings: dict[str, Any], json_file: str, plot: Path | None = None) -> None:
+def emit(bench: Any, result: Any, settings: dict[str, Any], json_file: str, plot: Path | None = None) -> None:
     """Prints a result as a table, unless JSON goes to standard output, and writes the files that were asked for."""
     from jaxinfer.bench import report
 

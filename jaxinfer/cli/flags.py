@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -22,37 +21,16 @@ import typer
 import yaml
 
 from jaxinfer.config.engine_config import EngineConfig
+from jaxinfer.config.field_help import field_help
 from jaxinfer.config.generation_defaults import GenerationDefaults
 from jaxinfer.config.keywords import unknown_keyword
-from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sampling_params import IN_PYTHON_ONLY, SamplingParams
 
 SETTINGS = (SamplingParams, EngineConfig)
 """Both classes have a field `seed`; the flag sets that of the first class, SamplingParams, as in generate()."""
-IN_PYTHON_ONLY = {"capture", "capture_tokens", "interventions", "logits_processors", "sampler"}
-"""Fields without a flag, since they hold functions or make arrays."""
 _OF_THE_CHECKPOINT = {entry.name for entry in dataclasses.fields(GenerationDefaults)}
 """Names of the fields of GenerationDefaults. The sampling fields among them (temperature, top_k, top_p) come from the
 checkpoint's generation_config.json if no flag is given."""
-_ENTRY = re.compile(r" {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*)")
-
-
-def field_help(settings: type) -> dict[str, str]:
-    """Returns the text of each field in the "Args:" section of a dataclass's docstring.
-
-    Example:
-      >>> field_help(EngineConfig)["page_size"]
-      'tokens in one KV page; a power of two, at least 8.'
-    """
-    section = inspect.cleandoc(settings.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-    texts: dict[str, str] = {}
-    names: list[str] = []
-    for line in section.splitlines():
-        entry = _ENTRY.fullmatch(line)
-        if entry:
-            names = entry["names"].split(", ")
-        for name in names:
-            texts[name] = entry["text"] if entry else f"{texts[name]} {line.strip()}"
-    return texts
 
 
 def takes_settings(

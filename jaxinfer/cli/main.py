@@ -1,5 +1,5 @@
-"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, info, launch, follow,
-bench and ablate.
+"""The command `jaxinfer` with its subcommands generate, replay, score, batch, chat, serve, info, launch,
+follow, bench and ablate.
 
 Owns: the commands, reading prompts, printing results, one-line error messages.
 Does not know: how anything is computed; flags.py makes most flags from the settings dataclasses.
@@ -27,10 +27,13 @@ from jaxinfer.api.settings import split_settings
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.cli.ablate import ablate
 from jaxinfer.cli.bench import app as bench
+from jaxinfer.cli.bench_serve import bench_serve
+from jaxinfer.cli.chosen_template import chosen_template
 from jaxinfer.cli.flags import SETTINGS, takes_settings
 from jaxinfer.cli.info_text import model_lines, system_lines
 from jaxinfer.cli.lasting_imports import lasting_imports
 from jaxinfer.cli.launch import become_process, is_launched, plan_processes, run_processes
+from jaxinfer.cli.serve import serve
 from jaxinfer.cli.terminal import enable_line_editing, read_message, remark
 from jaxinfer.communication.connection import RefusedError
 from jaxinfer.communication.process_group import GatherError
@@ -38,7 +41,6 @@ from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.text.chat_template import ChatTemplates
 
 if TYPE_CHECKING:
     from jaxinfer.api.llm import LLM
@@ -69,8 +71,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench.command(name="serve")(bench_serve)
 app.add_typer(bench, name="bench")
 app.command()(ablate)
+app.command()(serve)
 Model = Annotated[str | None, typer.Option(help=f"checkpoint directory or hub id (default: {DEMO}, the bundled model)")]
 TokenizerFrom = Annotated[str | None, typer.Option(help='another tokenizer\'s directory or hub id, or "byte"')]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
@@ -314,7 +318,10 @@ def chat(
     with lasting_imports():
         from jaxinfer.api.llm import find_chat_templates
         from jaxinfer.cli.conversation import HELP, Conversation
-    chosen = _chosen_template(template, find_chat_templates(tokenizer, model or DEMO))
+    templates = find_chat_templates(tokenizer, model or DEMO)
+    if template is None:
+        templates.select(None, has_tools=False, knob="--template FILE")  # raises before a model is loaded
+    chosen = chosen_template(template, templates, flag="--template")
     is_terminal = sys.stdin.isatty()
     with _load(model, tokenizer, config) as llm:
         params = dataclasses.replace(llm.default_params, **sampling)
@@ -420,27 +427,6 @@ def _print_stream(
         else:
             print(_shown(output.delta, output), end="", flush=True)
     print(end="" if as_json else "\n", flush=True)
-
-
-def _chosen_template(template: str | None, found: ChatTemplates) -> str | None:
-    """Returns LLM.chat's chat_template for --template: a template's name, a file's text, or None for the default.
-
-    It raises ValueError for a missing template here, before a model is loaded.
-    """
-    if template is None:
-        found.select(None, has_tools=False, knob="--template FILE")
-        return None
-    if template in found.templates:
-        return template
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        names = ", ".join(sorted(found.templates)) or "none"
-        raise ValueError(
-            f"--template must be a file or the name of one of the model's templates ({names}), got {template}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--template {template} is not UTF-8 text: {error}") from error
 
 
 def _as_text(output: RequestOutput, *, echo: bool) -> str:

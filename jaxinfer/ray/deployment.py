@@ -1,7 +1,7 @@
 """LLMServer: an LLM as a deployment of Ray Serve.
 
 Owns: the deployment's methods and HTTP answers.
-Does not know: what requests mean (serve/openai.py).
+Does not know: what requests mean (serve/interfaces).
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.errors import EngineClosedError, RequestFailedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.serve.answering import prepare_request
-from jaxinfer.serve.openai import CHAT, TEXT, ChatRequest, TextRequest, error_body
-from jaxinfer.text.preparation import Submission
+from jaxinfer.serve.answering import read_exchange
+from jaxinfer.serve.interfaces.chat import CHAT
+from jaxinfer.serve.interfaces.errors import WRONG_REQUEST, error_body
+from jaxinfer.serve.interfaces.exchange import Exchange, Label
+from jaxinfer.serve.interfaces.text import TEXT
+from jaxinfer.serve.served_model import ServedModel
 
 
 @serve.deployment(max_ongoing_requests=256)
@@ -57,6 +60,7 @@ class LLMServer:
         **engine: Any,
     ):
         self._llm = AsyncLLM(model, tokenizer=tokenizer, **engine)
+        self._served = ServedModel.of(self._llm.llm)
         if warmup:
             self._llm.llm.warmup(background=True)
 
@@ -71,11 +75,11 @@ class LLMServer:
             body = await request.json()
             if not isinstance(body, dict):
                 raise ValueError(f"the body must be an object, got {body!r:.80}")
-            prepared = await self._prepare(url, body)
-        except (TypeError, ValueError, ImportError, RecursionError) as error:
+            exchange = await self._read(url, body)
+        except WRONG_REQUEST as error:
             return JSONResponse(error_body(error), 400)
         try:
-            return JSONResponse(await self._run(*prepared))
+            return JSONResponse(await self._run(exchange))
         except (RequestFailedError, EngineClosedError) as error:
             return JSONResponse(error_body(error), 500)
 
@@ -91,15 +95,15 @@ class LLMServer:
           RequestFailedError: it failed.
           EngineClosedError: the engine has stopped.
         """
-        return await self._run(*await self._prepare(url, body))
+        return await self._run(await self._read(url, body))
 
-    async def _prepare(self, url: str, body: Mapping[str, Any]) -> tuple[ChatRequest | TextRequest, Submission]:
+    async def _read(self, url: str, body: Mapping[str, Any]) -> Exchange:
         """In a thread, since templates take time."""
-        return await asyncio.to_thread(prepare_request, self._llm.llm, url, body)
+        label = Label(name=uuid.uuid4().hex, created=int(time.time()))
+        return await asyncio.to_thread(read_exchange, self._served, url, body, label)
 
-    async def _run(self, request: ChatRequest | TextRequest, submission: Submission) -> dict[str, Any]:
-        output = await self._llm.run(submission)
-        return request.answer(output, name=uuid.uuid4().hex, created=int(time.time()))
+    async def _run(self, exchange: Exchange) -> dict[str, Any]:
+        return dict(exchange.answer(await asyncio.gather(*map(self._llm.run, exchange.submissions))))
 
     async def generate(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None

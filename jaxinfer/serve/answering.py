@@ -1,7 +1,7 @@
 """Requests in the form of OpenAI's API, answered by an LLM: one, or many lines of a batch while the LLM is kept busy.
 
 Owns: which request a body is for a URL, lines and their answers, and how many requests run at the same time.
-Does not know: what the fields of a body mean (openai.py), files, HTTP.
+Does not know: what the fields of a body mean (interfaces/), files, HTTP.
 
 An answer depends on its line and the model alone: a request without a seed gets one made of its custom_id.
 """
@@ -12,18 +12,19 @@ import dataclasses
 import hashlib
 import json
 import queue
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.api.driver import Ticket
 from jaxinfer.api.llm import LLM
 from jaxinfer.errors import RequestFailedError
-from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.serve.openai import CHAT, TEXT, ChatRequest, TextRequest, error_body, read_chat, read_text
+from jaxinfer.serve.interfaces.chat import CHAT, ChatRequest
+from jaxinfer.serve.interfaces.errors import WRONG_REQUEST, error_body
+from jaxinfer.serve.interfaces.exchange import Exchange, Label
+from jaxinfer.serve.interfaces.text import TEXT, TextRequest
+from jaxinfer.serve.served_model import ServedModel
 from jaxinfer.text.preparation import Submission
-
-Request = ChatRequest | TextRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +85,29 @@ class RequestLine:
         }
 
 
-def prepare_request(
-    llm: LLM, url: str, body: Mapping[str, Any], *, seed: int | None = None
-) -> tuple[Request, Submission]:
-    """Reads a request and makes it ready for llm.start.
+def read_exchange(
+    served: ServedModel, url: str, body: Mapping[str, Any], label: Label, *, seed: int | None = None
+) -> Exchange:
+    """Reads a request that is answered by one body.
 
     Args:
-      llm: will run it.
+      served: will run it.
       url: CHAT or TEXT.
       body: the fields.
+      label: of the answer.
       seed: for a request that names none; None lets the LLM choose.
 
     Raises:
-      TypeError, ValueError, ImportError: the request is wrong, or asks for what this LLM cannot do.
+      WRONG_REQUEST, RefusedError: the request is wrong, or asks for what this LLM cannot do.
     """
-
-    def seeded(params: SamplingParams) -> SamplingParams:
-        return params if params.seed is not None else dataclasses.replace(params, seed=seed)
-
-    if url == CHAT:
-        chat = read_chat(body, llm.default_params)
-        return chat, llm.prepare_chat(chat.messages, seeded(chat.params), **chat.template)
-    if url == TEXT:
-        text = read_text(body, llm.default_params)
-        return text, llm.prepare(text.prompt, seeded(text.params))
-    raise ValueError(f"url must be {CHAT} or {TEXT}, got {url!r}")
+    if url not in (CHAT, TEXT):
+        raise ValueError(f"url must be {CHAT} or {TEXT}, got {url!r}")
+    if body.get("stream"):
+        raise ValueError(f"stream must be False, got {body['stream']!r}; nothing else is supported")
+    defaults = dataclasses.replace(served.default_params, seed=seed)
+    model = served.answering_name(body.get("model"))
+    reader = ChatRequest if url == CHAT else TextRequest
+    return reader.read(body, defaults).prepared(served, label, model=model)
 
 
 def answer_lines(llm: LLM, lines: Iterable[RequestLine], *, created: int) -> Generator[dict[str, Any]]:
@@ -129,25 +128,28 @@ def answer_lines(llm: LLM, lines: Iterable[RequestLine], *, created: int) -> Gen
     """
     window = 4 * llm.config.max_num_seqs * llm.config.data_parallel_size
     finished: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-    running: dict[Ticket, tuple[RequestLine, Request]] = {}
+    running: dict[Ticket, tuple[RequestLine, Exchange]] = {}
+    served = ServedModel.of(llm)
 
     def take() -> dict[str, Any]:
         ticket = finished.get()
-        line, request = running.pop(ticket)
+        line, exchange = running.pop(ticket)
         try:
             output = ticket.next_output()
         except RequestFailedError as error:
             return line.answer(500, error_body(error))
-        return line.answer(200, request.answer(output, name=f"{line.key:016x}", created=created))
+        return line.answer(200, exchange.answer([output]))
 
     try:
         for line in lines:
             try:
-                request, submission = prepare_request(llm, line.url, line.body, seed=line.key >> 1)
-            except (TypeError, ValueError, ImportError) as error:
+                label = Label(name=f"{line.key:016x}", created=created)
+                exchange = read_exchange(served, line.url, line.body, label, seed=line.key >> 1)
+                (submission,) = _one_submission(exchange)
+            except WRONG_REQUEST as error:
                 yield line.answer(400, error_body(error))
                 continue
-            running[llm.start(submission, stream=False, on_update=finished.put)] = line, request
+            running[llm.start(submission, stream=False, on_update=finished.put)] = line, exchange
             if len(running) >= window:
                 yield take()
         while running:
@@ -155,6 +157,14 @@ def answer_lines(llm: LLM, lines: Iterable[RequestLine], *, created: int) -> Gen
     finally:
         for ticket in running:
             llm.cancel(ticket)
+
+
+def _one_submission(exchange: Exchange) -> Sequence[Submission]:
+    if len(exchange.submissions) > 1:
+        raise ValueError(
+            f"prompt must be one text or one list of token ids, got {len(exchange.submissions)} prompts; send each"
+        )
+    return exchange.submissions
 
 
 def digest(custom_id: str) -> int:

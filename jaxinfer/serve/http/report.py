@@ -1,0 +1,120 @@
+"""Report: what is told of one request once it is over, in the access log and in the metrics.
+
+Owns: the fields of a line of the log, and which numbers a request adds to.
+Does not know: where lines and numbers go.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.serve.http.metrics import Metrics
+from jaxinfer.serve.interfaces.exchange import num_new_tokens
+
+logger = logging.getLogger("jaxinfer.access")
+
+
+def show_access_log() -> None:
+    """Prints the lines to standard error, unless the user has given the logger a place for them."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class Report:
+    """Collects what happens to a request.
+
+    Args:
+      metrics: numbers of the server.
+      route: the address as the server knows it.
+      method: of HTTP.
+      client: the address from which it came.
+      request_id: its name.
+      is_logged: whether it has a line in the log.
+    """
+
+    def __init__(
+        self, metrics: Metrics, *, route: str, method: str, client: str, request_id: str, is_logged: bool = True
+    ):
+        self._metrics = metrics
+        self._is_logged = is_logged
+        self._route = route
+        self._about = {"request_id": request_id, "client": client, "method": method, "path": route}
+        self._start = time.monotonic()
+        self._last: dict[int, float] = {}
+        self._first_seconds: float | None = None
+        self._outputs: dict[int, RequestOutput] = {}
+        self.error: str | None = None
+        """What went wrong, in a word; None if nothing did."""
+        self.model: str | None = None
+        self.is_stream = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a stream had an output."""
+        return bool(self._last)
+
+    def progress(self, number: int, output: RequestOutput) -> None:
+        """Notes the next output of a stream's submission."""
+        now = time.monotonic()
+        if not self._last:
+            self._first_seconds = now - self._start
+            self._metrics.first_token.observe(self._first_seconds)
+        elif number in self._last:
+            self._metrics.between_tokens.observe(now - self._last[number])
+        self._last[number] = now
+        self._outputs[number] = output
+
+    def complete(self, outputs: Sequence[RequestOutput]) -> None:
+        """Notes the outputs of a request that is no stream."""
+        self._outputs = dict(enumerate(outputs))
+        times = [output.metrics.first_token_time for output in outputs if output.metrics.first_token_time is not None]
+        if times:
+            self._first_seconds = min(times) - self._start
+            self._metrics.first_token.observe(max(self._first_seconds, 0.0))
+
+    def close(self, status: int) -> None:
+        """Adds up the numbers and writes the line; 499 is the status of a client that has left."""
+        seconds = time.monotonic() - self._start
+        outputs = list(self._outputs.values())
+        num_prompt, num_new = sum(len(output.prompt_token_ids) for output in outputs), num_new_tokens(outputs)
+        metrics = self._metrics
+        metrics.count_answer(self._route, status)
+        if outputs:
+            metrics.latency.observe(seconds)
+            metrics.prompt_tokens.observe(num_prompt)
+            metrics.new_tokens.observe(num_new)
+            if num_new > 1 and self._first_seconds is not None:
+                metrics.per_token.observe(max(seconds - self._first_seconds, 0.0) / (num_new - 1))
+        reasons = [completion.finish_reason or "abort" for output in outputs for completion in output.outputs]
+        for reason in reasons:
+            metrics.count_sample(reason)
+        if self._is_logged:
+            self._write(status, seconds, num_prompt, num_new, reasons)
+
+    def _write(self, status: int, seconds: float, num_prompt: int, num_new: int, reasons: Sequence[str]) -> None:
+        line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "status": status}
+        line |= self._about | {"seconds": round(seconds, 4)}
+        if self._outputs:
+            line |= {
+                "model": self.model,
+                "stream": self.is_stream,
+                "prompt_tokens": num_prompt,
+                "generation_tokens": num_new,
+                "finish_reasons": reasons,
+            }
+        if self._first_seconds is not None:
+            line["first_token_seconds"] = round(self._first_seconds, 4)
+        if self.error is not None:
+            line["error"] = self.error
+        logger.info(json.dumps(line))

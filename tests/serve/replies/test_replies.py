@@ -1,0 +1,129 @@
+"""Replies taken apart: recorded ones of four families against what canitoolcall expects of them, and our own edges."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+
+import pytest
+from canitoolcall.fixtures import load_fixtures
+
+from jaxinfer.serve.replies.formats import FORMATS
+from jaxinfer.serve.replies.parser import ReplyParser
+from jaxinfer.serve.replies.parts import Content, Part, Reasoning, ToolCall
+
+FAMILIES = {"qwen3-hermes": "hermes", "llama": "llama", "mistral": "mistral", "gemma4": "gemma"}
+FIXTURES = {fixture.id: fixture for fixture in load_fixtures(families=list(FAMILIES))}
+
+
+def chunks(text: str) -> Iterator[list[str]]:
+    """Ways in which a text may arrive: at once, by characters, in pieces of many lengths."""
+    yield [text]
+    yield list(text)
+    for seed, longest in enumerate((3, 8, 20, 60)):
+        rng, pieces, start = random.Random(seed), [], 0
+        while start < len(text):
+            end = start + rng.randint(1, longest)
+            pieces.append(text[start:end])
+            start = end
+        yield pieces
+
+
+def parse(parser: ReplyParser, pieces: list[str], *, cut_off: bool = False) -> list[Part]:
+    parts = [part for piece in pieces for part in parser.feed(piece)]
+    return [*parts, *parser.end(cut_off=cut_off)]
+
+
+def summary(parts: list[Part]) -> tuple[str, str, list[tuple[str, object]]]:
+    content, thoughts = ("".join(part.text for part in parts if type(part) is kind) for kind in (Content, Reasoning))
+    calls = [(part.name, json.loads(part.arguments)) for part in parts if isinstance(part, ToolCall)]
+    return content, thoughts, calls
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_recorded_reply_is_taken_apart_as_expected_however_it_arrives(name):
+    fixture = FIXTURES[name]
+    tools = [tool["function"]["name"] for tool in fixture.tools]
+    found = []
+    for pieces in chunks(fixture.raw_output):
+        parser = ReplyParser(FORMATS[FAMILIES[fixture.family]], prompt=fixture.generation_prompt or "", tools=tools)
+        found.append(summary(parse(parser, pieces, cut_off="truncated" in fixture.tags)))
+    assert found == [found[0]] * len(found)
+    content, thoughts, calls = found[0]
+    if fixture.expected is None:
+        assert calls == []
+        return
+    assert calls == [(call.name, call.arguments) for call in fixture.expected.tool_calls]
+    assert thoughts == (fixture.expected.reasoning_content or "")
+    assert content.strip() == (fixture.expected.content or "").strip()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n a < b [x] {y}\n", "a <tool", "[", "{", "<think", "[1] is a source", "a\n\n"]
+)
+def test_text_without_markers_is_content_to_the_letter(format, text):
+    for pieces in chunks(text):
+        parts = parse(ReplyParser(FORMATS[format], tools=["f"]), pieces)
+        assert "".join(part.text for part in parts) == text
+        assert all(isinstance(part, Content) for part in parts)
+
+
+def test_content_is_given_out_as_soon_as_no_marker_can_begin_in_it():
+    parser = ReplyParser(FORMATS["hermes"], tools=["f"])
+    assert parser.feed("one two") == [Content("one two")]
+    assert parser.feed(" <tool") == []
+    assert parser.feed("box>") == [Content(" <toolbox>")]
+
+
+def test_json_that_is_no_call_is_given_out_once_it_is_whole():
+    parser = ReplyParser(FORMATS["llama"], tools=["f"])
+    assert parser.feed('{"name": "g", "parameters": {') == []
+    assert parser.feed("}}") == [Content('{"name": "g", "parameters": {}}')]
+    assert parser.feed(" {") == [Content(" {")]
+
+
+def test_calls_without_tools_are_content():
+    text = '<think>a</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    parts = parse(ReplyParser(FORMATS["hermes"]), [text])
+    assert summary(parts) == (text.partition("\n\n")[2], "a", [])
+
+
+def test_thoughts_that_the_prompt_began_go_on():
+    parser = ReplyParser(FORMATS["think"], prompt="<|im_start|>assistant\n<think>\n")
+    assert parser.feed("Well") == [Reasoning("Well")]
+    assert parser.feed(".\n</think>\n\nYes") == [Reasoning("."), Content("Yes")]
+
+
+def test_malformed_call_between_good_ones_is_content():
+    good = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    text = f"{good}\n<tool_call>{{nothing}}</tool_call>\n{good}"
+    for pieces in chunks(text):
+        content, _, calls = summary(parse(ReplyParser(FORMATS["hermes"], tools=["f"]), pieces))
+        assert calls == [("f", {"a": 1})] * 2
+        assert content == "\n<tool_call>{nothing}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a": NaN}', '{"a": 1, "a": 2}', "[1]", '"x"', "[" * 100_000, '{"a": ' * 100_000]
+)
+def test_arguments_that_are_no_json_object_make_no_call(arguments):
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    assert summary(parse(ReplyParser(FORMATS["hermes"], tools=["f"]), [text])) == (text, "", [])
+
+
+@pytest.mark.parametrize(
+    "text", ["[f(1)]", "[f(**a)]", "[f(a=g)]", "[f(a=1, a=2)]", "[f(a=b'')]", "[f(a=1e999)]", "[f("]
+)
+def test_python_that_is_no_call_is_content(text):
+    assert summary(parse(ReplyParser(FORMATS["llama"], tools=["f"]), [text])) == (text, "", [])
+
+
+def test_several_calls_of_llama_in_json():
+    text = '{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}'
+    for pieces in chunks(text):
+        assert summary(parse(ReplyParser(FORMATS["llama"], tools=["f", "g"]), pieces))[2] == [
+            ("f", {"a": 1}),
+            ("g", {}),
+        ]

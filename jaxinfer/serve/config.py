@@ -30,8 +30,8 @@ class ServeConfig:
       served_model_name: names by which requests may call the model; None is the model's own. The first is the one that
         answers bear.
       api_key: keys, one of which a request must bring (as "Authorization: Bearer KEY" or "x-api-key: KEY") on every
-        route but /health; None asks for none. The variable JAXINFER_API_KEY may hold some, too,
-        separated by white space, which nobody sees in a list of processes.
+        route but /health; None asks for none. The variable JAXINFER_API_KEY may hold some, too, separated by white
+        space; a list of processes does not show it, as it shows flags.
       cors_origins: origins of web pages that may use the server, such as http://localhost:3000, or *; None is this
         server's own page only.
       root_path: the path under which a proxy shows the server, such as /llm.

@@ -120,7 +120,9 @@ def _telling_routes(server: Server, application: Application) -> list[BaseRoute]
     async def ready(request: Request) -> Response:
         if application.open_requests.is_draining:
             return _json({"status": "stopping"}, 503)
-        is_ready = application.warmup.is_done and served.llm.is_running
+        if not served.llm.is_running:
+            return _json({"status": "stopped"}, 503)
+        is_ready = application.warmup.is_done
         return _json({"status": "ready" if is_ready else "warming up"}, 200 if is_ready else 503)
 
     async def metrics(request: Request) -> Response:

@@ -33,6 +33,8 @@ from jaxinfer.text.preparation import Submission
 logger = logging.getLogger("jaxinfer")
 _T = TypeVar("_T")
 _CLIENT_LEFT = 499
+_MOST_CHARACTERS = 200
+"""Of an address in the log, which may be anything."""
 _EXPECTED = (RefusedError, RequestFailedError, EngineClosedError)
 
 
@@ -66,12 +68,13 @@ class Server:
 
         Args:
           scope: of ASGI.
-          route: the address as the server knows it.
+          route: the address as the server knows it, or a word for addresses that it does not.
           name: of the request.
         """
         return Report(
             self.metrics,
             route=route,
+            path=scope["path"][:_MOST_CHARACTERS],
             method=scope["method"],
             client=client_of(scope),
             request_id=name,

@@ -1,6 +1,6 @@
 """Guard: lets through who may use the server.
 
-Owns: keys, and which web pages may ask.
+Owns: keys, which web pages may ask, and the names by which the server may be called.
 Does not know: routes. Everything behind it is guarded, unknown addresses included.
 """
 
@@ -30,8 +30,6 @@ _WRONG_ORIGIN = RefusedError(
     kind="permission_error",
     code="origin_not_allowed",
 )
-
-
 _WRONG_HOST = RefusedError(
     "this server is not called by that name; its setting allowed_hosts says how it may be, and with a key it may be "
     "called anything",

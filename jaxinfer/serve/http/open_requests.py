@@ -1,7 +1,7 @@
 """OpenRequests: the requests that are being answered.
 
-Owns: how many there may be, in all and of one client; comments on streams without news; and their end
-when the server stops.
+Owns: how many there may be, in all and of one client; comments on streams without news; and their end when the server
+stops.
 Does not know: what requests ask for.
 
 Everything here happens in one event loop.
@@ -107,7 +107,7 @@ class OpenRequests:
         """
         if num_samples > self._most_samples:
             raise RefusedError(
-                f"{num_samples} samples are wanted, the server takes {self._most_samples} at a time; ask for less",
+                f"{num_samples} samples are wanted, the server takes {self._most_samples} at a time; ask for fewer",
                 status=400,
             )
         self._check_room(num_samples - request.num_samples)

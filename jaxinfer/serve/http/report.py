@@ -36,7 +36,8 @@ class Report:
 
     Args:
       metrics: numbers of the server.
-      route: the address as the server knows it.
+      route: names the request in the metrics.
+      path: names it in the log.
       method: of HTTP.
       client: the address from which it came.
       request_id: its name.
@@ -44,12 +45,20 @@ class Report:
     """
 
     def __init__(
-        self, metrics: Metrics, *, route: str, method: str, client: str, request_id: str, is_logged: bool = True
+        self,
+        metrics: Metrics,
+        *,
+        route: str,
+        path: str,
+        method: str,
+        client: str,
+        request_id: str,
+        is_logged: bool = True,
     ):
         self._metrics = metrics
         self._is_logged = is_logged
         self._route = route
-        self._about = {"request_id": request_id, "client": client, "method": method, "path": route}
+        self._about = {"request_id": request_id, "client": client, "method": method, "path": path}
         self._start = time.monotonic()
         self._last: dict[int, float] = {}
         self._first_seconds: float | None = None

@@ -89,10 +89,10 @@ class BackgroundServer:
         bound = bound_socket(config)
         self.url = url_of(config, bound)
         """Where it is found."""
-        self._application = Application(llm, config, checks_hosts=True)
         self._error: BaseException | None = None
         self._has_started = threading.Event()
         try:
+            self._application = Application(llm, config, checks_hosts=True)
             self._server = _Server(self._application, config, on_start=self._has_started.set)
         except BaseException:
             bound.close()

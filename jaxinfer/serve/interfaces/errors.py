@@ -39,7 +39,7 @@ _ANTHROPIC = {
 
 
 class RefusedError(Exception):
-    """A request that is refused for another reason than its fields.
+    """A request that is refused.
 
     Args:
       message: says what was expected.

@@ -51,12 +51,14 @@ class ResponseExchange:
         completion = output.outputs[0]
         items = ResponseItems(self)
         reply = self.prepared.new_reply()
+        # A whole text does not tell whose its tokens are, so a message has the log-probabilities of all of them.
+        logprobs = self.logprobs(completion)
         for part in reply.feed(completion.text or "", completion.finish_reason or "abort"):
             if items.items and items.opens_new(part):
-                items.items[-1]["status"] = "completed"
+                items.close(logprobs)
             items.add(part)
         if items.items:
-            items.close(completion)
+            items.close(logprobs, is_cut_off=completion.finish_reason != "stop")
         return self.response(items.items, output)
 
     def stream(self) -> ResponseStream:
@@ -114,17 +116,17 @@ class ResponseItems:
             item["content"][0]["text"] += part.text
         return item
 
-    def close(self, completion: CompletionOutput, *, start: int = 0) -> dict[str, Any]:
+    def close(self, logprobs: Sequence[Mapping[str, Any]], *, is_cut_off: bool = False) -> dict[str, Any]:
         """Completes the last item, and returns it.
 
         Args:
-          completion: the reply so far. If it has ended before its time, so has the item.
-          start: the token with which the item begins.
+          logprobs: of its tokens, for a message.
+          is_cut_off: whether the model had more to say.
         """
         item = self.items[-1]
-        item["status"] = "completed" if completion.finish_reason in (None, "stop") else "incomplete"
+        item["status"] = "incomplete" if is_cut_off else "completed"
         if item["type"] == "message":
-            item["content"][0]["logprobs"] = self.exchange.logprobs(completion, start)
+            item["content"][0]["logprobs"] = list(logprobs)
         return item
 
     def _new(self, part: Part) -> dict[str, Any]:
@@ -165,7 +167,8 @@ class ResponseStream:
         self._exchange = exchange
         self._reply = exchange.prepared.new_reply()
         self._items = ResponseItems(exchange)
-        self._number = self._num_told = self._start = 0
+        self._number = self._num_told = 0
+        self._logprobs: list[dict[str, Any]] = []  # of the item that grows
         self._is_open = False
         self._output: RequestOutput | None = None
 
@@ -180,7 +183,7 @@ class ResponseStream:
         completion = output.outputs[0]
         for part in self._reply.feed(completion.delta or "", completion.finish_reason):
             if self._items.opens_new(part):
-                yield from self._close_item(completion)
+                yield from self._close_item()
                 item = self._items.add(part)
                 yield from self._open_item(item)
             else:
@@ -192,7 +195,7 @@ class ResponseStream:
         if self._output is None:
             return
         completion = self._output.outputs[0]
-        yield from self._close_item(completion)
+        yield from self._close_item(is_cut_off=completion.finish_reason != "stop")
         response = self._exchange.response(self._items.items, self._output)
         yield self._event(f"response.{response['status']}", response=response)
 
@@ -205,7 +208,7 @@ class ResponseStream:
         yield self._event("response.failed", response=response | failed)
 
     def _open_item(self, item: dict[str, Any]) -> Iterator[Event]:
-        self._is_open, self._start = True, self._num_told
+        self._is_open, self._logprobs = True, []
         if item["type"] == "function_call":
             yield self._of_item("response.output_item.added", item=item | {"arguments": "", "status": "in_progress"})
             return
@@ -214,6 +217,7 @@ class ResponseStream:
         yield self._of_item("response.content_part.added", item_id=item["id"], content_index=0, part=part)
 
     def _grow(self, item: Mapping[str, Any], part: Part, completion: CompletionOutput) -> Iterator[Event]:
+        start, self._num_told = self._num_told, len(completion.token_ids)
         if isinstance(part, ToolCall):
             about = {"item_id": item["id"]}
             yield self._of_item("response.function_call_arguments.delta", **about, delta=part.arguments)
@@ -224,15 +228,15 @@ class ResponseStream:
         if isinstance(part, Reasoning):
             yield self._of_item("response.reasoning_text.delta", **about)
             return
-        start, self._num_told = self._num_told, len(completion.token_ids)
         logprobs = self._exchange.logprobs(completion, start)
+        self._logprobs += logprobs
         yield self._of_item("response.output_text.delta", **about, logprobs=logprobs)
 
-    def _close_item(self, completion: CompletionOutput) -> Iterator[Event]:
+    def _close_item(self, *, is_cut_off: bool = False) -> Iterator[Event]:
         if not self._is_open:
             return
         self._is_open = False
-        item = self._items.close(completion, start=self._start)
+        item = self._items.close(self._logprobs, is_cut_off=is_cut_off)
         if item["type"] != "function_call":
             part = item["content"][0]
             is_text = item["type"] == "message"

@@ -356,5 +356,19 @@ def test_items_of_a_growing_response_are_complete_once_the_next_begins():
     assert events[-1].name == "response.completed"
 
 
+def test_last_item_of_a_response_alone_is_cut_off_and_a_message_has_its_own_logprobs():
+    stream = response_stream()
+    events = [
+        *stream.progress(0, grown("", "<think>Hm.</think>", 1)),
+        *stream.progress(0, grown("", "See:", 2, "length")),
+        *stream.closing(),
+    ]
+    thoughts, message = [event.data["item"] for event in events if event.name == "response.output_item.done"]
+    assert (thoughts["status"], message["status"]) == ("completed", "incomplete")
+    told = [entry for event in events if event.name == "response.output_text.delta" for entry in event.data["logprobs"]]
+    assert len(told) == 1 and message["content"][0]["logprobs"] == told
+    assert events[-1].data["response"]["output"] == [thoughts, message]
+
+
 def test_long_messages_of_errors_are_cut():
     assert len(error_facts(ValueError("x" * 10_000)).message) < 1100

@@ -1,15 +1,16 @@
-"""The result of a request (RequestOutput), and the record from which it can be generated again (GenerationRecord).
+"""The result of a request (RequestOutput), what is new of it while it grows (RequestDelta), and the record from which
+it can be generated again (GenerationRecord).
 
-Owns: both classes and their parts, and how an output is shown in a notebook.
+Owns: these classes and their parts, and how an output is shown in a notebook.
 Does not know: jax, how outputs are generated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -247,6 +248,43 @@ class RequestOutput:
         """HTML for notebooks: with logprobs, each token is coloured by probability and shows alternatives on hover."""
         prompt = self.prompt if self.prompt is not None else f"{list(self.prompt_token_ids)} "
         return render(prompt, [_view(output) for output in self.outputs])
+
+
+class CompletionDelta(NamedTuple):
+    """What is new of one generated text since the delta before. A tuple, since there is one for every streamed token.
+
+    Args:
+      index: which of the n samples this is, from 0.
+      text: the new text; None without a tokenizer.
+      token_ids: the new tokens.
+      logprobs: of the new tokens, as CompletionOutput's.
+      finish_reason: set on the last delta; as CompletionOutput's.
+      stop_reason: as CompletionOutput's.
+    """
+
+    index: int
+    text: str | None
+    token_ids: Sequence[int]
+    logprobs: Sequence[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+
+class RequestDelta(NamedTuple):
+    """What is new of the answer to one prompt. Deltas add up to the RequestOutput, whose names their fields have.
+
+    Args:
+      prompt, prompt_token_ids, prompt_logprobs, num_cached_tokens: as RequestOutput's, the same in all deltas.
+      outputs: the texts of which there is something new.
+      finished: whether all texts have ended.
+    """
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None
+    num_cached_tokens: int
+    outputs: Sequence[CompletionDelta]
+    finished: bool
 
 
 def _completion_record(output: CompletionOutput) -> CompletionRecord:

@@ -162,7 +162,7 @@ class AsyncLLM:
 
         def on_update(ticket: Ticket) -> None:
             try:
-                waker.set_soon(has_update)
+                waker.call_soon(has_update.set)
             except RuntimeError:  # the event loop is closed, so no task can read the outputs any more
                 self._llm.cancel(ticket)
 

@@ -22,7 +22,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from jaxinfer.errors import INTERRUPTS, EngineClosedError, RequestFailedError
-from jaxinfer.outputs import RequestOutput
+from jaxinfer.outputs import RequestDelta, RequestOutput
 from jaxinfer.text.preparation import Submission
 
 logger = logging.getLogger("jaxinfer")
@@ -45,6 +45,10 @@ class Answer(Protocol):
 
     def output(self) -> RequestOutput:
         """Returns a snapshot of the answer, or raises RequestFailedError. Only one thread, the reader's, calls it."""
+        ...
+
+    def delta(self) -> RequestDelta:
+        """Returns what is new since the last delta or output, or raises as output. Only the reader calls it."""
         ...
 
 
@@ -119,17 +123,33 @@ class Ticket(Generic[AnswerT]):
           EngineClosedError: the engine was closed or died before the request had ended.
           CancelledError: the request was cancelled.
         """
+        answer = self._changed_answer()
+        if answer is None:
+            return None
+        output = answer.output()
+        self._num_taken = sum(len(completion.token_ids) for completion in output.outputs)
+        return output
+
+    def take_delta(self) -> RequestDelta | None:
+        """Returns what is new since the last take or take_delta; None and errors as take."""
+        answer = self._changed_answer()
+        if answer is None:
+            return None
+        delta = answer.delta()
+        for completion in delta.outputs:
+            self._num_taken += len(completion.token_ids)
+        return delta
+
+    def _changed_answer(self) -> AnswerT | None:
+        """The answer, if there is something to take."""
         self._has_update = False  # reset before looking, so that a token that comes meanwhile makes tell notify again
         if self.is_cancelled:
             raise CancelledError("the request was cancelled")
         if self.error is not None:
             raise self.error
         answer = self.answer
-        if answer is None or not (answer.is_finished or (self.stream and answer.num_tokens > self._num_taken)):
-            return None
-        output = answer.output()
-        self._num_taken = sum(len(completion.token_ids) for completion in output.outputs)
-        return output
+        has_news = answer is not None and (answer.is_finished or (self.stream and answer.num_tokens > self._num_taken))
+        return answer if has_news else None
 
     def next_output(self, timeout: float | None = None) -> RequestOutput:
         """Waits for the next output.

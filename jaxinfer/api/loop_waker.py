@@ -1,7 +1,7 @@
-"""LoopWaker: sets events of an event loop from other threads, many at a time.
+"""LoopWaker: calls functions in an event loop on behalf of other threads, many at a time.
 
-Owns: waking the loop once for all events that come before it looks.
-Does not know: what the events are for.
+Owns: waking the loop once for all functions that come before it looks.
+Does not know: what the functions do.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import ClassVar
 
 
 class LoopWaker:
-    """Sets asyncio events of one loop on behalf of other threads.
+    """Calls functions in one loop on behalf of other threads.
 
     A step of the engine brings a token to each of its requests. Waking the loop for each of them would cost a system
-    call a token; the loop is woken once, and sets the events of all.
+    call a token; the loop is woken once, and tells all of their readers.
 
     Args:
-      loop: the events' loop.
+      loop: where the functions are called.
     """
 
     _of: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaker]] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = weakref.ref(loop)
-        self._due: deque[asyncio.Event] = deque()
+        self._due: deque[Callable[[], object]] = deque()
         self._is_woken = False
 
     @classmethod
@@ -37,8 +38,8 @@ class LoopWaker:
             waker = cls._of[loop] = cls(loop)
         return waker
 
-    def set_soon(self, event: asyncio.Event) -> None:
-        """Has the loop set an event; any thread may call it.
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Has the loop call a function, which must not raise; any thread may ask for it.
 
         Raises:
           RuntimeError: the loop is closed.
@@ -46,12 +47,12 @@ class LoopWaker:
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("the event loop is closed")
-        self._due.append(event)
+        self._due.append(function)
         if not self._is_woken:
             self._is_woken = True
-            loop.call_soon_threadsafe(self._set_all)
+            loop.call_soon_threadsafe(self._call_all)
 
-    def _set_all(self) -> None:
+    def _call_all(self) -> None:
         self._is_woken = False  # before looking, so that what is added from now on wakes the loop again
         while self._due:
-            self._due.popleft().set()
+            self._due.popleft()()

@@ -1,7 +1,7 @@
 """GrowingAnswer: the answer to one prompt while its tokens arrive.
 
 Owns: the answer's texts (one per sample), the log-probabilities of its prompt, its times and the error that made it
-fail; the RequestOutput that is a snapshot of all these.
+fail; the RequestOutput that is a snapshot of all these, and the RequestDelta that says what is new.
 Does not know: the engine, how threads are started, where requests come from.
 """
 
@@ -15,7 +15,7 @@ from typing import Literal
 from jaxinfer.captured_values import joined_along_tokens
 from jaxinfer.engine.beam_search import Hypothesis
 from jaxinfer.errors import RequestFailedError
-from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jaxinfer.outputs import CompletionOutput, Logprob, RequestDelta, RequestMetrics, RequestOutput
 from jaxinfer.records.provenance import Provenance
 from jaxinfer.request import TokenEvent, TokenLogprobs
 from jaxinfer.text.completion import GrowingCompletion, as_logprobs
@@ -28,7 +28,7 @@ PromptLogprobs = tuple[dict[int, Logprob] | None, ...]
 class GrowingAnswer:
     """The answer to one submission while it grows.
 
-    One thread adds tokens (push, end_search, finish) while another one takes snapshots (output), without a lock;
+    One thread adds tokens (push, end_search, finish) while another one looks at them (output, delta), without a lock;
     GrowingCompletion explains the order of reads and writes that makes this safe.
 
     Args:
@@ -78,12 +78,18 @@ class GrowingAnswer:
     @property
     def num_tokens(self) -> int:
         """Tokens generated so far, summed over its texts."""
-        return sum(len(completion.token_ids) for completion in self.completions)
+        num = 0
+        for completion in self.completions:  # asked for every token: faster than a generator
+            num += len(completion.token_ids)
+        return num
 
     @property
     def is_finished(self) -> bool:
         """Whether all its texts have ended, or it has failed."""
-        return self.error is not None or None not in [completion.finish_reason for completion in self.completions]
+        for completion in self.completions:
+            if completion.finish_reason is None:
+                return self.error is not None
+        return True
 
     def push(self, index: int, event: TokenEvent) -> None:
         """Adds the next token to the text of that index, and takes the other results that the event carries."""
@@ -130,22 +136,38 @@ class GrowingAnswer:
             if completion.finish_reason is None:
                 completion.finish(reason)
 
-    def output(self) -> RequestOutput:
-        """Takes a snapshot; the deltas in it hold the text that is new since the previous snapshot.
+    def delta(self) -> RequestDelta:
+        """What is new since the last delta or output; captures are not part of it.
 
         Raises:
-          RequestFailedError: the answer failed, or its tokens cannot be turned into text.
+          RequestFailedError: as output.
         """
         if self.error is not None:
             raise RequestFailedError.caused_by(self.error)
         # is_finished is read before the tokens: if it is True, all tokens are there (see GrowingCompletion).
         is_finished, submission = self.is_finished, self.submission
         try:
+            deltas = [delta for completion in self.completions if (delta := completion.delta()) is not None]
+            found = self._read_prompt_logprobs()
+        except Exception as error:
+            raise self._failed(error) from error
+        known = submission.requests[0].known_token_ids
+        return RequestDelta(submission.prompt, known, found, self._num_cached_tokens, deltas, is_finished)
+
+    def output(self) -> RequestOutput:
+        """Takes a snapshot; the deltas in it hold the text that is new since the last delta or output.
+
+        Raises:
+          RequestFailedError: the answer failed, or its tokens cannot be turned into text.
+        """
+        if self.error is not None:
+            raise RequestFailedError.caused_by(self.error)
+        is_finished, submission = self.is_finished, self.submission  # read first, as in delta
+        try:
             outputs = self._with_captures_of_prompt([completion.output() for completion in self.completions])
             prompt_logprobs = self._read_prompt_logprobs()
         except Exception as error:
-            self.error = error
-            raise RequestFailedError.caused_by(error) from error
+            raise self._failed(error) from error
         return RequestOutput(
             request_id=self.request_id,
             prompt=submission.prompt,
@@ -161,6 +183,11 @@ class GrowingAnswer:
             provenance=self._provenance,
             weights_version=self._weights_version,
         )
+
+    def _failed(self, error: Exception) -> RequestFailedError:
+        """What to raise for an error by which the answer fails."""
+        self.error = error
+        return RequestFailedError.caused_by(error)
 
     def _with_captures_of_prompt(self, outputs: Sequence[CompletionOutput]) -> tuple[CompletionOutput, ...]:
         """The texts, with the prompt's captures, which the first one alone has, put in front of those of the others."""

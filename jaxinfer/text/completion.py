@@ -1,7 +1,7 @@
 """GrowingCompletion: one generated text while its tokens arrive.
 
-Owns: turning the tokens into text piece by piece, looking for stop strings, the state from which a CompletionOutput is
-made.
+Owns: turning the tokens into text piece by piece, looking for stop strings, the state from which CompletionDelta and
+CompletionOutput are made.
 Does not know: how prompts are prepared, the engine, devices.
 """
 
@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxinfer.captured_values import CapturedValues
-from jaxinfer.outputs import CompletionOutput, Logprob
+from jaxinfer.outputs import CompletionDelta, CompletionOutput, Logprob
 from jaxinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.tokenizer.detokenizer import IncrementalDetokenizer
@@ -135,11 +135,12 @@ class GrowingText:
 class GrowingCompletion:
     """One generated text of one prompt, written by one thread and read by another without a lock.
 
-    The writer calls push, complete and finish, the reader calls output. The lists are only appended to, and always in
-    this order: a token's log-probabilities, its text, its id, and after the last token finish_reason. The reader reads
-    in the opposite order: if it sees a token's id, the text and log-probabilities of that token are there already.
+    The writer calls push, complete and finish, the reader calls delta and output. The lists are only appended to, and
+    always in this order: a token's log-probabilities, its text, its id, and after the last token finish_reason. The
+    reader reads in the opposite order: if it sees a token's id, the text and log-probabilities of that token are there
+    already.
 
-    Each token is turned into text once: by the reader when it takes an output, or by the writer if the text must be
+    Each token is turned into text once: by the reader when it looks at it, or by the writer if the text must be
     searched for stop strings. Only the reader makes Logprob objects.
 
     Args:
@@ -171,9 +172,12 @@ class GrowingCompletion:
         self._found: list[TokenLogprobs] = []
         self._stop_reason: str | int | None = None
         self._score: float | None = None
-        # Only the reader uses these; they hold what its last snapshot contained.
-        self._text = ""
+        # Only the reader uses these; they say what it has seen.
+        self._num_seen = 0
         self._num_pieces = 0
+        self._seen_reason: FinishReason | None = None
+        self._text = ""
+        self._num_in_text = 0  # pieces that _text has
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
 
@@ -203,19 +207,31 @@ class GrowingCompletion:
             self._stop_reason = last
         self.finish_reason = reason
 
-    def output(self) -> CompletionOutput:
-        """Takes a snapshot; its delta is the text that is new since the previous snapshot."""
+    def delta(self) -> CompletionDelta | None:
+        """What is new since the last delta or output; None if nothing is."""
         reason = self.finish_reason  # read first: if it is set, all tokens are there
-        num_tokens = len(self.token_ids)
-        delta = self._read_text(num_tokens, has_ended=reason is not None)
+        start, end = self._num_seen, len(self.token_ids)
+        if start == end and reason == self._seen_reason:
+            return None
+        text = self._read_text(end, has_ended=reason is not None)
+        logprobs = None if self._params.logprobs is None else self._read_logprobs(start, end)
+        self._num_seen, self._seen_reason = end, reason
+        stop_reason = None if reason is None else self._stop_reason
+        return CompletionDelta(self._index, text, self.token_ids[start:end], logprobs, reason, stop_reason)
+
+    def output(self) -> CompletionOutput:
+        """Takes a snapshot; its delta is the text that is new since the last delta or output."""
+        delta, reason, num_tokens = self.delta(), self._seen_reason, self._num_seen
+        text = None
+        if self._growing_text is not None:
+            self._text += "".join(self._growing_text.pieces[self._num_in_text : self._num_pieces])
+            self._num_in_text, text = self._num_pieces, self._text
         wants_logprobs = self._params.logprobs is not None
-        if wants_logprobs:
-            self._read_logprobs(num_tokens)
         return CompletionOutput(
             index=self._index,
-            text=None if delta is None else self._text,
+            text=text,
             token_ids=tuple(self.token_ids)[:num_tokens],  # copied once unless the writer has added one meanwhile
-            delta=delta,
+            delta=None if text is None else (delta.text if delta is not None else ""),
             logprobs=tuple(self._logprobs) if wants_logprobs else None,
             cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,
             finish_reason=reason,
@@ -243,7 +259,7 @@ class GrowingCompletion:
         )
 
     def _read_text(self, num_tokens: int, *, has_ended: bool) -> str | None:
-        """Extends the snapshot's text to the first num_tokens tokens; returns what is new, None without a tokenizer."""
+        """Turns the first num_tokens tokens into text; returns what is new, None without a tokenizer."""
         text = self._growing_text
         if text is None:
             return None
@@ -251,17 +267,17 @@ class GrowingCompletion:
             text.push(token_id)
         if has_ended:
             text.finish()
-        end = len(text.pieces) if has_ended else num_tokens
-        delta = "".join(text.pieces[self._num_pieces : end])
-        self._text, self._num_pieces = self._text + delta, end
-        return delta
+        start, self._num_pieces = self._num_pieces, len(text.pieces) if has_ended else num_tokens
+        return "".join(text.pieces[start : self._num_pieces])
 
-    def _read_logprobs(self, num_tokens: int) -> None:
-        first = len(self._logprobs)
-        pairs = zip(self.token_ids[first:num_tokens], self._found[first:num_tokens], strict=True)
-        for token_id, found in pairs:
-            self._logprobs.append(as_logprobs(token_id, found, self._tokenizer))
+    def _read_logprobs(self, start: int, end: int) -> list[dict[int, Logprob]]:
+        """Log-probabilities of the tokens from start to end."""
+        pairs = zip(self.token_ids[start:end], self._found[start:end], strict=True)
+        new = [as_logprobs(*pair, self._tokenizer) for pair in pairs]
+        self._logprobs += new
+        for found in self._found[start:end]:
             self._cumulative_logprob += found.logprob
+        return new
 
 
 def as_logprobs(token_id: int, found: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

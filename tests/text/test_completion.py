@@ -68,7 +68,7 @@ class CountingTokenizer(ByteTokenizer):
 TEXT = "a text of some tokens, none of them the end" * 4
 
 
-def grown(tokenizer, *, reads, **fields):
+def grown(tokenizer, *, reads, read=GrowingCompletion.output, **fields):
     """A completion of TEXT's bytes, and what was read after the tokens whose numbers are in `reads`."""
     request = Request(request_id="a", prompt_token_ids=(97,), max_tokens=len(TEXT))
     completion = GrowingCompletion(
@@ -87,7 +87,7 @@ def grown(tokenizer, *, reads, **fields):
             )
         )
         if number in reads:
-            outputs.append(completion.output())
+            outputs.append(read(completion))
     return completion, outputs
 
 
@@ -107,6 +107,27 @@ def test_completion_read_often_or_late_is_the_same_and_converts_each_position_on
     assert often.num_named == late.num_named == 3 * len(TEXT)
     assert often.num_decoded == late.num_decoded
     assert all(len(output.logprobs) == len(output.token_ids) == i for i, output in enumerate(outputs, start=1))
+
+
+@pytest.mark.parametrize("stop", [None, "no such end", "of some tokens, none of them the end!"])
+@pytest.mark.parametrize("reads", [range(len(TEXT)), range(2, len(TEXT), 7), ()])
+def test_deltas_of_a_completion_add_up_to_its_output(reads, stop):
+    completion, deltas = grown(CountingTokenizer(), reads=reads, read=GrowingCompletion.delta, stop=stop, logprobs=2)
+    deltas += [delta] if (delta := completion.delta()) is not None else []
+    assert completion.delta() is None
+    output = completion.output()
+    assert output.delta == ""
+    assert "".join(delta.text for delta in deltas) == output.text == TEXT
+    assert (
+        [token_id for delta in deltas for token_id in delta.token_ids] == list(output.token_ids) == list(TEXT.encode())
+    )
+    assert [found for delta in deltas for found in delta.logprobs] == list(output.logprobs)
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+
+
+def test_delta_behind_an_output_has_only_what_is_new():
+    completion, (output,) = grown(CountingTokenizer(), reads=[9])
+    assert output.text + completion.delta().text == TEXT
 
 
 def test_completion_without_stop_strings_leaves_its_text_to_the_reader():

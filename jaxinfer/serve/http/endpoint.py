@@ -25,6 +25,7 @@ from jaxinfer.serve.http.metrics import Metrics
 from jaxinfer.serve.http.open_requests import OpenRequest, OpenRequests
 from jaxinfer.serve.http.report import Report
 from jaxinfer.serve.http.response import Response, encode_json
+from jaxinfer.serve.http.updates import Updates
 from jaxinfer.serve.interfaces.errors import SERVER_FAILED, WRONG_REQUEST, ErrorFacts, RefusedError, error_facts
 from jaxinfer.serve.interfaces.exchange import Exchange, Interface, Label, Lookup, Stream
 from jaxinfer.serve.served_model import ServedModel
@@ -161,7 +162,7 @@ class GenerationEndpoint(Endpoint):
         self.server.open_requests.count(request, sum(map(_num_samples, exchange.submissions)))
         if exchange.wants_stream:
             request.stream = exchange.stream()
-            await self._stream(exchange, request.stream, request.response, report)
+            await self._stream(exchange, request, request.stream, report)
         else:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self.server.llm.run(one)) for one in exchange.submissions]
@@ -171,25 +172,22 @@ class GenerationEndpoint(Endpoint):
             answer = await asyncio.to_thread(lambda: encode_json(exchange.answer(outputs)))
             await request.response.send_json(200, answer)
 
-    async def _stream(self, exchange: Exchange, stream: Stream, response: Response, report: Report) -> None:
-        if len(exchange.submissions) == 1:
-            await self._forward(exchange, 0, stream, response, report)
-        else:
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(len(exchange.submissions)):
-                    tasks.create_task(self._forward(exchange, number, stream, response, report))
+    async def _stream(self, exchange: Exchange, request: OpenRequest, stream: Stream, report: Report) -> None:
+        """Sends the answers while they grow, and a comment when they do not for a while."""
+        response, keep_alive = request.response, self.server.config.keep_alive
+        with Updates(self.server.llm.llm, exchange.submissions) as updates:
+            request.updates = updates
+            while updates.go_on:
+                deltas = await updates.next()
+                events = list(stream.opening()) if deltas and not report.has_begun else []
+                for number, delta in deltas:
+                    report.progress(number, delta)
+                    events += stream.progress(number, delta)
+                if events:
+                    await response.send_events(events)
+                elif response.quiet_seconds > keep_alive:
+                    await response.send_comment()
         await response.send_events(stream.closing(), is_last=True)
-
-    async def _forward(
-        self, exchange: Exchange, number: int, stream: Stream, response: Response, report: Report
-    ) -> None:
-        """Sends what one submission brings while it grows."""
-        async for output in self.server.llm.start(exchange.submissions[number]):
-            events = [*stream.opening()] if not report.has_begun else []
-            report.progress(number, output)
-            events += stream.progress(number, output)
-            if events:
-                await response.send_events(events)
 
 
 class LookupEndpoint(Endpoint):

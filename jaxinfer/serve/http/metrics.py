@@ -6,16 +6,17 @@ Does not know: how the engine counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from jaxinfer.api.llm import LLM
 from jaxinfer.engine.stats import EngineStats
+from jaxinfer.serve.http.histogram import Histogram
 from jaxinfer.serve.http.open_requests import OpenRequests
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -91,9 +92,11 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._own = CollectorRegistry()
 
-        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            full = Histogram(_OURS + name, text, ["model_name"], buckets=tuple(buckets), registry=self._own)
-            return full.labels(model_name)
+        histograms: list[Histogram] = []
+
+        def histogram(name: str, text: str, limits: Sequence[float]) -> Histogram:
+            histograms.append(Histogram(_OURS + name, text, limits, {"model_name": model_name}))
+            return histograms[-1]
 
         self.first_token = histogram(
             "time_to_first_token_seconds", "from a request's start to its first token", _SECONDS
@@ -112,7 +115,7 @@ class Metrics:
             _OURS + "http_answers", "answers by status and route", ["model_name", "route", "status"], registry=self._own
         )
         self._samples, self._answers, self._model_name = samples, answers, model_name
-        self._registry.register(_Engine(llm, self._own, open_requests, model_name=model_name))
+        self._registry.register(_Engine(llm, self._own, histograms, open_requests, model_name=model_name))
 
     def count_sample(self, finish_reason: str) -> None:
         """Counts a sample that has ended."""
@@ -130,8 +133,17 @@ class Metrics:
 class _Engine(Collector):
     """Reads the engine's numbers, and gives out all numbers under both names."""
 
-    def __init__(self, llm: LLM, own: CollectorRegistry, open_requests: OpenRequests, *, model_name: str):
-        self._llm, self._own, self._open, self._model_name = llm, own, open_requests, model_name
+    def __init__(
+        self,
+        llm: LLM,
+        own: CollectorRegistry,
+        histograms: Sequence[Histogram],
+        open_requests: OpenRequests,
+        *,
+        model_name: str,
+    ):
+        self._llm, self._own, self._histograms = llm, own, histograms
+        self._open, self._model_name = open_requests, model_name
 
     def collect(self) -> Iterator[Metric]:
         stats = self._llm.stats()
@@ -148,7 +160,7 @@ class _Engine(Collector):
         slots = GaugeMetricFamily(_OURS + "slots", "samples that can run at the same time", labels=["model_name"])
         slots.add_metric([self._model_name], self._llm.config.max_num_seqs * self._llm.config.data_parallel_size)
         yield slots
-        for family in self._own.collect():
+        for family in (*self._own.collect(), *(histogram.family() for histogram in self._histograms)):
             yield family
             vllms = _VLLMS_HISTOGRAMS.get(family.name.removeprefix(_OURS))
             if vllms is not None:

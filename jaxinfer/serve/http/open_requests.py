@@ -1,7 +1,7 @@
 """OpenRequests: the requests that are being answered.
 
-Owns: how many there may be, in all and of one client; comments on streams without news; and their end when the server
-stops.
+Owns: how many there may be, in all and of one client; waking streams that had no news for a while; and their end when
+the server stops.
 Does not know: what requests ask for.
 
 Everything here happens in one event loop.
@@ -16,6 +16,7 @@ from collections.abc import Generator
 
 from jaxinfer.serve.config import ServeConfig
 from jaxinfer.serve.http.response import Response
+from jaxinfer.serve.http.updates import Updates
 from jaxinfer.serve.interfaces.errors import RefusedError
 from jaxinfer.serve.interfaces.exchange import Stream
 
@@ -34,7 +35,9 @@ class OpenRequest:
         self.response = response
         self.num_samples = 1
         self.stream: Stream | None = None
-        """What makes events of its outputs; None unless its answer comes as a stream."""
+        """What makes events of its answers; None unless they come as a stream."""
+        self.updates: Updates | None = None
+        """What is new of these answers; None before they are started."""
         self.aborted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets an exception if the request must end early."""
 
@@ -155,16 +158,11 @@ class OpenRequests:
 
     async def _watch(self) -> None:
         """Looks at all streams now and then, for as long as there are any."""
-        loop = asyncio.get_running_loop()
-        comments: set[asyncio.Task[None]] = set()
         try:
             while self._open:
                 await asyncio.sleep(_TICK_SECONDS)
-                now = loop.time()
                 for request in self._open:
-                    if request.stream is not None and now - request.response.last_sent > self._config.keep_alive:
-                        comment = loop.create_task(request.response.send_comment())
-                        comments.add(comment)
-                        comment.add_done_callback(comments.discard)
+                    if request.updates is not None and request.response.quiet_seconds > self._config.keep_alive:
+                        request.updates.wake()
         finally:
             self._ticker = None

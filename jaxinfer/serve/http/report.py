@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from jaxinfer.outputs import RequestOutput
+from jaxinfer.outputs import RequestDelta, RequestOutput
 from jaxinfer.serve.http.metrics import Metrics
-from jaxinfer.serve.interfaces.exchange import num_new_tokens
+from jaxinfer.serve.interfaces.answered import Answered, TokenCount
 
 logger = logging.getLogger("jaxinfer.access")
 
@@ -62,7 +62,8 @@ class Report:
         self._start = time.monotonic()
         self._last: dict[int, float] = {}
         self._first_seconds: float | None = None
-        self._outputs: dict[int, RequestOutput] = {}
+        self._count = TokenCount()
+        self._reasons: dict[tuple[int, int], str] = {}
         self.error: str | None = None
         """What went wrong, in a word; None if nothing did."""
         self.model: str | None = None
@@ -73,54 +74,59 @@ class Report:
         """Whether a stream had an output."""
         return bool(self._last)
 
-    def progress(self, number: int, output: RequestOutput) -> None:
-        """Notes the next output of a stream's submission."""
+    def progress(self, number: int, delta: RequestDelta) -> None:
+        """Notes the next delta of a stream's answer."""
         now = time.monotonic()
         if not self._last:
-            self._first_seconds = now - self._start
-            self._metrics.first_token.observe(self._first_seconds)
+            self._note_first(now - self._start)
         elif number in self._last:
             self._metrics.between_tokens.observe(now - self._last[number])
         self._last[number] = now
-        self._outputs[number] = output
+        self._add(number, delta)
 
     def complete(self, outputs: Sequence[RequestOutput]) -> None:
         """Notes the outputs of a request that is no stream."""
-        self._outputs = dict(enumerate(outputs))
+        for number, output in enumerate(outputs):
+            self._add(number, output)
         times = [output.metrics.first_token_time for output in outputs if output.metrics.first_token_time is not None]
         if times:
-            self._first_seconds = min(times) - self._start
-            self._metrics.first_token.observe(max(self._first_seconds, 0.0))
+            self._note_first(max(min(times) - self._start, 0.0))
 
     def close(self, status: int) -> None:
         """Adds up the numbers and writes the line; 499 is the status of a client that has left."""
         seconds = time.monotonic() - self._start
-        outputs = list(self._outputs.values())
-        num_prompt, num_new = sum(len(output.prompt_token_ids) for output in outputs), num_new_tokens(outputs)
-        metrics = self._metrics
+        metrics, num_new = self._metrics, self._count.num_new
         metrics.count_answer(self._route, status)
-        if outputs:
+        if self._reasons:
             metrics.latency.observe(seconds)
-            metrics.prompt_tokens.observe(num_prompt)
+            metrics.prompt_tokens.observe(self._count.num_prompt)
             metrics.new_tokens.observe(num_new)
             if num_new > 1 and self._first_seconds is not None:
                 metrics.per_token.observe(max(seconds - self._first_seconds, 0.0) / (num_new - 1))
-        reasons = [completion.finish_reason or "abort" for output in outputs for completion in output.outputs]
-        for reason in reasons:
+        for reason in self._reasons.values():
             metrics.count_sample(reason)
         if self._is_logged:
-            self._write(status, seconds, num_prompt, num_new, reasons)
+            self._write(status, seconds)
 
-    def _write(self, status: int, seconds: float, num_prompt: int, num_new: int, reasons: Sequence[str]) -> None:
+    def _note_first(self, seconds: float) -> None:
+        self._first_seconds = seconds
+        self._metrics.first_token.observe(seconds)
+
+    def _add(self, number: int, answer: Answered) -> None:
+        self._count.add(number, answer)
+        for completion in answer.outputs:
+            self._reasons[number, completion.index] = completion.finish_reason or "abort"
+
+    def _write(self, status: int, seconds: float) -> None:
         line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "status": status}
         line |= self._about | {"seconds": round(seconds, 4)}
-        if self._outputs:
+        if self._reasons:
             line |= {
                 "model": self.model,
                 "stream": self.is_stream,
-                "prompt_tokens": num_prompt,
-                "generation_tokens": num_new,
-                "finish_reasons": reasons,
+                "prompt_tokens": self._count.num_prompt,
+                "generation_tokens": self._count.num_new,
+                "finish_reasons": list(self._reasons.values()),
             }
         if self._first_seconds is not None:
             line["first_token_seconds"] = round(self._first_seconds, 4)

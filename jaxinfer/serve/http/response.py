@@ -43,7 +43,7 @@ def encode_event(event: Event) -> bytes:
 
 
 class Response:
-    """Sends one answer; tasks that share it send one after the other.
+    """Sends one answer, for one task at a time.
 
     Args:
       send: of ASGI.
@@ -54,20 +54,22 @@ class Response:
         self._send = send
         name = request_id.encode("latin-1")
         self._request_id = ((b"x-request-id", name), (b"request-id", name))  # as OpenAI and Anthropic call it
-        self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.status: int | None = None
         """The status that was sent; None before."""
         self.is_stream = self.is_complete = False
-        self.last_sent = self._loop.time()
-        """When something was sent last, in seconds of the loop's clock."""
+        self._last_sent = self._loop.time()
+
+    @property
+    def quiet_seconds(self) -> float:
+        """How long nothing was sent."""
+        return self._loop.time() - self._last_sent
 
     async def send_json(self, status: int, content: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Sends an answer in one piece, which is JSON already."""
         about = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-        async with self._lock:
-            await self._start(status, [*about, *headers])
-            await self._send_body(content, more_body=False)
+        await self._start(status, [*about, *headers])
+        await self._send_body(content, more_body=False)
 
     async def send_events(self, events: Iterable[Event], *, is_last: bool = False) -> None:
         """Sends events of a stream, which begins with the first of them.
@@ -80,16 +82,14 @@ class Response:
 
     async def send_comment(self) -> None:
         """Sends what clients ignore, so that nobody takes the connection for dead."""
-        if not (self.is_complete or self._lock.locked()):
-            await self._send_stream(b": keep-alive\n\n", is_last=False)
+        await self._send_stream(b": keep-alive\n\n", is_last=False)
 
     async def _send_stream(self, content: bytes, *, is_last: bool) -> None:
-        async with self._lock:
-            if not self.is_stream:
-                self.is_stream = True
-                await self._start(200, _STREAM_HEADERS)
-            if content or is_last:
-                await self._send_body(content, more_body=not is_last)
+        if not self.is_stream:
+            self.is_stream = True
+            await self._start(200, _STREAM_HEADERS)
+        if content or is_last:
+            await self._send_body(content, more_body=not is_last)
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
@@ -98,4 +98,4 @@ class Response:
     async def _send_body(self, content: bytes, *, more_body: bool) -> None:
         self.is_complete = not more_body
         await self._send({"type": "http.response.body", "body": content, "more_body": more_body})
-        self.last_sent = self._loop.time()
+        self._last_sent = self._loop.time()

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict
 
-from jaxinfer.outputs import RequestOutput
+from jaxinfer.outputs import CompletionDelta, RequestDelta, RequestOutput
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.serve.interfaces.answered import TokenCount
 from jaxinfer.serve.interfaces.body import Fields
 from jaxinfer.serve.interfaces.chat import effort_variables
 from jaxinfer.serve.interfaces.errors import ErrorFacts, anthropic_error
-from jaxinfer.serve.interfaces.exchange import Event, Interface, Label, Lookup, num_new_tokens
+from jaxinfer.serve.interfaces.exchange import Event, Interface, Label, Lookup
 from jaxinfer.serve.interfaces.turn import PreparedTurn, ToolUse, Turn, WholeReply
 from jaxinfer.serve.replies.parts import Content, Part, Reasoning, ToolCall
 from jaxinfer.serve.served_model import ServedModel
@@ -112,7 +113,7 @@ class MessageExchange:
             blocks.append(_EMPTY_TEXT | {"text": reply.content})
         for number, call in enumerate(reply.calls):
             blocks.append(self.tool_use(call, number) | {"input": json.loads(call.arguments)})
-        return self.message(outputs[0]) | {
+        return self.message(TokenCount.of(outputs)) | {
             "content": blocks,
             **_ending(completion.finish_reason, completion.stop_reason, num_calls=len(reply.calls)),
         }
@@ -121,7 +122,7 @@ class MessageExchange:
         """See Exchange."""
         return MessageStream(self)
 
-    def message(self, output: RequestOutput) -> dict[str, Any]:
+    def message(self, count: TokenCount) -> dict[str, Any]:
         """The answer without content."""
         return {
             "id": f"msg_{self.label.name}",
@@ -133,7 +134,7 @@ class MessageExchange:
             "stop_sequence": None,
             "stop_details": None,
             "container": None,
-            "usage": _usage(output),
+            "usage": _usage(count),
         }
 
     def tool_use(self, call: ToolCall, number: int) -> dict[str, Any]:
@@ -156,31 +157,32 @@ class MessageStream:
         self._open: type[Part] | None = None
         """The kind of the block that grows."""
         self._has_begun = False
-        self._output: RequestOutput | None = None
+        self._count = TokenCount()
+        self._newest: CompletionDelta | None = None
 
     def opening(self) -> Iterator[Event]:
         """See Stream. The first event has the prompt's tokens, so it waits for an output."""
         yield from ()
 
-    def progress(self, number: int, output: RequestOutput) -> Iterator[Event]:
+    def progress(self, number: int, delta: RequestDelta) -> Iterator[Event]:
         """See Stream."""
-        self._output = output
+        self._count.add(number, delta)
         if not self._has_begun:
             self._has_begun = True
-            message = self._exchange.message(output)
+            message = self._exchange.message(self._count)
             message["usage"] |= {"output_tokens": 0}
             yield _event("message_start", message=message)
-        completion = output.outputs[0]
-        for part in self._reply.feed(completion.delta or "", completion.finish_reason):
-            yield from self._block(part)
+        for completion in delta.outputs:
+            self._newest = completion
+            for part in self._reply.feed(completion.text or "", completion.finish_reason):
+                yield from self._block(part)
 
     def closing(self) -> Iterator[Event]:
         """See Stream."""
         yield from self._close_block()
-        if self._output is not None:
-            completion = self._output.outputs[0]
-            ending = _ending(completion.finish_reason, completion.stop_reason, num_calls=self._num_calls)
-            yield _event("message_delta", delta=ending, usage=_usage(self._output))
+        if self._newest is not None:
+            ending = _ending(self._newest.finish_reason, self._newest.stop_reason, num_calls=self._num_calls)
+            yield _event("message_delta", delta=ending, usage=_usage(self._count))
         yield _event("message_stop")
 
     def failure(self, facts: ErrorFacts) -> Iterator[Event]:
@@ -371,12 +373,11 @@ def _ending(finish_reason: str | None, stop: str | int | None, *, num_calls: int
     return {"stop_reason": "max_tokens" if finish_reason == "length" else "end_turn", "stop_sequence": None}
 
 
-def _usage(output: RequestOutput) -> dict[str, Any]:
-    cached = output.num_cached_tokens
+def _usage(count: TokenCount) -> dict[str, Any]:
     return {
-        "input_tokens": len(output.prompt_token_ids) - cached,
-        "output_tokens": num_new_tokens([output]),
-        "cache_read_input_tokens": cached,
+        "input_tokens": count.num_prompt - count.num_cached,
+        "output_tokens": count.num_new,
+        "cache_read_input_tokens": count.num_cached,
         "cache_creation_input_tokens": 0,
         **dict.fromkeys(_UNKNOWN_USAGE),
     }

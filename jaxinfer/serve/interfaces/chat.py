@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict
 
-from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.serve.interfaces.answered import Completed, TokenCount, Untold
 from jaxinfer.serve.interfaces.body import Fields
 from jaxinfer.serve.interfaces.errors import openai_error
 from jaxinfer.serve.interfaces.exchange import DONE, Event, Interface, Label
@@ -169,7 +170,7 @@ class ChatExchange:
         """See Exchange."""
         (output,) = outputs
         choices = [self._choice(output, completion) for completion in output.outputs]
-        body = self.head("chat.completion") | {"choices": choices, "usage": usage(outputs)}
+        body = self.head("chat.completion") | {"choices": choices, "usage": usage(TokenCount.of(outputs))}
         if output.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         return body
@@ -201,12 +202,10 @@ class ChatExchange:
             "function": {"name": call.name, "arguments": call.arguments},
         }
 
-    def logprobs(self, completion: CompletionOutput, start: int = 0) -> dict[str, Any] | None:
-        """The log-probabilities of a choice's tokens from one on."""
+    def logprobs(self, completion: Completed) -> dict[str, Any] | None:
+        """The log-probabilities of a choice's tokens."""
         num_top = self.request.turn.params.logprobs or 0
-        return chat_logprobs(
-            self.names, completion, num_top=num_top, start=start, as_ids=self.request.manner.ids.as_ids
-        )
+        return chat_logprobs(self.names, completion, num_top=num_top, as_ids=self.request.manner.ids.as_ids)
 
     def _choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         reply = WholeReply.of(self.prepared.new_reply(), completion.text or "", completion.finish_reason)
@@ -238,41 +237,40 @@ class ChatStream(OpenAIStream):
         self._exchange = exchange
         self._head = exchange.head("chat.completion.chunk")
         self._replies = [exchange.prepared.new_reply() for _ in range(num)]
-        self._has_ended = [False] * num
-        self._num_told = [0] * num  # tokens of which the client knows log-probabilities and ids
+        self._untold = [Untold() for _ in range(num)]
         self._brings_tokens = exchange.request.turn.params.logprobs is not None or exchange.request.manner.ids != Ids()
-        self._outputs: list[RequestOutput] = []  # the newest one
+        self._count = TokenCount()
 
     def opening(self) -> Iterator[Event]:
         """See Stream."""
         for index in range(len(self._replies)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
-    def progress(self, number: int, output: RequestOutput) -> Iterator[Event]:
+    def progress(self, number: int, delta: RequestDelta) -> Iterator[Event]:
         """See Stream."""
-        self._outputs = [output]
-        for completion in output.outputs:
-            if not self._has_ended[completion.index]:
-                yield from self._grow(output, completion)
+        self._count.add(number, delta)
+        for completion in delta.outputs:
+            yield from self._grow(delta, completion)
 
     def closing(self) -> Iterator[Event]:
         """See Stream."""
-        yield from self._exchange.request.manner.usage_chunks(self._head, self._outputs)
+        yield from self._exchange.request.manner.usage_chunks(self._head, self._count)
         yield Event(DONE)
 
-    def _grow(self, output: RequestOutput, completion: CompletionOutput) -> Iterator[Event]:
+    def _grow(self, answer: RequestDelta, completion: CompletionDelta) -> Iterator[Event]:
         index, reason = completion.index, completion.finish_reason
+        if self._brings_tokens:
+            self._untold[index].add(completion)
         reply = self._replies[index]
         num_calls = reply.num_calls
-        for part in reply.feed(completion.delta or "", reason):
+        for part in reply.feed(completion.text or "", reason):
             delta = self._delta(part, index=index, number=num_calls)
             num_calls += isinstance(part, ToolCall)
             if delta is not None:
-                yield self._chunk(index, delta, **self._tokens(output, completion))
+                yield self._chunk(index, delta, **self._tokens(answer, completion))
         if reason is not None:
-            self._has_ended[index] = True
             finish = self._exchange.finish_reason(reason, num_calls=reply.num_calls)
-            more = {"stop_reason": completion.stop_reason, **self._tokens(output, completion)}
+            more = {"stop_reason": completion.stop_reason, **self._tokens(answer, completion)}
             yield self._chunk(index, {}, finish_reason=finish, **more)
 
     def _delta(self, part: Part, *, index: int, number: int) -> dict[str, Any] | None:
@@ -283,20 +281,21 @@ class ChatStream(OpenAIStream):
             return {"reasoning": part.text, "reasoning_content": part.text} if told else None
         return {"tool_calls": [{"index": number, **self._exchange.tool_call(part, index=index, number=number)}]}
 
-    def _tokens(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    def _tokens(self, answer: RequestDelta, completion: CompletionDelta) -> dict[str, Any]:
         """What a chunk says about the tokens that no chunk has spoken of yet."""
-        start, end = self._num_told[completion.index], len(completion.token_ids)
-        if not self._brings_tokens or start == end:
+        untold = self._untold[completion.index]
+        is_first = not untold.has_told
+        told = untold.take(completion)
+        if told is None:
             return {}
-        self._num_told[completion.index] = end
-        fields: dict[str, Any] = {"logprobs": self._exchange.logprobs(completion, start)}
-        if start == 0 and output.prompt_logprobs is not None:
-            fields["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
-        return fields | self._exchange.request.manner.ids.of_choice(output, completion, start)
+        fields: dict[str, Any] = {"logprobs": self._exchange.logprobs(told)}
+        if is_first and answer.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = prompt_logprobs(answer.prompt_logprobs)
+        return fields | self._exchange.request.manner.ids.of_choice(answer, told, is_first=is_first)
 
     def _chunk(self, index: int, delta: Mapping[str, Any], **choice: Any) -> Event:
         one = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | choice
-        return Event({**self._head, "choices": [one], **self._exchange.request.manner.usage_of_chunk(self._outputs)})
+        return Event({**self._head, "choices": [one], **self._exchange.request.manner.usage_of_chunk(self._count)})
 
 
 def effort_variables(effort: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from jaxinfer.outputs import RequestOutput
+from jaxinfer.outputs import RequestDelta, RequestOutput
 from jaxinfer.serve.interfaces.errors import ErrorFacts
 from jaxinfer.serve.served_model import ServedModel
 from jaxinfer.text.preparation import Submission
@@ -49,18 +49,18 @@ class Label:
 
 
 class Stream(Protocol):
-    """Turns the outputs of one request into events while they grow."""
+    """Turns the answers to one request into events while they grow."""
 
     def opening(self) -> Iterable[Event]:
         """The events before all others."""
         ...
 
-    def progress(self, number: int, output: RequestOutput) -> Iterable[Event]:
-        """The events that the next output of a submission brings.
+    def progress(self, number: int, delta: RequestDelta) -> Iterable[Event]:
+        """The events that the next delta of an answer brings.
 
         Args:
-          number: which submission.
-          output: has all its text so far, and in `delta` what is new.
+          number: of its submission.
+          delta: what is new.
         """
         ...
 
@@ -132,8 +132,3 @@ class Lookup:
     bodies: tuple[type, ...]
     answer: Callable[[ServedModel, Mapping[str, Any]], Mapping[str, Any]]
     error: Callable[[ErrorFacts], Mapping[str, Any]]
-
-
-def num_new_tokens(outputs: Sequence[RequestOutput]) -> int:
-    """The tokens that were generated in all."""
-    return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)

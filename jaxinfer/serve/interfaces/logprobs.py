@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jaxinfer.outputs import CompletionOutput, Logprob
+from jaxinfer.outputs import Logprob
+from jaxinfer.serve.interfaces.answered import Completed
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 from jaxinfer.tokenizer.vocabulary import token_bytes
 
@@ -51,15 +52,14 @@ class TokenNames:
 
 
 def chat_logprobs(
-    names: TokenNames, completion: CompletionOutput, *, num_top: int, start: int = 0, as_ids: bool = False
+    names: TokenNames, completion: Completed, *, num_top: int, as_ids: bool = False
 ) -> dict[str, Any] | None:
     """The "logprobs" of a chat completion's choice; None if they were not asked for.
 
     Args:
       names: shows tokens.
-      completion: the text.
+      completion: the text, or what is new of it.
       num_top: how many of the most likely tokens to show at each position.
-      start: leaves out the tokens before this one.
       as_ids: shows tokens by their ids.
     """
     if completion.logprobs is None:
@@ -73,7 +73,7 @@ def chat_logprobs(
         }
 
     content = []
-    for token_id, found in zip(completion.token_ids[start:], completion.logprobs[start:], strict=True):
+    for token_id, found in zip(completion.token_ids, completion.logprobs, strict=True):
         top = [entry(other, found) for other in _best_first(found) if found[other].rank <= num_top]
         content.append(entry(token_id, found) | {"top_logprobs": top})
     return {"content": content, "refusal": None}

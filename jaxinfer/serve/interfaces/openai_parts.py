@@ -6,14 +6,14 @@ Does not know: messages, prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Required, TypedDict
 
-from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.serve.interfaces.answered import Answered, Completed, TokenCount
 from jaxinfer.serve.interfaces.body import Fields, StreamOptions
 from jaxinfer.serve.interfaces.errors import ErrorFacts, openai_error
-from jaxinfer.serve.interfaces.exchange import Event, num_new_tokens
+from jaxinfer.serve.interfaces.exchange import Event
 from jaxinfer.serve.served_model import ServedModel
 
 
@@ -85,23 +85,22 @@ class Ids:
             as_megatron=as_megatron,
         )
 
-    def of_choice(self, output: RequestOutput, completion: CompletionOutput, start: int = 0) -> dict[str, Any]:
+    def of_choice(self, answer: Answered, completion: Completed, *, is_first: bool = True) -> dict[str, Any]:
         """The fields of a choice.
 
         Args:
-          output: the answer's.
-          completion: the choice's text.
-          start: leaves out the tokens before this one; the prompt's come with the first.
+          answer: to which it belongs.
+          completion: the choice's text, or what is new of it.
+          is_first: whether nothing was told of the choice before; the prompt's tokens come first.
         """
         if not (self.with_ids or self.as_megatron):
             return {}
-        fields: dict[str, Any] = {} if start else {"prompt_token_ids": output.prompt_token_ids}
-        token_ids = completion.token_ids[start:]
+        fields: dict[str, Any] = {"prompt_token_ids": answer.prompt_token_ids} if is_first else {}
         if self.with_ids:
-            fields["token_ids"] = token_ids
+            fields["token_ids"] = completion.token_ids
         if self.as_megatron:
-            chosen = zip(token_ids, (completion.logprobs or ())[start:], strict=False)
-            fields["generation_token_ids"] = token_ids
+            chosen = zip(completion.token_ids, completion.logprobs or (), strict=False)
+            fields["generation_token_ids"] = completion.token_ids
             fields["generation_log_probs"] = [found[token_id].logprob for token_id, found in chosen]
         return fields
 
@@ -136,16 +135,16 @@ class Manner:
         options = StreamOptions.take(fields, stream=stream)
         return cls(wants_stream=stream, options=options, ids=Ids.take(fields, as_megatron=as_megatron))
 
-    def usage_of_chunk(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    def usage_of_chunk(self, count: TokenCount) -> dict[str, Any]:
         """The field "usage" of a chunk that is not the last; none if it was not asked for."""
-        if self.options.continuous_usage_stats and outputs:
-            return {"usage": usage(outputs)}
+        if self.options.continuous_usage_stats and count.num_prompt:
+            return {"usage": usage(count)}
         return {"usage": None} if self.options.include_usage else {}
 
-    def usage_chunks(self, head: Mapping[str, Any], outputs: Sequence[RequestOutput]) -> Iterator[Event]:
+    def usage_chunks(self, head: Mapping[str, Any], count: TokenCount) -> Iterator[Event]:
         """The last chunk of a stream, with the numbers of tokens, if it was asked for."""
         if self.options.include_usage:
-            yield Event({**head, "choices": [], "usage": usage(outputs)})
+            yield Event({**head, "choices": [], "usage": usage(count)})
 
 
 def asked_model(served: ServedModel, body: Mapping[str, Any], *, as_megatron: bool) -> str | None:
@@ -166,13 +165,11 @@ class OpenAIStream:
         yield Event(openai_error(facts))
 
 
-def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def usage(count: TokenCount) -> dict[str, Any]:
     """The tokens of an answer."""
-    num_prompt, num_new = sum(len(output.prompt_token_ids) for output in outputs), num_new_tokens(outputs)
-    cached = sum(output.num_cached_tokens for output in outputs)
     return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_new,
-        "total_tokens": num_prompt + num_new,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": count.num_prompt,
+        "completion_tokens": count.num_new,
+        "total_tokens": count.num_prompt + count.num_new,
+        "prompt_tokens_details": {"cached_tokens": count.num_cached},
     }

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.outputs import CompletionDelta, RequestDelta, RequestOutput
+from jaxinfer.request import FinishReason
+from jaxinfer.serve.interfaces.answered import Completed, TokenCount, Untold
 from jaxinfer.serve.interfaces.errors import ErrorFacts, openai_error
-from jaxinfer.serve.interfaces.exchange import Event, Label, num_new_tokens
+from jaxinfer.serve.interfaces.exchange import Event, Label
 from jaxinfer.serve.interfaces.logprobs import TokenNames, chat_logprobs
 from jaxinfer.serve.interfaces.turn import PreparedTurn
 from jaxinfer.serve.replies.parts import Content, Part, Reasoning, ToolCall
@@ -47,8 +49,7 @@ class ResponseExchange:
 
     def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See Exchange."""
-        output = outputs[0]
-        completion = output.outputs[0]
+        completion = outputs[0].outputs[0]
         items = ResponseItems(self)
         reply = self.prepared.new_reply()
         # A whole text does not tell whose its tokens are, so a message has the log-probabilities of all of them.
@@ -59,15 +60,16 @@ class ResponseExchange:
             items.add(part)
         if items.items:
             items.close(logprobs, is_cut_off=completion.finish_reason != "stop")
-        return self.response(items.items, output)
+        return self.response(items.items, completion.finish_reason, TokenCount.of(outputs))
 
     def stream(self) -> ResponseStream:
         """See Exchange."""
         return ResponseStream(self)
 
-    def response(self, items: Sequence[Mapping[str, Any]], output: RequestOutput | None) -> dict[str, Any]:
-        """The response with some items; without an output it is in progress."""
-        reason = None if output is None else output.outputs[0].finish_reason
+    def response(
+        self, items: Sequence[Mapping[str, Any]], reason: FinishReason | None, count: TokenCount
+    ) -> dict[str, Any]:
+        """The response with some items; without a reason for its end it is in progress."""
         is_whole = reason == "stop"
         status = "in_progress" if reason is None else "completed" if is_whole else "incomplete"
         incomplete = {"reason": "max_output_tokens" if reason == "length" else "content_filter"}
@@ -81,14 +83,13 @@ class ResponseExchange:
             "incomplete_details": incomplete if status == "incomplete" else None,
             **self.settings,
             "output": list(items),
-            "usage": None if output is None or reason is None else _usage(output),
+            "usage": None if reason is None else _usage(count),
         }
 
-    def logprobs(self, completion: CompletionOutput, start: int = 0) -> list[dict[str, Any]]:
-        """The log-probabilities of the tokens from one on."""
-        if self.num_top is None:
-            return []
-        return (chat_logprobs(self.names, completion, num_top=self.num_top, start=start) or {"content": []})["content"]
+    def logprobs(self, completion: Completed) -> list[dict[str, Any]]:
+        """The log-probabilities of a text's tokens."""
+        found = None if self.num_top is None else chat_logprobs(self.names, completion, num_top=self.num_top)
+        return [] if found is None else found["content"]
 
 
 @dataclass(slots=True)
@@ -167,43 +168,49 @@ class ResponseStream:
         self._exchange = exchange
         self._reply = exchange.prepared.new_reply()
         self._items = ResponseItems(exchange)
-        self._number = self._num_told = 0
+        self._number = 0
+        self._untold = Untold()
         self._logprobs: list[dict[str, Any]] = []  # of the item that grows
         self._is_open = False
-        self._output: RequestOutput | None = None
+        self._count = TokenCount()
+        self._reason: FinishReason | None = None
 
     def opening(self) -> Iterator[Event]:
         """See Stream."""
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=self._exchange.response([], None))
+            yield self._event(kind, response=self._exchange.response([], None, self._count))
 
-    def progress(self, number: int, output: RequestOutput) -> Iterator[Event]:
+    def progress(self, number: int, delta: RequestDelta) -> Iterator[Event]:
         """See Stream."""
-        self._output = output
-        completion = output.outputs[0]
-        for part in self._reply.feed(completion.delta or "", completion.finish_reason):
+        self._count.add(number, delta)
+        for completion in delta.outputs:
+            self._reason = completion.finish_reason
+            self._untold.add(completion)
+            yield from self._grow(completion)
+
+    def _grow(self, completion: CompletionDelta) -> Iterator[Event]:
+        for part in self._reply.feed(completion.text or "", completion.finish_reason):
             if self._items.opens_new(part):
                 yield from self._close_item()
                 item = self._items.add(part)
                 yield from self._open_item(item)
             else:
                 item = self._items.add(part)
-            yield from self._grow(item, part, completion)
+            yield from self._grow_item(item, part, completion)
 
     def closing(self) -> Iterator[Event]:
         """See Stream."""
-        if self._output is None:
+        if self._reason is None:
             return
-        completion = self._output.outputs[0]
-        yield from self._close_item(is_cut_off=completion.finish_reason != "stop")
-        response = self._exchange.response(self._items.items, self._output)
+        yield from self._close_item(is_cut_off=self._reason != "stop")
+        response = self._exchange.response(self._items.items, self._reason, self._count)
         yield self._event(f"response.{response['status']}", response=response)
 
     def failure(self, facts: ErrorFacts) -> Iterator[Event]:
         """See Stream."""
         error = openai_error(facts)["error"]
         yield self._event("error", message=facts.message, code=facts.code, param=facts.param)
-        response = self._exchange.response(self._items.items, None)
+        response = self._exchange.response(self._items.items, None, self._count)
         failed = {"status": "failed", "error": {"code": facts.code or error["type"], "message": facts.message}}
         yield self._event("response.failed", response=response | failed)
 
@@ -216,8 +223,8 @@ class ResponseStream:
         yield self._of_item("response.output_item.added", item=item | {"content": []})
         yield self._of_item("response.content_part.added", item_id=item["id"], content_index=0, part=part)
 
-    def _grow(self, item: Mapping[str, Any], part: Part, completion: CompletionOutput) -> Iterator[Event]:
-        start, self._num_told = self._num_told, len(completion.token_ids)
+    def _grow_item(self, item: Mapping[str, Any], part: Part, completion: CompletionDelta) -> Iterator[Event]:
+        told = self._untold.take(completion)
         if isinstance(part, ToolCall):
             about = {"item_id": item["id"]}
             yield self._of_item("response.function_call_arguments.delta", **about, delta=part.arguments)
@@ -228,7 +235,7 @@ class ResponseStream:
         if isinstance(part, Reasoning):
             yield self._of_item("response.reasoning_text.delta", **about)
             return
-        logprobs = self._exchange.logprobs(completion, start)
+        logprobs = [] if told is None else self._exchange.logprobs(told)
         self._logprobs += logprobs
         yield self._of_item("response.output_text.delta", **about, logprobs=logprobs)
 
@@ -255,12 +262,11 @@ class ResponseStream:
         return Event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
 
 
-def _usage(output: RequestOutput) -> dict[str, Any]:
-    num_prompt, num_new = len(output.prompt_token_ids), num_new_tokens([output])
+def _usage(count: TokenCount) -> dict[str, Any]:
     return {
-        "input_tokens": num_prompt,
-        "input_tokens_details": {"cached_tokens": output.num_cached_tokens},
-        "output_tokens": num_new,
+        "input_tokens": count.num_prompt,
+        "input_tokens_details": {"cached_tokens": count.num_cached},
+        "output_tokens": count.num_new,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": num_prompt + num_new,
+        "total_tokens": count.num_prompt + count.num_new,
     }

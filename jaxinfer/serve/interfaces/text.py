@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict
 
-from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.outputs import RequestDelta, RequestOutput
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.serve.interfaces.answered import Answered, Completed, TokenCount
 from jaxinfer.serve.interfaces.body import Fields
 from jaxinfer.serve.interfaces.errors import openai_error
 from jaxinfer.serve.interfaces.exchange import DONE, Event, Interface, Label
@@ -144,11 +145,11 @@ class TextExchange:
     def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See Exchange."""
         choices = [
-            self.choice(number, output, completion, text=completion.text or "", told=Told())
+            self.choice(number, output, completion, Told())
             for number, output in enumerate(outputs)
             for completion in output.outputs
         ]
-        return self.head() | {"choices": choices, "usage": usage(outputs)}
+        return self.head() | {"choices": choices, "usage": usage(TokenCount.of(outputs))}
 
     def stream(self) -> TextStream:
         """See Exchange."""
@@ -163,47 +164,43 @@ class TextExchange:
             "model": self.model,
         }
 
-    def choice(
-        self, number: int, output: RequestOutput, completion: CompletionOutput, *, text: str, told: Told
-    ) -> dict[str, Any]:
+    def choice(self, number: int, answer: Answered, completion: Completed, told: Told) -> dict[str, Any]:
         """A choice of an answer or chunk.
 
         Args:
           number: of the prompt.
-          output, completion: what was generated.
-          text: the part of the text to show.
+          answer, completion: what was generated, or what is new of it.
           told: what earlier chunks have shown, which is brought up to date.
         """
         request = self.request
         is_first, told.has_begun = not told.has_begun, True
-        echoed = self._prompt_text(output) if request.echo and is_first else ""
+        echoed = self._prompt_text(answer) if request.echo and is_first else ""
         choice = {
             "index": number * request.params.n + completion.index,
-            "text": echoed + text,
-            "logprobs": self._logprobs(output, completion, told, echoed, is_first),
+            "text": echoed + (completion.text or ""),
+            "logprobs": self._logprobs(answer, completion, told, echoed, is_first),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
-            **request.manner.ids.of_choice(output, completion, told.num_tokens),
+            **request.manner.ids.of_choice(answer, completion, is_first=is_first),
         }
         if request.shows_prompt_logprobs and is_first:
-            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
-        told.num_tokens = len(completion.token_ids)
+            choice["prompt_logprobs"] = prompt_logprobs(answer.prompt_logprobs)
         return choice
 
-    def _prompt_text(self, output: RequestOutput) -> str:
+    def _prompt_text(self, answer: Answered) -> str:
         tokenizer = self.served.llm.tokenizer
-        if output.prompt is not None or tokenizer is None:
-            return output.prompt or ""
-        return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=self.request.params.skip_special_tokens)
+        if answer.prompt is not None or tokenizer is None:
+            return answer.prompt or ""
+        return tokenizer.decode(answer.prompt_token_ids, skip_special_tokens=self.request.params.skip_special_tokens)
 
     def _logprobs(
-        self, output: RequestOutput, completion: CompletionOutput, told: Told, echoed: str, is_first: bool
+        self, answer: Answered, completion: Completed, told: Told, echoed: str, is_first: bool
     ) -> dict[str, Any] | None:
         if completion.logprobs is None:
             return None
-        token_ids, found = completion.token_ids[told.num_tokens :], completion.logprobs[told.num_tokens :]
-        if is_first and self.request.echo and output.prompt_logprobs is not None:
-            token_ids, found = output.prompt_token_ids + token_ids, output.prompt_logprobs + found
+        token_ids, found = [*completion.token_ids], [*completion.logprobs]
+        if is_first and self.request.echo and answer.prompt_logprobs is not None:
+            token_ids, found = [*answer.prompt_token_ids, *token_ids], [*answer.prompt_logprobs, *found]
         else:
             told.num_characters += len(echoed)
         shown = text_logprobs(
@@ -223,12 +220,10 @@ class Told:
     """What earlier chunks of a choice have shown.
 
     Args:
-      num_tokens: tokens of the output.
       num_characters: characters of all tokens, which is where the next one begins.
       has_begun: whether there was a chunk.
     """
 
-    num_tokens: int = 0
     num_characters: int = 0
     has_begun: bool = False
 
@@ -245,31 +240,23 @@ class TextStream(OpenAIStream):
         self._head = exchange.head()
         num = exchange.request.params.n
         self._told = [[Told() for _ in range(num)] for _ in exchange.submissions]
-        self._has_ended = [[False] * num for _ in exchange.submissions]
-        self._outputs: dict[int, RequestOutput] = {}
+        self._count = TokenCount()
 
     def opening(self) -> Iterator[Event]:
         """See Stream."""
         yield from ()
 
-    def progress(self, number: int, output: RequestOutput) -> Iterator[Event]:
+    def progress(self, number: int, delta: RequestDelta) -> Iterator[Event]:
         """See Stream."""
-        self._outputs[number] = output
-        manner = self._exchange.request.manner
-        for completion in output.outputs:
-            told, has_ended = self._told[number][completion.index], self._has_ended[number]
-            is_new = len(completion.token_ids) > told.num_tokens or completion.finish_reason is not None
-            if has_ended[completion.index] or not is_new:
-                continue
-            has_ended[completion.index] = completion.finish_reason is not None
-            chunk = self._head | {
-                "choices": [self._exchange.choice(number, output, completion, text=completion.delta or "", told=told)]
-            }
-            yield Event(chunk | manner.usage_of_chunk([output]))
+        self._count.add(number, delta)
+        for completion in delta.outputs:
+            choice = self._exchange.choice(number, delta, completion, self._told[number][completion.index])
+            more = self._exchange.request.manner.usage_of_chunk(self._count)
+            yield Event({**self._head, "choices": [choice], **more})
 
     def closing(self) -> Iterator[Event]:
         """See Stream."""
-        yield from self._exchange.request.manner.usage_chunks(self._head, list(self._outputs.values()))
+        yield from self._exchange.request.manner.usage_chunks(self._head, self._count)
         yield Event(DONE)
 
 

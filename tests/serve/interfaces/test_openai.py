@@ -6,6 +6,7 @@ import pytest
 from handmade_outputs import make_output
 
 from jaxinfer import SamplingParams
+from jaxinfer.outputs import CompletionDelta, RequestDelta
 from jaxinfer.request import RequestTooLongError
 from jaxinfer.serve.config import ServeConfig
 from jaxinfer.serve.interfaces.chat import ChatExchange, ChatRequest
@@ -231,18 +232,12 @@ def test_text_choices_are_counted_through_all_prompts():
     assert [choice["index"] for choice in exchange.answer([two, two])["choices"]] == [0, 1, 2, 3]
 
 
-def grown(text, delta, num_tokens, reason=None):
-    """An output on its way."""
-    whole = make_output().outputs[0]
-    completion = dataclasses.replace(
-        whole,
-        text=text,
-        delta=delta,
-        token_ids=whole.token_ids[:num_tokens],
-        logprobs=whole.logprobs[:num_tokens],
-        finish_reason=reason,
-    )
-    return make_output(outputs=(completion,), finished=reason is not None)
+def grown(text, start, end, reason=None):
+    """What is new with the tokens from start to end."""
+    whole = make_output()
+    one = whole.outputs[0]
+    new = CompletionDelta(0, text, one.token_ids[start:end], one.logprobs[start:end], reason, None)
+    return RequestDelta(whole.prompt, whole.prompt_token_ids, None, 1, [new], reason is not None)
 
 
 def test_chat_stream_has_a_role_deltas_a_reason_and_a_count():
@@ -250,8 +245,8 @@ def test_chat_stream_has_a_role_deltas_a_reason_and_a_count():
     stream = chat_exchange(body).stream()
     events = [
         *stream.opening(),
-        *stream.progress(0, grown("b", "b", 1)),
-        *stream.progress(0, grown("bé", "é", 2, "length")),
+        *stream.progress(0, grown("b", 0, 1)),
+        *stream.progress(0, grown("é", 1, 2, "length")),
         *stream.closing(),
     ]
     *chunks, counted, done = [event.data for event in events]
@@ -277,9 +272,8 @@ def test_text_stream_has_each_token_once_and_offsets_that_go_on():
     stream = text_exchange(body).stream()
     events = [
         *stream.opening(),
-        *stream.progress(0, grown("b", "b", 1)),
-        *stream.progress(0, grown("b", "", 1)),
-        *stream.progress(0, grown("bé", "é", 2, "stop")),
+        *stream.progress(0, grown("b", 0, 1)),
+        *stream.progress(0, grown("é", 1, 2, "stop")),
         *stream.closing(),
     ]
     first, second = [event.data["choices"][0] for event in events[:-1]]
@@ -342,9 +336,9 @@ def test_items_of_a_growing_response_are_complete_once_the_next_begins():
     call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
     stream = response_stream()
     events = [
-        *stream.progress(0, grown("<think>Hm.</think>See:", "<think>Hm.</think>See:", 1)),
-        *stream.progress(0, grown("", call, 2)),
-        *stream.progress(0, grown("", "", 2, "stop")),
+        *stream.progress(0, grown("<think>Hm.</think>See:", 0, 1)),
+        *stream.progress(0, grown(call, 1, 2)),
+        *stream.progress(0, grown("", 2, 2, "stop")),
         *stream.closing(),
     ]
     done = [event.data["item"] for event in events if event.name == "response.output_item.done"]
@@ -359,8 +353,8 @@ def test_items_of_a_growing_response_are_complete_once_the_next_begins():
 def test_last_item_of_a_response_alone_is_cut_off_and_a_message_has_its_own_logprobs():
     stream = response_stream()
     events = [
-        *stream.progress(0, grown("", "<think>Hm.</think>", 1)),
-        *stream.progress(0, grown("", "See:", 2, "length")),
+        *stream.progress(0, grown("<think>Hm.</think>", 0, 1)),
+        *stream.progress(0, grown("See:", 1, 2, "length")),
         *stream.closing(),
     ]
     thoughts, message = [event.data["item"] for event in events if event.name == "response.output_item.done"]

@@ -38,7 +38,7 @@ class ServeConfig:
       ssl_certfile, ssl_keyfile: files in PEM format; with them the server speaks HTTPS.
       chat_template: a template in Jinja, or the name of one of the checkpoint's; None takes the checkpoint's own.
       reply_format: how the model writes thoughts and calls of tools: auto (found in the chat template), plain, think,
-        hermes, llama, mistral, gemma or functiongemma.
+        hermes, qwen-xml, llama, mistral, gemma or functiongemma.
       warmup: whether to compile the programs that requests need at the start. /ready says when that is done.
       access_log: whether to write a line of JSON to standard error about every request that an interface has answered
         or that was refused.

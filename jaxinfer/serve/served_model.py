@@ -17,6 +17,7 @@ from jaxinfer.serve.config import ServeConfig
 from jaxinfer.serve.interfaces.errors import RefusedError
 from jaxinfer.serve.interfaces.logprobs import TokenNames
 from jaxinfer.serve.replies.formats import FORMATS, ReplyFormat, find_format
+from jaxinfer.serve.replies.thoughts import ThoughtMarkers
 from jaxinfer.text.chat_template import DEFAULT
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
@@ -43,6 +44,7 @@ class ServedModel:
       has_template: whether it can chat.
       hides_markers: whether the markers of its reply format are special tokens, which a text leaves out by default.
       token_names: how tokens are shown among log-probabilities.
+      thought_markers: the tokens around its thoughts; None if they are no tokens of their own.
     """
 
     llm: LLM
@@ -52,6 +54,7 @@ class ServedModel:
     has_template: bool
     hides_markers: bool
     token_names: TokenNames
+    thought_markers: ThoughtMarkers | None = None
 
     @classmethod
     def of(cls, llm: LLM, config: ServeConfig = TRUSTING, *, names: Sequence[str] = ()) -> ServedModel:
@@ -77,6 +80,7 @@ class ServedModel:
             names=tuple(config.served_model_name or names),
             reply_format=FORMATS[name],
             has_template=tokenizer is not None and bool(sources),
+            thought_markers=ThoughtMarkers.of(FORMATS[name], tokenizer),
             token_names=TokenNames(tokenizer),
             hides_markers=any(marker.strip() in special for marker in FORMATS[name].markers),
         )

@@ -6,9 +6,11 @@ Does not know: any interface.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from jaxinfer.outputs import CompletionDelta, CompletionOutput, Logprob, RequestDelta, RequestOutput
+from jaxinfer.serve.replies.thoughts import ThoughtCount
 
 Answered = RequestOutput | RequestDelta
 """An answer, whole or what is new of it: the same fields of both are read in the same way."""
@@ -17,17 +19,22 @@ Completed = CompletionOutput | CompletionDelta
 
 
 class TokenCount:
-    """Counts the tokens of a request, whose answers may come piece by piece."""
+    """Counts the tokens of a request, whose answers may come piece by piece.
 
-    def __init__(self) -> None:
+    Args:
+      new_thoughts: makes what counts the thoughts of a reply; None counts none.
+    """
+
+    def __init__(self, new_thoughts: Callable[[], ThoughtCount] | None = None):
         self._newest: dict[int, Answered] = {}
+        self._thoughts = None if new_thoughts is None else defaultdict[tuple[int, int], ThoughtCount](new_thoughts)
         self.num_new = 0
         """Tokens that were generated."""
 
     @classmethod
-    def of(cls, outputs: Sequence[RequestOutput]) -> TokenCount:
+    def of(cls, outputs: Sequence[RequestOutput], new_thoughts: Callable[[], ThoughtCount] | None = None) -> TokenCount:
         """The count of whole answers."""
-        count = cls()
+        count = cls(new_thoughts)
         for number, output in enumerate(outputs):
             count.add(number, output)
         return count
@@ -37,11 +44,18 @@ class TokenCount:
         self._newest[number] = answer
         for completion in answer.outputs:
             self.num_new += len(completion.token_ids)
+            if self._thoughts is not None:
+                self._thoughts[number, completion.index].add(completion.token_ids)
 
     @property
     def num_prompt(self) -> int:
         """Tokens of the prompts."""
         return sum(len(answer.prompt_token_ids) for answer in self._newest.values())
+
+    @property
+    def num_thoughts(self) -> int | None:
+        """Tokens of thoughts among the new ones; None if they are not counted."""
+        return None if self._thoughts is None else sum(count.number for count in self._thoughts.values())
 
     @property
     def num_cached(self) -> int:

@@ -170,7 +170,10 @@ class ChatExchange:
         """See Exchange."""
         (output,) = outputs
         choices = [self._choice(output, completion) for completion in output.outputs]
-        body = self.head("chat.completion") | {"choices": choices, "usage": usage(TokenCount.of(outputs))}
+        body = self.head("chat.completion") | {
+            "choices": choices,
+            "usage": usage(TokenCount.of(outputs, self.prepared.new_thoughts)),
+        }
         if output.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         return body
@@ -239,7 +242,7 @@ class ChatStream(OpenAIStream):
         self._replies = [exchange.prepared.new_reply() for _ in range(num)]
         self._untold = [Untold() for _ in range(num)]
         self._brings_tokens = exchange.request.turn.params.logprobs is not None or exchange.request.manner.ids != Ids()
-        self._count = TokenCount()
+        self._count = TokenCount(exchange.prepared.new_thoughts)
 
     def opening(self) -> Iterator[Event]:
         """See Stream."""

@@ -166,10 +166,13 @@ class OpenAIStream:
 
 
 def usage(count: TokenCount) -> dict[str, Any]:
-    """The tokens of an answer."""
+    """The tokens of an answer, those of thoughts if they can be counted."""
+    thoughts = count.num_thoughts
+    details = {} if thoughts is None else {"completion_tokens_details": {"reasoning_tokens": thoughts}}
     return {
         "prompt_tokens": count.num_prompt,
         "completion_tokens": count.num_new,
         "total_tokens": count.num_prompt + count.num_new,
         "prompt_tokens_details": {"cached_tokens": count.num_cached},
+        **details,
     }

@@ -60,7 +60,7 @@ class ResponseExchange:
             items.add(part)
         if items.items:
             items.close(logprobs, is_cut_off=completion.finish_reason != "stop")
-        return self.response(items.items, completion.finish_reason, TokenCount.of(outputs))
+        return self.response(items.items, completion.finish_reason, TokenCount.of(outputs, self.prepared.new_thoughts))
 
     def stream(self) -> ResponseStream:
         """See Exchange."""
@@ -172,7 +172,7 @@ class ResponseStream:
         self._untold = Untold()
         self._logprobs: list[dict[str, Any]] = []  # of the item that grows
         self._is_open = False
-        self._count = TokenCount()
+        self._count = TokenCount(exchange.prepared.new_thoughts)
         self._reason: FinishReason | None = None
 
     def opening(self) -> Iterator[Event]:
@@ -267,6 +267,6 @@ def _usage(count: TokenCount) -> dict[str, Any]:
         "input_tokens": count.num_prompt,
         "input_tokens_details": {"cached_tokens": count.num_cached},
         "output_tokens": count.num_new,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": count.num_thoughts or 0},
         "total_tokens": count.num_prompt + count.num_new,
     }

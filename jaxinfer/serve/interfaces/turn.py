@@ -15,12 +15,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.serve.replies.forced import ForcedCalls
 from jaxinfer.serve.replies.parser import ReplyParser
 from jaxinfer.serve.replies.parts import Content, Part, Reasoning, ToolCall
+from jaxinfer.serve.replies.thoughts import ThoughtCount
 from jaxinfer.serve.served_model import ServedModel
 from jaxinfer.text.preparation import Submission
 
@@ -71,9 +73,9 @@ class ToolUse:
         return () if self.choice == "none" else self.tools
 
     @property
-    def names(self) -> list[str]:
-        """The names of the tools that are offered."""
-        return [tool["function"]["name"] for tool in self.offered]
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """The JSON schemas of the arguments of the tools that are offered, by name."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self.offered}
 
     @property
     def demanded(self) -> dict[str, Mapping[str, Any]]:
@@ -123,7 +125,7 @@ class Turn:
         continued = self._continued
         closer = reply.closer_after(prompt, continued=continued)
         if params.structured is not None and closer is not None:
-            prompt, continued = f"{prompt.rstrip()}\n{closer}\n\n", ""
+            prompt, continued, closer = f"{prompt.rstrip()}\n{closer}\n\n", "", None
         if forced is not None:
             prompt += forced.opening
         if served.hides_markers and (tool_use.offered or reply.thoughts):
@@ -139,9 +141,11 @@ class Turn:
             if not reply.thoughts and not (reply.calls and tool_use.offered):
                 return None
             max_calls = None if tool_use.parallel else 1
-            return ReplyParser(reply, prompt=prompt, continued=continued, tools=tool_use.names, max_calls=max_calls)
+            return ReplyParser(reply, prompt=prompt, continued=continued, tools=tool_use.schemas, max_calls=max_calls)
 
-        return PreparedTurn(submission=submission, new_parser=new_parser)
+        markers = served.thought_markers
+        new_thoughts = None if markers is None else partial(ThoughtCount, markers, is_open=closer is not None)
+        return PreparedTurn(submission=submission, new_parser=new_parser, new_thoughts=new_thoughts)
 
     def render(self, served: ServedModel) -> str:
         """The prompt's text.
@@ -181,10 +185,12 @@ class PreparedTurn:
     Args:
       submission: for the LLM.
       new_parser: makes what takes one reply apart; None if a reply is nothing but content.
+      new_thoughts: makes what counts the thoughts of one reply; None if they cannot be counted.
     """
 
     submission: Submission
     new_parser: Callable[[], Parser | None]
+    new_thoughts: Callable[[], ThoughtCount] | None = None
 
     def new_reply(self) -> Reply:
         """A reply that has not begun."""

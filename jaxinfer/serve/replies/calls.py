@@ -11,13 +11,15 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxinfer.serve.replies.json_text import read_json, unique, write_arguments
 from jaxinfer.serve.replies.parts import ToolCall
 
+Tools = Mapping[str, Mapping[str, Any]]
+"""The JSON schemas of the arguments of the tools that were offered, by the tools' names."""
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -55,13 +57,13 @@ class CallSyntax(Protocol):
         """Whether white space before a call belongs to it."""
         ...
 
-    def read(self, text: str, added: str, *, tools: Set[str], ended: bool) -> Reading | None:
+    def read(self, text: str, added: str, *, tools: Tools, ended: bool) -> Reading | None:
         """Reads the calls at the beginning of a text.
 
         Args:
           text: what came behind the opener so far.
           added: the end of the text that is new since the last time.
-          tools: the names of the tools that were offered.
+          tools: those that were offered.
           ended: whether nothing more comes.
 
         Returns:
@@ -79,7 +81,7 @@ class HermesCalls:
     beginnings: tuple[str, ...] = ()
     strips: bool = True
 
-    def read(self, text: str, added: str, *, tools: Set[str], ended: bool) -> Reading | None:
+    def read(self, text: str, added: str, *, tools: Tools, ended: bool) -> Reading | None:
         """See CallSyntax."""
         if not ended and ">" not in added:
             return None
@@ -105,7 +107,7 @@ class MistralCalls:
     strips: bool = False
     _head = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?(?=\s*\{)")
 
-    def read(self, text: str, added: str, *, tools: Set[str], ended: bool) -> Reading | None:
+    def read(self, text: str, added: str, *, tools: Tools, ended: bool) -> Reading | None:
         """See CallSyntax."""
         if not ended and "]" not in added and "}" not in added:
             return None
@@ -132,7 +134,7 @@ class LlamaCalls:
     strips: bool = False
     _list_start = re.compile(r"\s*\[\s*([\w.]*)\s*(.?)", re.DOTALL)
 
-    def read(self, text: str, added: str, *, tools: Set[str], ended: bool) -> Reading | None:
+    def read(self, text: str, added: str, *, tools: Tools, ended: bool) -> Reading | None:
         """See CallSyntax."""
         if not ended and len(text) > 64 and not any(sign in added for sign in "}]>"):
             return None
@@ -142,7 +144,7 @@ class LlamaCalls:
             return self._list(text, tools, ended=ended)
         return self._expression(text, text.strip()) if ended else None
 
-    def _objects(self, text: str, tools: Set[str], *, ended: bool) -> Reading | None:
+    def _objects(self, text: str, tools: Tools, *, ended: bool) -> Reading | None:
         calls: list[ToolCall] = []
         end = 0
         while True:
@@ -159,7 +161,7 @@ class LlamaCalls:
                 return Reading(tuple(calls), end) if ended or rest else None
             end = len(text) - len(rest) + 1
 
-    def _list(self, text: str, tools: Set[str], *, ended: bool) -> Reading | None:
+    def _list(self, text: str, tools: Tools, *, ended: bool) -> Reading | None:
         start = self._list_start.match(text)
         if start is not None and start[2] and (start[2] != "(" or start[1] not in tools):
             return NO_CALL
@@ -192,7 +194,7 @@ class GemmaCalls:
         """See CallSyntax."""
         return (self.opener,)
 
-    def read(self, text: str, added: str, *, tools: Set[str], ended: bool) -> Reading | None:
+    def read(self, text: str, added: str, *, tools: Tools, ended: bool) -> Reading | None:
         """See CallSyntax."""
         if not ended and ">" not in added:
             return None

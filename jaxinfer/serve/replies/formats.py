@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxinfer.serve.replies.calls import CallSyntax, GemmaCalls, HermesCalls, LlamaCalls, MistralCalls
+from jaxinfer.serve.replies.xml_calls import XmlCalls
 
 _THINK = ("<think>", "</think>")
 
@@ -66,6 +67,7 @@ class ReplyFormat:
 _SIGNS = {
     "<|tool_call>": "gemma",
     "<start_function_call>": "functiongemma",
+    "<parameter=": "qwen-xml",
     "<tool_call>": "hermes",
     "[TOOL_CALLS]": "mistral",
     "<|python_tag|>": "llama",
@@ -75,14 +77,12 @@ _SIGNS = {
 }
 """What a chat template contains if the model writes in a format; the first one that is found counts."""
 
+_BETWEEN_TAGS = ForcedForm(opening="<tool_call>\n", between="\n</tool_call>\n<tool_call>\n")
 FORMATS = {
     "plain": ReplyFormat(),
     "think": ReplyFormat(thoughts=(_THINK,)),
-    "hermes": ReplyFormat(
-        thoughts=(_THINK,),
-        calls=HermesCalls(),
-        forced=ForcedForm(opening="<tool_call>\n", between="\n</tool_call>\n<tool_call>\n"),
-    ),
+    "hermes": ReplyFormat(thoughts=(_THINK,), calls=HermesCalls(), forced=_BETWEEN_TAGS),
+    "qwen-xml": ReplyFormat(thoughts=(_THINK,), calls=XmlCalls(), forced=_BETWEEN_TAGS),
     "llama": ReplyFormat(calls=LlamaCalls(), forced=ForcedForm(between="; ", arguments="parameters")),
     "mistral": ReplyFormat(
         thoughts=(("[THINK]", "[/THINK]"), _THINK),

@@ -10,9 +10,10 @@ finish, and text that begins like a call but is none arrives as content.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 
-from jaxinfer.serve.replies.calls import CallSyntax
+from jaxinfer.serve.replies.calls import CallSyntax, Tools
 from jaxinfer.serve.replies.formats import ReplyFormat
 from jaxinfer.serve.replies.parts import Content, Part, Reasoning
 
@@ -24,12 +25,12 @@ class ReplyParser:
       format: how the model writes its replies.
       prompt: the rendered prompt, which may have begun the reply's thoughts; its end suffices.
       continued: as ReplyFormat.closer_after's.
-      tools: the names of the tools that were offered; without any, calls are content.
+      tools: those that were offered; without any, calls are content.
       max_calls: calls that are given out; what follows the last of them is left out. None is any number.
 
     Example:
       >>> from jaxinfer.serve.replies.formats import FORMATS
-      >>> parser = ReplyParser(FORMATS["hermes"], tools=["now"])
+      >>> parser = ReplyParser(FORMATS["hermes"], tools={"now": {}})
       >>> parser.feed('<think>Hm.</think>See: <tool_call>{"name": "now", "argum')
       [Reasoning(text='Hm.'), Content(text='See:')]
       >>> parser.feed('ents": {}}</tool_call>'), parser.end()
@@ -42,11 +43,11 @@ class ReplyParser:
         *,
         prompt: str = "",
         continued: str = "",
-        tools: Iterable[str] = (),
+        tools: Tools = MappingProxyType({}),
         max_calls: int | None = None,
     ):
         self._thoughts = format.thoughts
-        self._tools = frozenset(tools)
+        self._tools = tools
         self._calls = format.calls if self._tools else None
         self._openers = () if self._calls is None else self._calls.openers
         self._strips = self._calls is not None and self._calls.strips

@@ -18,6 +18,7 @@ from jaxinfer.serve.interfaces.text import TextExchange, TextRequest
 from jaxinfer.serve.interfaces.turn import PreparedTurn
 from jaxinfer.serve.replies.formats import FORMATS
 from jaxinfer.serve.replies.parser import ReplyParser
+from jaxinfer.serve.replies.thoughts import ThoughtCount, ThoughtMarkers
 from jaxinfer.serve.served_model import ServedModel
 
 DEFAULTS = SamplingParams(temperature=0.6, top_k=7)
@@ -66,8 +67,8 @@ def read_text(body, defaults=DEFAULTS):
     return TextRequest.read(body, defaults)
 
 
-def chat_exchange(body):
-    prepared = PreparedTurn(submission=None, new_parser=lambda: None)
+def chat_exchange(body, **prepared):
+    prepared = PreparedTurn(submission=None, new_parser=lambda: None, **prepared)
     return ChatExchange(request=read_chat(body), prepared=prepared, names=SERVED.token_names, label=LABEL, model="m")
 
 
@@ -105,7 +106,7 @@ def test_read_chat_fields_become_parameters_and_the_rest_the_checkpoints():
     assert request.turn.params == SamplingParams(
         temperature=0.6, top_k=7, max_tokens=9, top_p=0.5, n=2, stop=["x"], logit_bias={17: 3.0}, logprobs=4, min_p=0.1
     )
-    assert request.turn.messages == MESSAGES and request.turn.tool_use.names == ["now"]
+    assert request.turn.messages == MESSAGES and list(request.turn.tool_use.schemas) == ["now"]
     # what the request says itself wins over what follows from the effort
     assert request.turn.template == {"chat_template_kwargs": {"reasoning_effort": "none", "enable_thinking": True}}
 
@@ -267,6 +268,31 @@ def test_chat_stream_has_a_role_deltas_a_reason_and_a_count():
     assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
 
 
+def new_thoughts():
+    """A count for replies that begin with thoughts, which token 4 ends."""
+    return ThoughtCount(ThoughtMarkers(openers=frozenset({7}), closers=frozenset({4})), is_open=True)
+
+
+def test_usage_has_the_tokens_of_thoughts_where_they_can_be_counted():
+    body = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
+    exchange = chat_exchange(body, new_thoughts=new_thoughts)
+    completion = make_output().outputs[0]
+    output = make_output(outputs=(completion, dataclasses.replace(completion, index=1)))
+    details = {"reasoning_tokens": 2}  # one of each sample
+    assert exchange.answer([output])["usage"]["completion_tokens_details"] == details
+    stream = exchange.stream()
+    for end in (1, 2):
+        delta = grown("x", end - 1, end)
+        assert [
+            *stream.progress(
+                0, delta._replace(outputs=[one._replace(index=i) for one in delta.outputs for i in (0, 1)])
+            )
+        ]
+    counted, _ = stream.closing()
+    assert counted.data["usage"]["completion_tokens_details"] == details
+    assert "completion_tokens_details" not in chat_exchange(body).answer([output])["usage"]
+
+
 def test_text_stream_has_each_token_once_and_offsets_that_go_on():
     body = {"prompt": "p", "stream": True, "echo": True, "logprobs": 0, "return_token_ids": True}
     stream = text_exchange(body).stream()
@@ -313,7 +339,7 @@ def test_error_of_a_long_prompt_has_the_words_that_clients_look_for():
 
 def response_stream():
     exchange = ResponseExchange(
-        prepared=PreparedTurn(submission=None, new_parser=lambda: ReplyParser(FORMATS["hermes"], tools=["now"])),
+        prepared=PreparedTurn(submission=None, new_parser=lambda: ReplyParser(FORMATS["hermes"], tools={"now": {}})),
         names=SERVED.token_names,
         label=LABEL,
         settings={},

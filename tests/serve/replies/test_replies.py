@@ -1,4 +1,4 @@
-"""Replies taken apart: recorded ones of four families against what canitoolcall expects of them, and our own edges."""
+"""Replies taken apart: recorded ones of five families against what canitoolcall expects of them, and our own edges."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from jaxinfer.serve.replies.formats import FORMATS
 from jaxinfer.serve.replies.parser import ReplyParser
 from jaxinfer.serve.replies.parts import Content, Part, Reasoning, ToolCall
 
-FAMILIES = {"qwen3-hermes": "hermes", "llama": "llama", "mistral": "mistral", "gemma4": "gemma"}
-FIXTURES = {fixture.id: fixture for fixture in load_fixtures(families=list(FAMILIES))}
+FAMILIES = {
+    "qwen3-hermes": "hermes",
+    "qwen3-xml": "qwen-xml",
+    "llama": "llama",
+    "mistral": "mistral",
+    "gemma4": "gemma",
+}
+THOUGHT = "qwen3-xml/llamacpp-q35-call-inside-think"
+"""A call among thoughts that do not end is a thought here, as a call that the model thinks of making."""
+FIXTURES = {one.id: one for one in load_fixtures(families=list(FAMILIES)) if one.id != THOUGHT}
 
 
 def chunks(text: str) -> Iterator[list[str]]:
@@ -44,7 +52,7 @@ def summary(parts: list[Part]) -> tuple[str, str, list[tuple[str, object]]]:
 @pytest.mark.parametrize("name", FIXTURES)
 def test_recorded_reply_is_taken_apart_as_expected_however_it_arrives(name):
     fixture = FIXTURES[name]
-    tools = [tool["function"]["name"] for tool in fixture.tools]
+    tools = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in fixture.tools}
     found = []
     for pieces in chunks(fixture.raw_output):
         parser = ReplyParser(FORMATS[FAMILIES[fixture.family]], prompt=fixture.generation_prompt or "", tools=tools)
@@ -65,20 +73,20 @@ def test_recorded_reply_is_taken_apart_as_expected_however_it_arrives(name):
 )
 def test_text_without_markers_is_content_to_the_letter(format, text):
     for pieces in chunks(text):
-        parts = parse(ReplyParser(FORMATS[format], tools=["f"]), pieces)
+        parts = parse(ReplyParser(FORMATS[format], tools={"f": {}}), pieces)
         assert "".join(part.text for part in parts) == text
         assert all(isinstance(part, Content) for part in parts)
 
 
 def test_content_is_given_out_as_soon_as_no_marker_can_begin_in_it():
-    parser = ReplyParser(FORMATS["hermes"], tools=["f"])
+    parser = ReplyParser(FORMATS["hermes"], tools={"f": {}})
     assert parser.feed("one two") == [Content("one two")]
     assert parser.feed(" <tool") == []
     assert parser.feed("box>") == [Content(" <toolbox>")]
 
 
 def test_json_that_is_no_call_is_given_out_once_it_is_whole():
-    parser = ReplyParser(FORMATS["llama"], tools=["f"])
+    parser = ReplyParser(FORMATS["llama"], tools={"f": {}})
     assert parser.feed('{"name": "g", "parameters": {') == []
     assert parser.feed("}}") == [Content('{"name": "g", "parameters": {}}')]
     assert parser.feed(" {") == [Content(" {")]
@@ -100,7 +108,7 @@ def test_malformed_call_between_good_ones_is_content():
     good = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     text = f"{good}\n<tool_call>{{nothing}}</tool_call>\n{good}"
     for pieces in chunks(text):
-        content, _, calls = summary(parse(ReplyParser(FORMATS["hermes"], tools=["f"]), pieces))
+        content, _, calls = summary(parse(ReplyParser(FORMATS["hermes"], tools={"f": {}}), pieces))
         assert calls == [("f", {"a": 1})] * 2
         assert content == "\n<tool_call>{nothing}</tool_call>"
 
@@ -110,20 +118,46 @@ def test_malformed_call_between_good_ones_is_content():
 )
 def test_arguments_that_are_no_json_object_make_no_call(arguments):
     text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
-    assert summary(parse(ReplyParser(FORMATS["hermes"], tools=["f"]), [text])) == (text, "", [])
+    assert summary(parse(ReplyParser(FORMATS["hermes"], tools={"f": {}}), [text])) == (text, "", [])
 
 
 @pytest.mark.parametrize(
     "text", ["[f(1)]", "[f(**a)]", "[f(a=g)]", "[f(a=1, a=2)]", "[f(a=b'')]", "[f(a=1e999)]", "[f("]
 )
 def test_python_that_is_no_call_is_content(text):
-    assert summary(parse(ReplyParser(FORMATS["llama"], tools=["f"]), [text])) == (text, "", [])
+    assert summary(parse(ReplyParser(FORMATS["llama"], tools={"f": {}}), [text])) == (text, "", [])
 
 
 def test_several_calls_of_llama_in_json():
     text = '{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}'
     for pieces in chunks(text):
-        assert summary(parse(ReplyParser(FORMATS["llama"], tools=["f", "g"]), pieces))[2] == [
+        assert summary(parse(ReplyParser(FORMATS["llama"], tools={"f": {}, "g": {}}), pieces))[2] == [
             ("f", {"a": 1}),
             ("g", {}),
         ]
+
+
+SCHEMA = {"properties": {"a": {"type": "integer"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<parameter=a>\n7\n</parameter>\n<parameter=b>\n7\n</parameter>", {"a": 7, "b": "7"}),
+        ("<parameter=a>\nmany\n</parameter>\n<parameter=b>\nNone\n</parameter>", {"a": "many", "b": None}),
+        ("<parameter=a>\n7\n<parameter=b>\nx <parameter=a>\n</parameter>", {"a": 7, "b": "x <parameter=a>"}),
+        ("<parameter=b>\n<parameter=c>\n</parameter>", {"b": "<parameter=c>"}),
+        ("<parameter=unknown>\n[1]\n</parameter>", {"unknown": [1]}),
+    ],
+)
+def test_arguments_between_tags_have_the_types_of_the_schema(text, expected):
+    reply = f"<tool_call>\n<function=f>\n{text}\n</function>\n</tool_call>"
+    for pieces in chunks(reply):
+        parts = parse(ReplyParser(FORMATS["qwen-xml"], tools={"f": SCHEMA}), pieces)
+        assert summary(parts) == ("", "", [("f", expected)])
+
+
+def test_argument_that_comes_twice_makes_no_call():
+    twice = "<parameter=a>\n7\n</parameter>\n" * 2
+    reply = f"<tool_call>\n<function=f>\n{twice}</function>\n</tool_call>"
+    assert summary(parse(ReplyParser(FORMATS["qwen-xml"], tools={"f": SCHEMA}), [reply])) == (reply, "", [])

@@ -22,6 +22,7 @@ from held_steps import few_steps
 from served_demo import ENGINE, served_demo
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.serve.interfaces.text import TextExchange
 
 LONG = {"model": "demo", "prompt": "In the beginning", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 SHORT = LONG | {"max_tokens": 4}
@@ -206,6 +207,33 @@ def test_clients_that_stall_are_given_up_and_idle_streams_hear_comments():
             wait_until(lambda: server.num_requests == 1)
             wait_until(lambda: not server.num_requests, seconds=30)
         wait_until(lambda: is_idle(llm))
+
+
+def test_half_a_request_at_the_end_is_told_that_the_server_stops():
+    with served_demo(stall_timeout=60) as (_, server), connected(server) as half:
+        send_request(half, SHORT, cut=-10)
+        wait_until(lambda: server.num_requests == 1)
+        server.close(drain_timeout=0.2)
+        answer = half.recv(10_000)
+        assert answer.startswith(b"HTTP/1.1 503") and b"server_stopped" in answer
+
+
+def test_making_an_answer_does_not_hold_the_loop(served, http, monkeypatch):
+    """The answer, which may be large, is not made before a stream has ended, which takes the loop."""
+    others = threading.Event()
+    make = TextExchange.answer
+
+    def answer(self, outputs):
+        assert others.wait(60)
+        return make(self, outputs)
+
+    monkeypatch.setattr(TextExchange, "answer", answer)
+    with connected(served[1]) as connection:
+        send_request(connection, SHORT)
+        wait_until(lambda: served[1].num_requests == 1)
+        assert "[DONE]" in http.post("/v1/completions", json=SHORT | {"stream": True}).text
+        others.set()
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
 
 
 def test_closing_lets_requests_end_and_ends_the_rest_with_an_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
@@ -68,16 +69,33 @@ def test_metrics_count_requests_under_both_names(http):
     assert after["jaxinfer_slots", ""] == 8 and after["jaxinfer_kv_pages", ""] == 128
 
 
-def test_access_log_has_a_line_of_json_for_each_request(http):
+@contextlib.contextmanager
+def access_log():
+    """Takes the next line of the access log."""
     lines = queue.SimpleQueue()
     handler = logging.handlers.QueueHandler(lines)
-    logging.getLogger("jaxinfer.access").addHandler(handler)
-    http.post("/v1/completions", json=COMPLETION)
-    http.post("/v1/completions", json={})
-    good, bad = [json.loads(lines.get(timeout=10).message) for _ in range(2)]
-    logging.getLogger("jaxinfer.access").removeHandler(handler)
+    logger = logging.getLogger("jaxinfer.access")
+    logger.addHandler(handler)
+    yield lambda: json.loads(lines.get(timeout=10).message)
+    logger.removeHandler(handler)
+
+
+def test_access_log_has_a_line_of_json_for_each_request(http):
+    with access_log() as next_line:
+        http.post("/v1/completions", json=COMPLETION)
+        http.post("/v1/completions", json={})
+        good, bad = next_line(), next_line()
     assert good["status"] == 200 and good["generation_tokens"] == 3 and good["finish_reasons"] == ["length"]
     assert bad["status"] == 400 and "model must be given" in bad["error"]
+
+
+@pytest.mark.parametrize(("proxies", "client"), [(None, "127.0.0.1"), (["127.0.0.1"], "203.0.113.9")])
+def test_address_behind_a_proxy_is_believed_if_the_proxy_is_trusted(served, proxies, client):
+    server = served[0].serve(served_model_name=["demo"], port=0, warmup=False, access_log=True, trusted_proxies=proxies)
+    headers = {"x-forwarded-for": "203.0.113.9"}
+    with access_log() as next_line, server, httpx.Client(base_url=server.url, headers=headers) as http:
+        http.post("/v1/completions", json=COMPLETION)
+        assert next_line()["client"] == client
 
 
 @pytest.mark.parametrize(

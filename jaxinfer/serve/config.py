@@ -40,8 +40,7 @@ class ServeConfig:
       reply_format: how the model writes thoughts and calls of tools: auto (found in the chat template), plain, think,
         hermes, qwen-xml, llama, mistral, gemma or functiongemma.
       warmup: whether to compile the programs that requests need at the start. /ready says when that is done.
-      access_log: whether to write a line of JSON to standard error about every request that an interface has answered
-        or that was refused.
+      access_log: whether to write a line of JSON to standard error about every request, those of probes excepted.
       drain_timeout: seconds that running requests have to end when the server is told to stop.
       keep_alive: seconds after which a stream that has no news sends a comment, so that no proxy gives it up.
       stall_timeout: seconds that a client may take to send its request, or leave an answer unread.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -55,10 +55,8 @@ class Application:
         health = Route("/health", _Health(llm).answer)
         # It is there behind the guard, too, where a method that it does not know is told from an unknown address.
         inner = Router([*_answering_routes(server), *_telling_routes(server, self), health], redirect_slashes=False)
-        report_refused = functools.partial(_report_refused, server)
-        guard = Guard(
-            inner, config, checks_hosts=checks_hosts, report_refused=report_refused, locked_page=locked_page()
-        )
+        self._report = functools.partial(_report, server, "refused")
+        guard = Guard(inner, config, checks_hosts=checks_hosts, report_refused=self._report, locked_page=locked_page())
         self._router = Router([health, Mount("/", app=guard)], redirect_slashes=False)
         self._answer: ASGIApp = self._route
         if config.cors_origins:
@@ -82,7 +80,11 @@ class Application:
         try:
             await self._router(scope, receive, send)
         except HTTPException as error:
-            await _no_route(scope, error)(scope, receive, send)
+            facts = _no_route(scope, error)
+            self._report(scope, facts)
+            body = encode_json(openai_error(facts))
+            answer = Response(body, facts.status, media_type="application/json", headers=error.headers)
+            await answer(scope, receive, send)
 
 
 def app(llm: LLM | AsyncLLM, config: ServeConfig | None = None, **settings: Any) -> Application:
@@ -150,13 +152,13 @@ def _telling_routes(server: Server, application: Application) -> list[BaseRoute]
         return _json(openapi(title=title, keys=keys, defaults=served.default_params))
 
     return [
-        Route("/", playground),
-        Route("/openapi.json", document),
+        _reported(server, "/", playground),
+        _reported(server, "/openapi.json", document),
         Route("/ready", ready),
         Route("/metrics", metrics),
-        Route("/tokenizer_info", tokenizer_info),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
+        _reported(server, "/tokenizer_info", tokenizer_info),
+        _reported(server, "/v1/models", models),
+        _reported(server, "/v1/models/{name:path}", model),
     ]
 
 
@@ -187,18 +189,35 @@ def _json(body: Mapping[str, Any], status: int = 200) -> Response:
     return Response(encode_json(body), status, media_type="application/json")
 
 
-def _report_refused(server: Server, scope: Scope, facts: ErrorFacts) -> None:
-    report = server.new_report(scope, "refused", "none")
-    report.error = facts.code
-    report.close(facts.status)
+def _report(server: Server, route: str, scope: Scope, facts: ErrorFacts | None = None, status: int = 200) -> None:
+    """Reports a request that was answered at once, or refused.
+
+    Args:
+      server: what was asked.
+      route: names it in the metrics.
+      scope: of ASGI.
+      facts: why it was refused; None if it was not.
+      status: of an answer.
+    """
+    report = server.new_report(scope, route, "none")
+    report.error = None if facts is None else facts.code
+    report.close(status if facts is None else facts.status)
 
 
-def _no_route(scope: Scope, error: HTTPException) -> Response:
-    """The answer to a request for what is not there."""
+def _reported(server: Server, path: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+    """A route whose requests are reported; those of probes are not, which would drown the others."""
+
+    async def reported(request: Request) -> Response:
+        response = await answer(request)
+        _report(server, path, request.scope, status=response.status_code)
+        return response
+
+    return Route(path, reported)
+
+
+def _no_route(scope: Scope, error: HTTPException) -> ErrorFacts:
+    """What to tell of a request for what is not there."""
     status, path, method = error.status_code, scope["path"], scope["method"]
     text = f"{path} is not there" if status == 404 else f"{path} is not there for {method}"
     code = "not_found" if status == 404 else "method_not_allowed"
-    refused = RefusedError(f"{text}; /openapi.json lists what is", status=status, code=code)
-    return Response(
-        encode_json(openai_error(error_facts(refused))), status, media_type="application/json", headers=error.headers
-    )
+    return error_facts(RefusedError(f"{text}; /openapi.json lists what is", status=status, code=code))

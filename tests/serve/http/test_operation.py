@@ -84,9 +84,12 @@ def test_access_log_has_a_line_of_json_for_each_request(http):
     with access_log() as next_line:
         http.post("/v1/completions", json=COMPLETION)
         http.post("/v1/completions", json={})
-        good, bad = next_line(), next_line()
+        http.get("/v1/models"), http.get("/health"), http.get("/ready"), http.get("/metrics"), http.get("/nothing")
+        good, bad, models, nothing = (next_line() for _ in range(4))
     assert good["status"] == 200 and good["generation_tokens"] == 3 and good["finish_reasons"] == ["length"]
     assert bad["status"] == 400 and "model must be given" in bad["error"]
+    assert (models["path"], models["method"], models["status"]) == ("/v1/models", "GET", 200)
+    assert (nothing["path"], nothing["status"], nothing["error"]) == ("/nothing", 404, "not_found")
 
 
 @pytest.mark.parametrize(("proxies", "client"), [(None, "127.0.0.1"), (["127.0.0.1"], "203.0.113.9")])

@@ -159,8 +159,10 @@ class GenerationEndpoint(Endpoint):
             _refusing_mistakes, lambda: self._interface.read(served, decode_object(body), label)
         )
         report.is_stream, report.model = exchange.wants_stream, served.names[0]
-        self.server.open_requests.count(request, sum(map(_num_samples, exchange.submissions)))
+        num_samples = sum(map(_num_samples, exchange.submissions))
+        self.server.open_requests.count(request, num_samples)
         if exchange.wants_stream:
+            report.num_samples = num_samples
             request.stream = exchange.stream()
             await self._stream(exchange, request, request.stream, report)
         else:

@@ -66,6 +66,8 @@ class Report:
         self._reasons: dict[tuple[int, int], str] = {}
         self.error: str | None = None
         """What went wrong, in a word; None if nothing did."""
+        self.num_samples = 0
+        """Samples that a stream has to bring; those that have not come count as aborted once others have."""
         self.model: str | None = None
         self.is_stream = False
 
@@ -103,10 +105,13 @@ class Report:
             metrics.new_tokens.observe(num_new)
             if num_new > 1 and self._first_seconds is not None:
                 metrics.per_token.observe(max(seconds - self._first_seconds, 0.0) / (num_new - 1))
-        for reason in self._reasons.values():
+        reasons = [self._reasons[key] for key in sorted(self._reasons)]
+        if reasons:
+            reasons += ["abort"] * (self.num_samples - len(reasons))
+        for reason in reasons:
             metrics.count_sample(reason)
         if self._is_logged:
-            self._write(status, seconds)
+            self._write(status, seconds, reasons)
 
     def _note_first(self, seconds: float) -> None:
         self._first_seconds = seconds
@@ -117,16 +122,16 @@ class Report:
         for completion in answer.outputs:
             self._reasons[number, completion.index] = completion.finish_reason or "abort"
 
-    def _write(self, status: int, seconds: float) -> None:
+    def _write(self, status: int, seconds: float, reasons: Sequence[str]) -> None:
         line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "status": status}
         line |= self._about | {"seconds": round(seconds, 4)}
-        if self._reasons:
+        if reasons:
             line |= {
                 "model": self.model,
                 "stream": self.is_stream,
                 "prompt_tokens": self._count.num_prompt,
                 "generation_tokens": self._count.num_new,
-                "finish_reasons": list(self._reasons.values()),
+                "finish_reasons": reasons,
             }
         if self._first_seconds is not None:
             line["first_token_seconds"] = round(self._first_seconds, 4)

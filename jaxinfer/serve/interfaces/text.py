@@ -241,6 +241,7 @@ class TextStream(OpenAIStream):
         num = exchange.request.params.n
         self._told = [[Told() for _ in range(num)] for _ in exchange.submissions]
         self._count = TokenCount()
+        self._of_prompt = [TokenCount() for _ in exchange.submissions]
 
     def opening(self) -> Iterator[Event]:
         """See Stream."""
@@ -249,9 +250,10 @@ class TextStream(OpenAIStream):
     def progress(self, number: int, delta: RequestDelta) -> Iterator[Event]:
         """See Stream."""
         self._count.add(number, delta)
+        self._of_prompt[number].add(number, delta)
         for completion in delta.outputs:
             choice = self._exchange.choice(number, delta, completion, self._told[number][completion.index])
-            more = self._exchange.request.manner.usage_of_chunk(self._count)
+            more = self._exchange.request.manner.usage_of_chunk(self._of_prompt[number])
             yield Event({**self._head, "choices": [choice], **more})
 
     def closing(self) -> Iterator[Event]:

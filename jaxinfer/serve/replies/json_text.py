@@ -32,11 +32,14 @@ def write_arguments(arguments: Any) -> str:
     """The arguments of a call as JSON, which UTF-8 can write.
 
     Raises:
-      ValueError: they are no object, or hold a number that JSON lacks.
+      ValueError: they are no object, hold a number that JSON lacks, or are nested too deeply.
     """
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments must be an object, got {arguments!r:.80}")
-    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     try:
         text.encode()
     except UnicodeEncodeError:  # half a character that was written as an escape, and stays one

@@ -26,16 +26,22 @@ class ThoughtMarkers:
 
     @classmethod
     def of(cls, format: ReplyFormat, tokenizer: Tokenizer | None) -> ThoughtMarkers | None:
-        """Those of a format; None if it has no thoughts, or its markers are several tokens each."""
-        pairs = [] if tokenizer is None else [[tokenizer.encode_plain(one) for one in pair] for pair in format.thoughts]
-        single = [(opener[0], closer[0]) for opener, closer in pairs if len(opener) == len(closer) == 1]
-        openers, closers = (frozenset(ids) for ids in zip(*single, strict=True)) if single else (None, None)
-        return None if openers is None or closers is None else cls(openers, closers)
+        """Those of a format; None if it has no thoughts, or its markers are no tokens of their own."""
+        if tokenizer is None:
+            return None
+
+        def token_of(marker: str) -> int | None:
+            token_ids = tokenizer.encode_plain(marker)
+            return token_ids[0] if len(token_ids) == 1 and tokenizer.token_text(token_ids[0]) == marker else None
+
+        pairs = [(token_of(opener), token_of(closer)) for opener, closer in format.thoughts]
+        known = [(opener, closer) for opener, closer in pairs if opener is not None and closer is not None]
+        return cls(frozenset(one for one, _ in known), frozenset(one for _, one in known)) if known else None
 
 
 @dataclass(slots=True)
 class ThoughtCount:
-    """Counts the thoughts of one reply, token by token.
+    """Counts the thoughts with which one reply begins, token by token.
 
     Args:
       markers: their beginning and end.
@@ -46,6 +52,7 @@ class ThoughtCount:
     markers: ThoughtMarkers
     is_open: bool
     number: int = 0
+    _has_content: bool = False
 
     def add(self, token_ids: Iterable[int]) -> None:
         """Adds the next tokens."""
@@ -54,4 +61,5 @@ class ThoughtCount:
                 self.is_open = token_id not in self.markers.closers
                 self.number += self.is_open
             else:
-                self.is_open = token_id in self.markers.openers
+                self.is_open = token_id in self.markers.openers and not self._has_content
+                self._has_content = not self.is_open

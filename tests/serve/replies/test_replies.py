@@ -137,7 +137,17 @@ def test_several_calls_of_llama_in_json():
         ]
 
 
-SCHEMA = {"properties": {"a": {"type": "integer"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+SCHEMA = {
+    "properties": {
+        "a": {"type": "integer"},
+        "b": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "level": {"enum": ["1", "2"]},
+        "kind": {"$ref": "#/$defs/Kind"},
+        "odd": {"type": None},
+        "number": {"type": "number"},
+    },
+    "$defs": {"Kind": {"const": "true"}},
+}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +158,9 @@ SCHEMA = {"properties": {"a": {"type": "integer"}, "b": {"anyOf": [{"type": "str
         ("<parameter=a>\n7\n<parameter=b>\nx <parameter=a>\n</parameter>", {"a": 7, "b": "x <parameter=a>"}),
         ("<parameter=b>\n<parameter=c>\n</parameter>", {"b": "<parameter=c>"}),
         ("<parameter=unknown>\n[1]\n</parameter>", {"unknown": [1]}),
+        ("<parameter=a>\n<parameter=b>\n5\n</parameter>", {"a": "", "b": "5"}),
+        ("<parameter=level>\n1\n</parameter>\n<parameter=kind>\ntrue\n</parameter>", {"level": "1", "kind": "true"}),
+        ("<parameter=odd>\n1\n</parameter>\n<parameter=number>\n1e999\n</parameter>", {"odd": 1, "number": "1e999"}),
     ],
 )
 def test_arguments_between_tags_have_the_types_of_the_schema(text, expected):
@@ -161,3 +174,29 @@ def test_argument_that_comes_twice_makes_no_call():
     twice = "<parameter=a>\n7\n</parameter>\n" * 2
     reply = f"<tool_call>\n<function=f>\n{twice}</function>\n</tool_call>"
     assert summary(parse(ReplyParser(FORMATS["qwen-xml"], tools={"f": SCHEMA}), [reply])) == (reply, "", [])
+
+
+@pytest.mark.parametrize(
+    "text", ["write <function=foo> like this", "a <function=f> too", "<tool_call>and more", "<function=f"]
+)
+def test_text_about_calls_between_tags_is_not_withheld(text):
+    for pieces in chunks(text):
+        parser = ReplyParser(FORMATS["qwen-xml"], tools={"f": {}})
+        parts = [part for piece in pieces for part in parser.feed(piece)]
+        held = "<function=f" if text.endswith("<function=f") else ""
+        assert summary(parts)[0] == text.removesuffix(held)
+        assert summary([*parts, *parser.end()]) == (text, "", [])
+
+
+def test_call_of_an_unknown_tool_between_tags_is_given_out_as_in_other_formats():
+    reply = "<tool_call>\n<function=other>\n</function>\n</tool_call>"
+    assert summary(parse(ReplyParser(FORMATS["qwen-xml"], tools={"f": {}}), list(reply))) == ("", "", [("other", {})])
+
+
+def test_arguments_that_nest_too_deeply_are_content():
+    """Some depths can still be read, and no longer be written."""
+    for depth in range(500, 1100, 5):
+        reply = '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * depth + "]" * depth + "}}</tool_call>"
+        parts = parse(ReplyParser(FORMATS["hermes"], tools={"f": {}}), [reply])
+        assert [type(part) for part in parts] == [ToolCall] or parts == [Content("<tool_call>"), Content(reply[11:])]
+    assert depth > 1000

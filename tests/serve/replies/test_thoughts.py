@@ -14,6 +14,9 @@ class MarkerTokenizer:
     def encode_plain(self, text):
         return {"<think>": [OPEN], "</think>": [CLOSE]}.get(text, list(text.encode()))
 
+    def token_text(self, token_id):
+        return {OPEN: "<think>", CLOSE: "</think>"}[token_id]
+
 
 @pytest.mark.parametrize(
     ("token_ids", "is_open", "expected"),
@@ -22,7 +25,8 @@ class MarkerTokenizer:
         ([50, 51], True, 2),
         ([OPEN, 50, 51, CLOSE, 52], False, 2),
         ([50, 51], False, 0),
-        ([OPEN, 50, CLOSE, 51, OPEN, 52, CLOSE], False, 2),
+        ([OPEN, 50, CLOSE, 51, OPEN, 52, CLOSE], False, 1),
+        ([50, OPEN, 51, 52], False, 0),
         ([], True, 0),
     ],
 )

@@ -1,8 +1,8 @@
 """A client that asks a server for many streams at once and counts what comes; a program of its own.
 
 It reads as little as it can, so that on a machine with few cores the server has the rest. Arguments: host, port,
-number of streams, new tokens of each, tokens of each prompt, size of the vocabulary, seed. It prints the number of
-chunks and the seconds, as JSON.
+number of streams, new tokens of each, tokens of each prompt, size of the vocabulary, seed, the model's name. It prints
+the number of chunks and the seconds, as JSON.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import random
 import sys
 import time
 
-KEY = b"bench"
+KEY = "bench"
+MODEL = "bench"
 
 
 async def _count_chunks(host: str, port: int, body: dict[str, object]) -> int:
     reader, writer = await asyncio.open_connection(host, port)
     content = json.dumps(body).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\nx-api-key: %b\r\nconnection: close\r\n" % KEY
-    writer.write(head + b"content-length: %d\r\n\r\n" % len(content) + content)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: {host}:{port}\r\nauthorization: Bearer {KEY}\r\nconnection: close\r\n"
+    )
+    writer.write(f"{head}content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
     text = await reader.read()
     writer.close()
     if b"data: [DONE]" not in text:
@@ -29,12 +32,12 @@ async def _count_chunks(host: str, port: int, body: dict[str, object]) -> int:
 
 
 async def _ask(
-    host: str, port: int, *, streams: int, output_len: int, prompt_len: int, vocab_size: int, seed: int
+    host: str, port: int, *, streams: int, output_len: int, prompt_len: int, vocab_size: int, seed: int, model: str
 ) -> tuple[int, float]:
     rng = random.Random(seed)
     bodies: list[dict[str, object]] = [
         {
-            "model": "bench",
+            "model": model,
             "prompt": [rng.randrange(vocab_size) for _ in range(prompt_len)],
             "max_tokens": output_len,
             "ignore_eos": True,
@@ -49,7 +52,7 @@ async def _ask(
 
 
 if __name__ == "__main__":
-    host, numbers = sys.argv[1], [int(argument) for argument in sys.argv[2:]]
+    host, numbers, model = sys.argv[1], [int(argument) for argument in sys.argv[2:-1]], sys.argv[-1]
     names = ("streams", "output_len", "prompt_len", "vocab_size", "seed")
-    chunks, seconds = asyncio.run(_ask(host, numbers[0], **dict(zip(names, numbers[1:], strict=True))))
+    chunks, seconds = asyncio.run(_ask(host, numbers[0], **dict(zip(names, numbers[1:], strict=True)), model=model))
     print(json.dumps({"chunks": chunks, "seconds": seconds}))

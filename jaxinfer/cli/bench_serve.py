@@ -25,6 +25,10 @@ def bench_serve(
     prompt_len: PromptLen = 64,
     output_len: OutputLen = 64,
     repeats: Repeats = 3,
+    beside: Annotated[
+        str, typer.Option(metavar="URL", help="another server with the same model, which is asked the same in turns")
+    ] = "",
+    beside_model: Annotated[str, typer.Option(metavar="NAME", help="what that server calls the model")] = "bench",
     json_file: JsonFile = "",
     **fields: Any,
 ) -> None:
@@ -38,5 +42,7 @@ def bench_serve(
     config = EngineConfig(**fields)
     with LLM(model, **dataclasses.asdict(config)) as llm:
         sizes = {"num_streams": num_streams, "prompt_len": prompt_len, "output_len": output_len}
-        result = serving_bench.measure(llm, **sizes, repeats=repeats, seed=config.seed)
-        emit(serving_bench, result, {"model": model, **sizes, "engine": dataclasses.asdict(llm.config)}, json_file)
+        other = {"beside": beside or None, "beside_model": beside_model}
+        result = serving_bench.measure(llm, **sizes, repeats=repeats, seed=config.seed, **other)
+        settings = {"model": model, **sizes, **other, "engine": dataclasses.asdict(llm.config)}
+        emit(serving_bench, result, settings, json_file)

@@ -91,8 +91,8 @@ def measure(
     if context <= all_steps // 2:
         raise ValueError(f"context must be above half of the {all_steps} steps of all turns, got {context}")
     turns = _Turns(context=context, num_steps=num_steps, repeats=repeats, seed=seed)
+    parts = StepParts(session)  # refuses models and meshes that it does not know
     session.compile_for(lambda session: [turns.run(session, size, ()) for size in batch_sizes])
-    parts = StepParts(session)
     bar = tqdm(batch_sizes, desc="profile", unit="batch", disable=None, leave=False)
     rows = tuple(turns.run(session, size, tuple(parts.parts(size, context))) for size in bar)
     return ProfileResult(rows=rows, dtype=session.decoder.layout.dtype.name, repeats=repeats)

@@ -274,7 +274,7 @@ class RequestDelta(NamedTuple):
     """What is new of the answer to one prompt. Deltas add up to the RequestOutput, whose names their fields have.
 
     Args:
-      prompt, prompt_token_ids, prompt_logprobs, num_cached_tokens: as RequestOutput's, the same in all deltas.
+      prompt, prompt_token_ids, prompt_logprobs, num_cached_tokens: as RequestOutput's, whole in every delta.
       outputs: the texts of which there is something new.
       finished: whether all texts have ended.
     """

@@ -179,10 +179,11 @@ def test_slow_reader_holds_neither_the_engine_nor_other_clients(served, http):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         address = urlsplit(server.url)
         slow.connect((address.hostname, address.port))
-        send_request(slow, LONG | {"stream": True, "n": 4, "logprobs": 20})
-        wait_until(lambda: llm.stats().num_requests_running == 4)
+        send_request(slow, LONG | {"stream": True, "n": 8, "logprobs": 20})
+        wait_until(lambda: llm.stats().num_requests_running == 8)
         assert http.post("/v1/completions", json=SHORT).status_code == 200
         wait_until(lambda: is_idle(llm))  # the engine is done, although nobody has read
+        assert server.num_requests == 1  # the answer is larger than the system's buffers
     wait_until(lambda: not server.num_requests)
 
 

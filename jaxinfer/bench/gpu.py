@@ -99,6 +99,7 @@ def full_plan(golden: Path, configs: Path) -> list[Section]:
         Section(name="golden", arguments=("golden", str(golden), *few), expected_s=30, limit_s=100),
         _large("trace-8b", (*trace, *eight, *engine), expected_s=90, limit_s=160),
         _large("peer-8b", (*single, *eight, *engine), expected_s=80, limit_s=140),
+        _large("8b-int8", ("roofline", *eight, *engine, *steps, "--quantization", "int8"), expected_s=40, limit_s=150),
     ]
 
 

@@ -93,7 +93,8 @@ class ProgramChoice:
     ) -> None:
         """Begins to compile what follows a step whose forward program is about to be compiled.
 
-        That is the step's sampler, and the programs of the steps that are coming, if their samplers are like its own.
+        That is the step's sampler, which waits for no tuning of products, and where the cache may work ahead the
+        programs of the steps that are coming, as if their samplers were like its own.
 
         Args:
           shape: the step's shape.
@@ -101,13 +102,14 @@ class ProgramChoice:
           variant, num_top, is_edited: as in sampler.
         """
         forward: ProgramKey = ("forward", shape)
-        if self._programs.are_ready([forward]) or not self._programs.may_work_ahead:
+        if self._programs.are_ready([forward]) or not self._programs.may_compile_beside:
             return
 
         def sampler(of: StepShape) -> ProgramKey:
             return self.sampler(of.num_logits, variant, num_top, is_edited=is_edited)
 
-        following = [key for after in coming() for key in (("forward", after), sampler(after))]
+        shapes = coming() if self._programs.may_work_ahead else ()
+        following = [key for after in shapes for key in (("forward", after), sampler(after))]
         self._programs.compile_next(sampler(shape), *(key for key in following if key != forward))
 
     def _chain(self, shape: StepShape, variant: SamplerVariant) -> ProgramKey:

@@ -152,13 +152,21 @@ class ProgramCache:
             self._start_workers()
 
     @property
-    def may_work_ahead(self) -> bool:
-        """Whether programs that are probably needed soon may be compiled beside steps, and beside other programs.
+    def may_compile_beside(self) -> bool:
+        """Whether a program may be compiled in the background beside another one that is needed at once.
 
-        Not on a single core, where programs have to be compiled in order, or where XLA tunes them on the device that
-        runs the steps. Nor while the background compiles all programs anyway.
+        Not on a single core, nor where programs have to be compiled in order. Nor while the background compiles all
+        programs anyway.
         """
-        return self._num_threads != 1 and not self._tuned_alike and self.is_complete
+        return self._num_threads != 1 and self.is_complete
+
+    @property
+    def may_work_ahead(self) -> bool:
+        """Whether programs that are probably needed soon may be compiled in the background, beside steps as well.
+
+        Not where XLA tunes them on the device that runs the steps.
+        """
+        return self.may_compile_beside and not self._tuned_alike
 
     def compile_next(self, *keys: ProgramKey) -> None:
         """Begins to compile programs in the background, before all that wait there; returns at once.

@@ -21,7 +21,7 @@ def test_full_plan_begins_with_kernels_and_fits_its_marks():
 
 def test_plans_have_equal_engine_settings_for_a_shape():
     """Programs of earlier sections are found in the compilation cache only if all settings are equal."""
-    for name in ("8b", "trace-8b", "peer-8b"):
+    for name in ("8b", "trace-8b", "peer-8b", "8b-int8"):
         (section,) = choose(PLAN, [name])
         assert section.arguments[section.arguments.index("--num-kv-pages") + 1] == "2432"
 

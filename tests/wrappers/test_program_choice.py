@@ -149,7 +149,7 @@ def test_warmup_in_the_background_steps_run_larger_programs_and_give_the_same_to
 
 def test_compile_ahead_begins_with_the_sampler_of_the_step_and_goes_on_with_what_comes(monkeypatch):
     asked = []
-    monkeypatch.setattr(ProgramCache, "may_work_ahead", True)  # on a single core too
+    monkeypatch.setattr(ProgramCache, "may_compile_beside", True)  # on a single core too
     monkeypatch.setattr(ProgramCache, "compile_next", lambda self, *keys: asked.extend(keys))
     shapes = StepShapes(EngineConfig(max_num_seqs=64), max_model_len=8192)
     first, second = (shapes.shape(num_decode=rows, num_prefill=0, num_logits=rows) for rows in (8, 1))
@@ -160,6 +160,10 @@ def test_compile_ahead_begins_with_the_sampler_of_the_step_and_goes_on_with_what
     asked.clear()
     choice.compile_ahead(first, lambda: [second], greedy, 20, is_edited=True)
     assert asked == [("sample_edited", 8, 20), ("forward", second), ("sample_edited", 1, 20)]
+    asked.clear()
+    tuned = ProgramChoice(ProgramCache({}, {}, {"forward": lambda shape: shape}), shapes)
+    tuned.compile_ahead(first, lambda: pytest.fail("was asked"), greedy, None, is_edited=False)
+    assert asked == [("sample", 8, greedy, None)]
 
 
 def test_compile_ahead_foresees_nothing_for_a_program_that_is_there_or_where_it_may_not():

@@ -235,16 +235,17 @@ def test_may_work_ahead_needs_a_second_core_any_order_and_no_tuning(monkeypatch)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert ProgramCache({}, {}).may_work_ahead
     assert not ProgramCache({}, {}, in_order=True).may_work_ahead
-    assert not cache_of(HeldBuild(), tuned_alike=lambda size: size).may_work_ahead
+    tuned = cache_of(HeldBuild(), tuned_alike=lambda size: size)
+    assert tuned.may_compile_beside and not tuned.may_work_ahead
     build = HeldBuild()
     programs = cache_of(build)
     programs.compile_in_background([("step", 1)])
-    assert not programs.may_work_ahead
+    assert not programs.may_compile_beside and not programs.may_work_ahead
     build.may_end.set()
     programs.wait()
     assert programs.may_work_ahead
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert not ProgramCache({}, {}).may_work_ahead
+    assert not ProgramCache({}, {}).may_compile_beside
 
 
 def test_clear_keeps_no_program_that_is_compiled_later():

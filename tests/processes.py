@@ -12,6 +12,11 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
+def simulating(num_devices: int) -> str:
+    """XLA_FLAGS of the tests, with so many CPU devices: of a flag that stands twice, the last one counts."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
+
+
 def run_python(script: str, *arguments: object, **environment: str) -> str:
     """Standard output of a script that runs in an interpreter of its own, on the CPU."""
     finished = subprocess.run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from conftest import load_golden
 from group_tools import free_address
 from mesh_tools import BASE, on_mesh, requests_of
 from process_script import run_calls, serve
-from processes import TESTS, Children
+from processes import TESTS, Children, simulating
 
 from jaxinfer.communication.ending import EXIT_LOST
 
@@ -70,8 +69,8 @@ class Arguments:
 
     def environment(self, num_devices: int) -> dict[str, str]:
         """With so many CPU devices."""
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
-        return {"XLA_FLAGS": flags, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "JAXINFER_CACHE_DIR": CACHE}
+        path = f"{TESTS}:{TESTS.parent}"
+        return {"XLA_FLAGS": simulating(num_devices), "PYTHONPATH": path, "JAXINFER_CACHE_DIR": CACHE}
 
 
 def arguments_of(

@@ -18,7 +18,7 @@ from batch_lines import requests, write
 from conftest import load_golden
 from mesh_tools import BASE, on_mesh
 from process_script import run_calls
-from processes import TESTS, Children
+from processes import TESTS, Children, simulating
 from test_processes import arguments_of, assert_equal_to_one_process, calls_of, found_by
 
 from jaxinfer.communication.ending import EXIT_LOST
@@ -123,7 +123,8 @@ def test_launch_on_two_hosts_answers_a_batch_as_one_process_does(tmp_path):
     flags = [word for name, value in BASE.items() for word in (f"--{name}".replace("_", "-"), value)]
     flags += ["--model", load_golden("mesh/llama").path, "--tokenizer", "byte"]
     program = [sys.executable, "-m", "jaxinfer"]
-    settings = {"PYTHONPATH": str(TESTS.parent), "JAXINFER_SECRET": "a secret of the tests", "XLA_FLAGS": ""}
+    settings = {"PYTHONPATH": str(TESTS.parent), "JAXINFER_SECRET": "a secret of the tests"}
+    settings["XLA_FLAGS"] = simulating(1)
     with Children([*program, "batch", source, tmp_path / "alone.jsonl", *flags], **settings) as children:
         assert children.codes(0, seconds=200) == [0], children.err(0)
     command = ["batch", source, tmp_path / "both.jsonl", *flags, "--data-parallel-size", 2]

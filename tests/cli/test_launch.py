@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import TESTS, Children
+from processes import TESTS, Children, simulating
 
 from jaxinfer.cli.launch import plan_processes, run_processes, variables
 from jaxinfer.communication.membership import find_membership
@@ -103,7 +103,7 @@ sys.exit(run_processes(sys.argv[1:], plan_processes(num_processes=2, hosts=(), p
 def jaxinfer(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "jaxinfer", *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": ""} | environment,
+        env=os.environ | {"XLA_FLAGS": simulating(1)} | environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from held_steps import few_steps
+from processes import simulating
 from served_demo import ENGINE, served_demo
 
 from jaxinfer import LLM, SamplingParams
@@ -268,7 +269,7 @@ def refused(server):
 def command(*flags, before=()):
     arguments = [sys.executable, "-m", "jaxinfer", *before, "serve", "--port", "0", "--no-warmup", *flags]
     arguments += [part for name, value in ENGINE.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # one device for each process
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": simulating(1)}
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
     lines = queue.SimpleQueue()
     reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stderr])

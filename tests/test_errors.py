@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from conftest import load_golden
 from mesh_tools import BASE, on_mesh
@@ -82,6 +83,9 @@ PROMPTS = [  # wrong prompts: prompt, error, message
     ([1, 2.5], TypeError, "prompt token ids must be integers, got 2.5 of type float"),
     ([1, True], TypeError, "prompt token ids must be integers, got True of type bool"),
     (7, TypeError, "string.* token ids.*, got int"),
+    ({"prompt": "a"}, TypeError, "string.* token ids.*, got dict"),
+    ({1, 2}, TypeError, "string.* token ids.*, got set"),
+    ("a\ud800", ValueError, "the prompt must be text that UTF-8 can write, got a lone surrogate at 1"),
 ]
 BEAMS = [
     ({"beam_width": 5}, r"beam_width must be <= max_num_seqs, .* got 5 > 4; lower it or raise max_num_seqs"),
@@ -100,6 +104,13 @@ CALLS: list[tuple[Callable[[LLM], Any], type[Exception], str]] = [
     (lambda llm: llm.generate(PROMPT, [None]), TypeError, "sampling_params must be SamplingParams, got NoneType"),
     (lambda llm: llm.generate(PROMPT, BeamSearchParams()), TypeError, "must be SamplingParams, .*got BeamSearchParams"),
     (lambda llm: llm.generate([[1]] * 3, [SamplingParams()] * 2), ValueError, "got 2 sampling_params for 3 prompts"),
+    (lambda llm: llm.generate([b"ab"]), TypeError, "a prompt must be a string or a sequence of token ids, got bytes"),
+    (lambda llm: llm.generate(jnp.array(3)), TypeError, "expected a string, token ids, or a list of either, got int"),
+    (
+        lambda llm: llm.chat(MESSAGES, chat_template="rag"),
+        ValueError,
+        "chat_template must be .*no templates; got 'rag'",
+    ),
     (lambda llm: llm.stream([[1], [2]]), TypeError, "stream takes one prompt"),
     (lambda llm: llm.stream(PROMPT, [SamplingParams()]), TypeError, "sampling_params must be SamplingParams, got list"),
     (lambda llm: llm.beam_search(PROMPT, SamplingParams()), TypeError, "params must be BeamSearchParams, .*got Samp"),

@@ -7,8 +7,10 @@ Does not know: models, engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, TypeVar
+
+import numpy as np
 
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -73,6 +75,8 @@ def score_params(prompt_logprobs: int) -> SamplingParams:
 
 
 def _as_sequence(values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    if hasattr(values, "__array__"):
+        values = np.asarray(values).tolist()
+    if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(values, "__iter__"):
         raise TypeError(f"expected a string, token ids, or a list of either, got {type(values).__name__}")
     return list(values)

@@ -670,6 +670,12 @@ def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
     if tokenizer == "byte":
         return ByteTokenizer()
     if not isinstance(tokenizer, (str, Path)):
+        missing = [name for name in vars(Tokenizer) if name[0] != "_" and not hasattr(tokenizer, name)]
+        if missing:
+            raise TypeError(
+                f"tokenizer must be a name, a folder or an object like jaxinfer's Tokenizer, got "
+                f"{type(tokenizer).__name__} without {', '.join(missing)}"
+            )
         return tokenizer
     found = load_tokenizer(checkpoint_directory.resolve(tokenizer))
     if found is None:

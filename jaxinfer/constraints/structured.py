@@ -251,7 +251,8 @@ def _grammar(spec: StructuredOutput) -> tuple[str, str]:
         pattern = _llguidance().regex_to_lark(spec.regex, "")
         return "structured.regex", f"start: /{pattern}/{NO_FORCING}"
     if spec.choice is not None:
-        return "structured.choice", f"start: {' | '.join(map(_literal, spec.choice))}{NO_FORCING}"
+        # One lexeme: llguidance's parser follows at most 2,000 alternatives at once, its lexer any number.
+        return "structured.choice", f"start: CHOICE\nCHOICE: {' | '.join(map(_literal, spec.choice))}{NO_FORCING}"
     return "structured.lark", f"{spec.lark}{NO_FORCING}"
 
 

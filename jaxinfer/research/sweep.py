@@ -140,7 +140,7 @@ def _is_axis(name: str, value: Any) -> bool:
         return name not in ("logit_bias", "structured")
     if name in _LISTS or isinstance(value, (str, bytes, BoundIntervention)):
         return False
-    return isinstance(value, (Sequence, np.ndarray))
+    return isinstance(value, Sequence) or np.ndim(value) > 0
 
 
 def _values(name: str, value: Any) -> dict[Any, Any]:
@@ -150,7 +150,7 @@ def _values(name: str, value: Any) -> dict[Any, Any]:
     else:
         found = {}
         for number, entry in enumerate(value):
-            plain = entry.item() if isinstance(entry, np.generic) else entry
+            plain = _plain(entry)
             label = _label(plain) if name == INTERVENTION else _shown(plain)
             found[label if label not in found else f"{label} ({number})"] = plain
     if not found:

@@ -68,7 +68,8 @@ class ChatTemplates:
 
         Raises:
           TypeError: chat_template is not a string.
-          ValueError: chat_template is None and the checkpoint has no default; the message says what is missing.
+          ValueError: chat_template is None and the checkpoint has no default, or it is neither a template nor the name
+            of one; the message says what is missing.
         """
         if chat_template is None:
             name = TOOL_USE if has_tools and TOOL_USE in self.templates else DEFAULT
@@ -79,7 +80,15 @@ class ChatTemplates:
             raise TypeError(
                 f"chat_template must be a template or the name of one, as a string, got {type(chat_template).__name__}"
             )
-        return self.templates.get(chat_template) or ChatTemplate(source=chat_template, origin="chat_template argument")
+        if chat_template in self.templates:
+            return self.templates[chat_template]
+        if "{{" not in chat_template and "{%" not in chat_template:
+            names = ", ".join(sorted(self.templates)) or "no templates"
+            raise ValueError(
+                f"chat_template must be a Jinja template, or the name of one of the checkpoint's, which has {names}; "
+                f"got {chat_template!r:.100}, which shows no message"
+            )
+        return ChatTemplate(source=chat_template, origin="chat_template argument")
 
     def _missing(self) -> str:
         if not self.directories:

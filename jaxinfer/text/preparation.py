@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -156,7 +156,7 @@ class Preparation:
             if self._tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer, this LLM has none; pass token ids or tokenizer=...")
             encode = self._tokenizer.encode if add_special_tokens else self._tokenizer.encode_plain
-            token_ids = tuple(encode(prompt))
+            token_ids = tuple(encode(_require_unicode(prompt)))
         else:
             token_ids = _as_token_ids(prompt)
         if not token_ids:
@@ -255,8 +255,19 @@ def _text(prompt: Prompt) -> str | None:
     return prompt if isinstance(prompt, str) else None
 
 
+def _require_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt must be text that UTF-8 can write, got a lone surrogate at {error.start}: "
+            f"{text[error.start : error.start + 20]!r}"
+        ) from error
+    return text
+
+
 def _as_token_ids(prompt: Any) -> tuple[int, ...]:
-    if not hasattr(prompt, "__iter__"):
+    if isinstance(prompt, (bytes, Mapping, Set)) or not hasattr(prompt, "__iter__"):
         raise TypeError(f"a prompt must be a string or a sequence of token ids, got {type(prompt).__name__}")
     token_ids = []
     for entry in prompt:

@@ -32,7 +32,7 @@ from jaxinfer.wrappers.edit_upload import pack_allowed, pack_edits
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.in_flight import InFlight, StepHandle
 from jaxinfer.wrappers.launch_plans import Call, Exit, Tick
-from jaxinfer.wrappers.memory import Footprint, fitting_pages
+from jaxinfer.wrappers.memory import Footprint, fitting_pages, require_room
 from jaxinfer.wrappers.parameters import swapped
 from jaxinfer.wrappers.program_choice import ProgramChoice
 from jaxinfer.wrappers.programs import ProgramCache, ProgramKey
@@ -103,6 +103,7 @@ class DecoderWrapper(AbstractModelInferenceWrapper):
             self._num_pages = fitting if holders is None else holders.fewest_pages(fitting)
         else:
             self._num_pages = config.num_kv_pages
+            require_room(mesh, num_pages=self._num_pages + 1, page_bytes=self._page_bytes)
         self._step_programs = StepPrograms(
             model,
             shapes=self._shapes,

@@ -99,8 +99,8 @@ class HookTables:
         """Uploads the parameters of hooks, each to a row of its kind's table."""
         for row, hook in placed:
             program = self._programs.get("place", hook.kind)
-            stop = _NO_END if hook.span.stop is None else hook.span.stop
-            numbers = np.array([row, hook.span.start, stop, hook.prompt_len], np.int32)
+            stop = _NO_END if hook.span.stop is None else min(hook.span.stop, _NO_END)
+            numbers = np.array([row, min(hook.span.start, _NO_END), stop, hook.prompt_len], np.int32)
             self._tables[hook.kind] = program(self._table(hook.kind), numbers, dict(hook.parameters))
 
     def of(self, kinds: Iterable[HookKind]) -> list[HookTable]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.model_config import ModelConfig
+from jaxinfer.config.sizes import size_text
 from jaxinfer.kernels.pallas_experts import MAX_TOKENS
 from jaxinfer.sampling.logit_edits import EditState
 from jaxinfer.wrappers.jax_start import card_bytes
@@ -106,6 +107,33 @@ def free_bytes(device: jax.Device, *, gpu_memory_utilization: float) -> int:
     limit = stats["bytes_limit"]
     all_bytes = card_bytes(limit) if device.platform == "gpu" else limit
     return int(min(all_bytes * gpu_memory_utilization, limit * POOL_SHARE)) - stats["bytes_in_use"]
+
+
+def require_room(mesh: Mesh, *, num_pages: int, page_bytes: int) -> None:
+    """Refuses a KV pool that the memory of this process's devices has no room for.
+
+    Args:
+      mesh: the mesh.
+      num_pages: pages of the pool, the dump page included.
+      page_bytes: bytes of one page over all devices.
+
+    Raises:
+      ValueError: it is larger than what is free; the message says by how much.
+    """
+    devices = mesh.local_devices
+    needed = num_pages * page_bytes // mesh.size
+    if devices[0].platform == "cpu":
+        needed, free = needed * len(devices), available_bytes()  # CPU devices share one memory
+    else:
+        stats = [device.memory_stats() or {} for device in devices]
+        if not all("bytes_limit" in entry for entry in stats):
+            return
+        free = min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
+    if needed > free:
+        raise ValueError(
+            f"num_kv_pages must leave room for the model: {num_pages - 1} pages take {size_text(needed)}, "
+            f"{size_text(free)} are free; lower num_kv_pages, or leave it out for as many as fit"
+        )
 
 
 def available_bytes(meminfo: Path = MEMINFO) -> int:

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_golden
@@ -50,8 +51,15 @@ def test_generate_shapes_of_input_and_output_agree(llm):
     assert one.metrics.arrival_time <= one.metrics.first_token_time <= one.metrics.finished_time
 
 
-def test_generate_numpy_ids_are_ids(llm):
-    assert llm.generate(np.array([5, 6, 7]), GREEDY).token_ids == llm.generate([5, 6, 7], GREEDY).token_ids
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_generate_arrays_of_ids_are_ids(llm, array):
+    assert llm.generate(array([5, 6, 7]), GREEDY).token_ids == llm.generate([5, 6, 7], GREEDY).token_ids
+
+
+@pytest.mark.parametrize("tokenizer", [3, object()])
+def test_tokenizer_that_is_none_says_what_it_lacks(tokenizer):
+    with pytest.raises(TypeError, match=rf"tokenizer must be .*got {type(tokenizer).__name__} without .*encode_plain"):
+        LLM(load_golden("gqa").path, tokenizer=tokenizer)
 
 
 def test_generate_params_one_each(llm):

@@ -156,6 +156,12 @@ def test_choice_every_one_can_be_written() -> None:
         assert tokenizer_named("bytes").eos_token_ids[0] in allowed_ids(follow(start(choice=choices), choice.encode()))
 
 
+def test_choice_may_have_thousands_of_entries() -> None:
+    choices = [f"option {number}" for number in range(5000)]
+    state = follow(start(choice=choices), choices[-1].encode())
+    assert tokenizer_named("bytes").eos_token_ids[0] in allowed_ids(state)
+
+
 def test_allowed_is_every_tokenization_of_an_allowed_text() -> None:
     table = token_bytes(tokenizer_named("gqa"))
     state = compiler_of("gqa").compile(StructuredOutput(choice=[" the river"])).start()

@@ -1,5 +1,7 @@
 """Interventions of requests beside requests without any, and the errors of wrong ones."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,13 @@ def test_tokens_of_an_intervention_are_the_only_ones_that_change(llm):
         expected = base.copy()
         expected[chosen] += VECTOR
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_tokens_may_end_beyond_any_text(llm):
+    found, expected = (
+        llm.generate(PROMPT, params(add.at(SITE, vector=VECTOR, tokens=slice(3, stop)))) for stop in (sys.maxsize, None)
+    )
+    assert found.token_ids == expected.token_ids
 
 
 def test_interventions_at_one_site_are_called_in_the_order_given(llm):

@@ -105,7 +105,7 @@ TWO = [{"name": "default", "template": "config"}, {"name": "tool_use", "template
         ({"additional_chat_templates/rag.jinja": "rag", "chat_template.jinja": "file"}, None, None, "file"),
         ({"additional_chat_templates/rag.jinja": "rag", "chat_template.jinja": "file"}, None, "rag", "rag"),
         ({"additional_chat_templates/tool_use.jinja": "tu", "chat_template.jinja": "file"}, [TOOL], None, "tu"),
-        ({"chat_template.jinja": "file"}, None, "argument", "argument"),
+        ({"chat_template.jinja": "file"}, None, "argument{{ 1 }}", "argument1"),
     ],
 )
 def test_template_sources_by_precedence(files, tools, name, expected, sandbox, tmp_path) -> None:

@@ -43,6 +43,11 @@ def test_free_bytes_gpu_is_what_jax_took_less_fragments_and_what_is_in_use():
     assert free_on_gpu(bytes_limit=1000, bytes_in_use=300) == 950 - 300
 
 
+def test_pool_without_room_names_the_knob(gqa):
+    with pytest.raises(ValueError, match=r"num_kv_pages must leave room .*: 1000000000 pages take .* are free; lower"):
+        make_wrapper(gqa.path, num_kv_pages=10**9)
+
+
 def test_free_bytes_silent_device_raises():
     with pytest.raises(ValueError, match="Test GPU does not report its memory; set num_kv_pages"):
         free_on_gpu()

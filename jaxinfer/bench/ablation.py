@@ -27,9 +27,10 @@ from jaxinfer.bench.workload import draw_trace, random_prompts
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.keywords import unknown_keyword
-from jaxinfer.config.validation import require_choice
+from jaxinfer.config.validation import require_choice, require_float, require_int
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.request import Request
+from jaxinfer.sampling_params import MAX_FLOAT32
 
 OUTPUTS = ("equal", "close")
 _MIB = 2**20
@@ -42,12 +43,16 @@ class Workload:
     """The requests of an ablation.
 
     Args:
-      num_requests: how many, all at once.
-      prompt_len, output_len: mean lengths in tokens.
+      num_requests: how many, all at once, >= 1.
+      prompt_len, output_len: mean lengths in tokens, >= 1.
       spread: half the width of the lengths over their mean, 0 .. 1.
-      prefix_len: leading tokens that all prompts share.
-      temperature: of all requests, each with a seed of its own.
-      seed: of prompts and lengths.
+      prefix_len: leading tokens that all prompts share, below prompt_len: a prompt that is not longer than the prefix
+        has no tokens of its own.
+      temperature: of all requests, each with a seed of its own, >= 0.
+      seed: of prompts and lengths, >= 0.
+
+    Raises:
+      TypeError, ValueError: a field is outside its range; the message names field, value and range.
     """
 
     num_requests: int = 32
@@ -57,6 +62,19 @@ class Workload:
     prefix_len: int = 0
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "prompt_len", "output_len"):
+            require_int(f"workload.{name}", getattr(self, name), 1)
+        require_float("workload.spread", self.spread, "in [0, 1]", 0, 1)
+        require_int("workload.prefix_len", self.prefix_len, 0)
+        if self.prefix_len >= self.prompt_len:
+            raise ValueError(
+                f"workload.prefix_len must be below prompt_len, got {self.prefix_len} and {self.prompt_len}; "
+                "most prompts would be the same text"
+            )
+        require_float("workload.temperature", self.temperature, f"in [0, {MAX_FLOAT32:g}]", 0, MAX_FLOAT32)
+        require_int("workload.seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +89,9 @@ class Ablation:
       engine: settings that all runs have.
       vary: settings by name, each with its values; all combinations are run, the first of which is the baseline.
       outputs: "equal" if all runs must give the baseline's tokens, "close" if they need not.
+
+    Raises:
+      TypeError, ValueError: a field is wrong; the message names it.
     """
 
     title: str
@@ -83,6 +104,13 @@ class Ablation:
 
     def __post_init__(self) -> None:
         require_choice("outputs", self.outputs, OUTPUTS)
+        for name in ("title", "model", "random_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name, value) != ("random_weights", None):
+                raise TypeError(f"{name} must be a string, got {value!r}")
+        for name in ("engine", "vary"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} must be a mapping of settings, got {getattr(self, name)!r}")
         if not self.vary:
             raise ValueError("vary must name a setting with its values, got none")
         known = [entry.name for entry in dataclasses.fields(EngineConfig)]

@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 _Settings = TypeVar("_Settings")
 
 
-def unknown_keyword(keyword: str, known: Iterable[str]) -> TypeError:
-    """The error for an unknown keyword; its message names the nearest known one."""
-    near = difflib.get_close_matches(keyword, list(known), n=1, cutoff=0.5)
+def unknown_keyword(keyword: object, known: Iterable[str]) -> TypeError:
+    """The error for an unknown keyword (a file's may be no string); its message names the nearest known one."""
+    near = difflib.get_close_matches(str(keyword), list(known), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return TypeError(f"unknown argument {keyword!r}{hint}")
 

@@ -85,6 +85,21 @@ def test_differing_outputs_are_an_error_only_where_they_must_be_equal(monkeypatc
         ("title: x\nvary: {page_size: [8]}\noutputs: same", "outputs must be one of"),
         ("title: [", "is not valid YAML"),
         ("- 1", "expected a mapping with title"),
+        ("1: 2", "unknown argument 1"),
+        ("title: x\nvary: [page_size]", r"vary must be a mapping of settings, got \['page_size'\]"),
+        ("title: x\nvary: page_size", "vary must be a mapping of settings, got 'page_size'"),
+        ("title: x\nvary: {8: [1]}", "unknown argument 8"),
+        ("title: x\nvary: {page_size: [8]}\nengine:", "engine must be a mapping of settings, got None"),
+        ("title: x\nvary: {page_size: [8]}\nengine: [x]", "engine must be a mapping of settings"),
+        ("title: x\nvary: {page_size: [8]}\nrandom_weights: 5", "random_weights must be a string, got 5"),
+        ("title: x\nvary: {page_size: [8]}\nmodel:", "model must be a string, got None"),
+        ("title: x\nvary: {page_size: [8]}\nworkload: {seed: -1}", "workload.seed must be .* got -1"),
+        ("title: x\nvary: {page_size: [8]}\nworkload: {temperature: -1}", "workload.temperature must be .* got -1"),
+        ("title: x\nvary: {page_size: [8]}\nworkload: {temperature: .nan}", "workload.temperature must be .* got nan"),
+        (
+            "title: x\nvary: {page_size: [8]}\nworkload: {prompt_len: 8, prefix_len: 8}",
+            "workload.prefix_len must be below prompt_len, got 8 and 8",
+        ),
     ],
 )
 def test_wrong_files_are_one_error_that_names_them(tmp_path, text, message):
@@ -93,5 +108,8 @@ def test_wrong_files_are_one_error_that_names_them(tmp_path, text, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         read_ablation(file)
     assert str(file) in str(error.value)
+    file.write_bytes(b"title: \xff")
+    with pytest.raises(ValueError, match=f"{file} is not valid YAML"):
+        read_ablation(file)
     with pytest.raises(FileNotFoundError, match="no such ablation"):
         read_ablation(tmp_path / "missing.yaml")

@@ -78,6 +78,21 @@ class Target:
         return SafetensorsStore(directory.weight_files(self.path()))
 
 
+def given_config(fields: Mapping[str, Any]) -> EngineConfig:
+    """The engine settings that the user gave, with the usual defaults for all others.
+
+    Raises:
+      TypeError, ValueError: a setting is wrong, or asks for several replicas.
+    """
+    config = EngineConfig(**fields)
+    if config.data_parallel_size > 1:
+        raise ValueError(
+            f"data_parallel_size must be 1 here, got {config.data_parallel_size}; one engine is measured, and replicas "
+            "are engines of their own"
+        )
+    return config
+
+
 def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: int, num_tokens: int) -> EngineConfig:
     """Engine settings for a measurement; slots and context are just large enough, unless they are given.
 
@@ -86,8 +101,11 @@ def engine_config(fields: Mapping[str, Any], model: ModelConfig, *, num_seqs: in
       model: the model's numbers, whose context is the upper limit.
       num_seqs: requests at once.
       num_tokens: tokens of the longest request, prompt and output together.
+
+    Raises:
+      TypeError, ValueError: as given_config.
     """
-    page_size = EngineConfig(**fields).page_size
+    page_size = given_config(fields).page_size
     # One page more than the tokens fill: the scheduler admits a request only while every running one has a page to
     # grow into. With fewer, the last requests of a batch would wait until others end.
     needed = (pages_for(num_tokens, page_size) + 1) * page_size

@@ -128,7 +128,6 @@ def startup(
 
     target = _target(model, random_weights, fields)
     target.fields()  # raises for a wrong path before a process is started
-    EngineConfig(**fields)
     report.warn_if_busy()
     result = startup_bench.measure(target, fields, prompt_len=prompt_len, repeats=repeats, warmup=warmup)
     settings = {**target.record(), "engine": fields, "prompt_len": prompt_len}
@@ -531,9 +530,9 @@ def _whole_numbers(name: str, text: str, *, least: int = 1) -> list[int]:
 
 
 def _target(model: str, random_weights: Path | None, fields: dict[str, Any]) -> Target:
-    from jaxinfer.bench.session import Target
+    from jaxinfer.bench.session import Target, given_config
 
-    return Target(model=model, random_weights=random_weights, seed=EngineConfig(**fields).seed)
+    return Target(model=model, random_weights=random_weights, seed=given_config(fields).seed)
 
 
 @contextlib.contextmanager

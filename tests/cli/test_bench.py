@@ -291,6 +291,7 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
         (("latency", "--model", GQA, "--batch-size", "1,x"), "batch_size must be whole numbers >= 1 separated"),
         (("latency", "--model", GQA, "--output-len", 1), "output_len must be >= 2"),
         (("latency", "--model", GQA, "--page-size", 9), "page_size must be a power of two, got 9"),
+        (("latency", "--model", GQA, "--data-parallel-size", 2), "data_parallel_size must be 1 here, got 2"),
         (("latency", "--random-weights", "none.json"), "none.json does not exist"),
         (
             ("profile", "--model", GQA, "--context", 3),

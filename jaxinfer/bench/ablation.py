@@ -23,10 +23,11 @@ import numpy as np
 
 from jaxinfer.bench.report import format_table
 from jaxinfer.bench.session import Session, Target, engine_config
-from jaxinfer.bench.workload import draw_trace, random_prompts
+from jaxinfer.bench.workload import TraceEntry, draw_trace, random_prompts
 from jaxinfer.checkpoint.directory import DEMO
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.keywords import unknown_keyword
+from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.config.validation import require_choice, require_float, require_int
 from jaxinfer.models.registry import parse_model_config
 from jaxinfer.request import Request
@@ -185,7 +186,7 @@ class AblationRun:
     @property
     def name(self) -> str:
         """The setting in words."""
-        return ", ".join(f"{name}={value}" for name, value in self.setting.items())
+        return _named(self.setting)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,23 +218,28 @@ def measure(ablation: Ablation, *, repeats: int, directory: Path = Path()) -> Ab
       ablation: what to run.
       repeats: timed runs of each setting, after one that is not timed and whose outputs are compared.
       directory: to which random_weights is relative.
+
+    Raises:
+      TypeError, ValueError: the settings of a run are wrong, whichever run it is; the message names them, and nothing
+        was measured.
     """
     random_weights = None if ablation.random_weights is None else directory / ablation.random_weights
     target = Target(model=ablation.model, random_weights=random_weights, seed=ablation.workload.seed)
+    model_config = parse_model_config(target.fields())
+    trace = _trace(ablation.workload)
+    configs = [_config(ablation, setting, trace, model_config) for setting in ablation.settings]
     runs: list[AblationRun] = []
     baseline: _Outputs | None = None
-    for setting in ablation.settings:
-        outputs, run = _run(ablation, target, setting, repeats, baseline)
+    for setting, config in zip(ablation.settings, configs, strict=True):
+        with Session(model_config, target.store(model_config), config) as session:
+            outputs, run = _run(ablation.workload, trace, session, setting, repeats, baseline)
         baseline = baseline or outputs
         runs.append(run)
     return AblationResult(title=ablation.title, outputs=ablation.outputs, runs=tuple(runs))
 
 
-def _run(
-    ablation: Ablation, target: Target, setting: Mapping[str, Any], repeats: int, baseline: _Outputs | None
-) -> tuple[_Outputs, AblationRun]:
-    work = ablation.workload
-    trace = draw_trace(
+def _trace(work: Workload) -> list[TraceEntry]:
+    return draw_trace(
         work.num_requests,
         distribution="uniform",
         prompt_len=work.prompt_len,
@@ -241,59 +247,79 @@ def _run(
         spread=work.spread,
         seed=work.seed,
     )
-    model_config = parse_model_config(target.fields())
-    fields = {**ablation.engine, **setting}
+
+
+def _config(
+    ablation: Ablation, setting: Mapping[str, Any], trace: Sequence[TraceEntry], model_config: ModelConfig
+) -> EngineConfig:
     longest = max(entry.prompt_len + entry.output_len for entry in trace)
-    config = engine_config(fields, model_config, num_seqs=min(work.num_requests, 64), num_tokens=longest)
-    with Session(model_config, target.store(model_config), config) as session:
-
-        def serve(number: int) -> _Outputs:
-            prompts = random_prompts(
-                [entry.prompt_len for entry in trace],
-                vocab_size=model_config.vocab_size,
-                seed=(work.seed, number),
-                prefix_len=work.prefix_len,
-            )
-            requests = [
-                Request(
-                    request_id=str(index),
-                    prompt_token_ids=prompt,
-                    max_tokens=entry.output_len,
-                    temperature=work.temperature,
-                    seed=index,
-                    logprobs=0,
-                )
-                for index, (prompt, entry) in enumerate(zip(prompts, trace, strict=True))
-            ]
-            return _serve(session, requests)
-
-        outputs = serve(0)
-        stats = session.engine.stats()
-        rates: list[float] = []
-        for number in range(1, MAX_RUNS * repeats):
-            before, started = session.engine.stats().num_compilations, time.perf_counter()
-            timed = serve(number)
-            seconds = time.perf_counter() - started
-            if session.engine.stats().num_compilations == before:  # else it is no measure of speed
-                rates.append(sum(map(len, timed.token_ids)) / seconds)
-            if len(rates) == repeats:
-                break
-        if not rates:
-            raise ValueError(f"every run of {setting} had to compile something; raise repeats")
-        decoder = session.decoder
-        share, distance = _distance(outputs, baseline or outputs)
-        return outputs, AblationRun(
-            setting=dict(setting),
-            tokens_per_s=tuple(rates),
-            num_steps=stats.num_steps,
-            num_preemptions=stats.num_preemptions,
-            prefix_cache_hits=stats.prefix_cache_hits,
-            draft_acceptance_rate=stats.draft_acceptance_rate if stats.draft_tokens else None,
-            weight_mib=decoder.weight_bytes / _MIB,
-            kv_mib=decoder.kv_bytes / _MIB,
-            equal_tokens=share,
-            largest_distance=distance,
+    try:
+        return engine_config(
+            {**ablation.engine, **setting}, model_config, num_seqs=min(len(trace), 64), num_tokens=longest
         )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"setting {_named(setting)}: {error}") from error
+
+
+def _named(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.items())
+
+
+def _run(
+    work: Workload,
+    trace: Sequence[TraceEntry],
+    session: Session,
+    setting: Mapping[str, Any],
+    repeats: int,
+    baseline: _Outputs | None,
+) -> tuple[_Outputs, AblationRun]:
+    def serve(number: int) -> _Outputs:
+        prompts = random_prompts(
+            [entry.prompt_len for entry in trace],
+            vocab_size=session.model_config.vocab_size,
+            seed=(work.seed, number),
+            prefix_len=work.prefix_len,
+        )
+        requests = [
+            Request(
+                request_id=str(index),
+                prompt_token_ids=prompt,
+                max_tokens=entry.output_len,
+                temperature=work.temperature,
+                seed=index,
+                logprobs=0,
+            )
+            for index, (prompt, entry) in enumerate(zip(prompts, trace, strict=True))
+        ]
+        return _serve(session, requests)
+
+    outputs = serve(0)
+    stats = session.engine.stats()
+    rates: list[float] = []
+    for number in range(1, MAX_RUNS * repeats):
+        before, started = session.engine.stats().num_compilations, time.perf_counter()
+        timed = serve(number)
+        seconds = time.perf_counter() - started
+        if session.engine.stats().num_compilations == before:  # else it is no measure of speed
+            rates.append(sum(map(len, timed.token_ids)) / seconds)
+        if len(rates) == repeats:
+            break
+    if not rates:
+        raise ValueError(f"every run of {setting} had to compile something; raise repeats")
+    decoder = session.decoder
+    share, distance = _distance(outputs, baseline or outputs)
+    return outputs, AblationRun(
+        setting=dict(setting),
+        tokens_per_s=tuple(rates),
+        num_steps=stats.num_steps,
+        num_preemptions=stats.num_preemptions,
+        prefix_cache_hits=stats.prefix_cache_hits,
+        draft_acceptance_rate=stats.draft_acceptance_rate if stats.draft_tokens else None,
+        weight_mib=decoder.weight_bytes / _MIB,
+        kv_mib=decoder.kv_bytes / _MIB,
+        equal_tokens=share,
+        largest_distance=distance,
+    )
 
 
 def _serve(session: Session, requests: Sequence[Request]) -> _Outputs:

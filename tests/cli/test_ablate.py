@@ -76,6 +76,22 @@ def test_differing_outputs_are_an_error_only_where_they_must_be_equal(monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("{page_size: [8, 12]}", "setting page_size=12: page_size must be a power of two, got 12"),
+        ("{run_ahead: [true, 1]}", "setting run_ahead=1: run_ahead must be True or False, got 1"),
+        ("{data_parallel_size: [1, 2]}", "setting data_parallel_size=2: data_parallel_size must be 1 here, got 2"),
+    ],
+)
+def test_wrong_setting_is_refused_before_the_first_is_measured(monkeypatch, tmp_path, vary, message):
+    monkeypatch.setattr(ablation_bench, "Session", None)
+    file = tmp_path / "a.yaml"
+    file.write_text(f"title: x\nmodel: {GOLDEN}\nvary: {vary}")
+    with pytest.raises((TypeError, ValueError), match=message):
+        ablation_bench.measure(read_ablation(file), repeats=1)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("title: x", "needs a title and what to vary"),

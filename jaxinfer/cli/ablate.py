@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from jaxinfer.cli.flags import writable_file
+
 if TYPE_CHECKING:
     from jaxinfer.bench.ablation import Ablation
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 def ablate(
     file: Annotated[Path, typer.Argument(help="a YAML file, such as those in configs/ablations")],
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of each setting, after one that is not")] = 3,
-    json_file: Annotated[str, typer.Option("--json", help="write all figures; - for stdout")] = "",
+    json_file: Annotated[
+        str, typer.Option("--json", callback=writable_file, help="write all figures; - for stdout")
+    ] = "",
     plot: Annotated[Path | None, typer.Option(help="write a PNG (needs matplotlib)")] = None,
 ) -> None:
     """Run one workload under several engine settings: speed, memory and outputs side by side.

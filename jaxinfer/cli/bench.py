@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.checkpoint.directory import DEMO
-from jaxinfer.cli.flags import takes_settings
+from jaxinfer.cli.flags import takes_settings, writable_file
 from jaxinfer.config.engine_config import EngineConfig
 from jaxinfer.config.validation import require_int
 
@@ -32,7 +32,10 @@ Model = Annotated[str, typer.Option(help="checkpoint directory, hub id, or demo"
 RandomWeights = Annotated[
     Path | None, typer.Option(help="config.json (or a directory with one) to measure with random weights instead")
 ]
-JsonFile = Annotated[str, typer.Option("--json", help="write the result with versions and settings; - for stdout")]
+JsonFile = Annotated[
+    str,
+    typer.Option("--json", callback=writable_file, help="write the result with versions and settings; - for stdout"),
+]
 Plot = Annotated[Path | None, typer.Option(help="write a PNG (needs matplotlib)")]
 BatchSizes = Annotated[str, typer.Option("--batch-size", help="requests at once; several separated by commas")]
 PromptLen = Annotated[int, typer.Option(min=1, help="tokens of each prompt")]
@@ -492,7 +495,7 @@ def gpu(
         Path | None, typer.Option(help="folder for tables, the profiler's files and XLA's description of the GPU")
     ] = None,
     json_file: Annotated[
-        str, typer.Option("--json", help="all results, written again after each section")
+        str, typer.Option("--json", callback=writable_file, help="all results, written again after each section")
     ] = "bench-gpu.json",
 ) -> None:
     """Run the checks of correctness and the benchmarks for a GPU (roofline, comparison with transformers, startup)

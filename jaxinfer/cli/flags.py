@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,27 @@ def takes_settings(
         return wrapper
 
     return decorate
+
+
+def writable_file(file: str) -> str:
+    """A typer callback for a file that a command writes at its end: refuses one that cannot be written at its start.
+
+    Args:
+      file: its path; "" for none and "-" for standard output are always right.
+
+    Raises:
+      OSError: it is a folder, lies in no folder, or may not be written.
+    """
+    path = Path(file)
+    if file in ("", "-"):
+        return file
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {file}: it is a folder, expected a file")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {file}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"cannot write {file}: permission denied")
+    return file
 
 
 def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.generation_defaults import GenerationDefaults
+from jaxinfer.sampling_params import SamplingParams
 
 DEMO = "demo"
 """The name of the bundled model."""
@@ -149,29 +150,30 @@ def generation_defaults(directory: Path, config_fields: Mapping[str, Any]) -> Ge
       config_fields: config.json, whose eos_token_id counts where generation_config.json has none.
 
     Raises:
-      ValueError: a field is of the wrong kind; the message names it.
+      ValueError: a field is of the wrong kind or outside its range; the message names the file and the field.
     """
     path = directory / "generation_config.json"
     fields = read_json(path) if path.exists() else {}
-    sampled = fields.get("do_sample") or False
+    sampled = False if fields.get("do_sample") is None else fields["do_sample"]
     if not isinstance(sampled, bool):
-        raise ValueError(f"generation_config.json: do_sample must be true or false, got {sampled!r}")
-    eos = config_fields.get("eos_token_id") if fields.get("eos_token_id") is None else fields["eos_token_id"]
-    return GenerationDefaults(
-        temperature=float(_number(fields, "temperature", 1.0)) if sampled else 0.0,
-        top_k=int(_number(fields, "top_k", 0)) if sampled else 0,
-        top_p=float(_number(fields, "top_p", 1.0)) if sampled else 1.0,
-        eos_token_ids=_token_ids("eos_token_id", eos),
-    )
+        raise ValueError(f"{path}: do_sample must be true or false, got {sampled!r}")
+    try:
+        params = SamplingParams(**_sampling_fields(fields) if sampled else {"temperature": 0.0})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if fields.get("eos_token_id") is None:
+        ids = _token_ids(f"{directory / 'config.json'}: eos_token_id", config_fields.get("eos_token_id"))
+    else:
+        ids = _token_ids(f"{path}: eos_token_id", fields["eos_token_id"])
+    return GenerationDefaults(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, eos_token_ids=ids)
 
 
-def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"generation_config.json: {name} must be a number, got {value!r}")
-    return value
+def _sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: fields[name] for name in ("temperature", "top_k", "top_p") if fields.get(name) is not None}
+    top_k = given.get("top_k")
+    if isinstance(top_k, float) and top_k.is_integer():  # some files have 50.0
+        given["top_k"] = int(top_k)
+    return given
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:

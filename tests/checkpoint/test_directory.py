@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -155,6 +156,8 @@ NUMBERS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9}
         (NUMBERS | {"do_sample": None}, {}, {}),
         (NUMBERS | {"do_sample": True}, {}, NUMBERS),
         ({"do_sample": True}, {}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": 0, "top_k": 50.0, "top_p": 1}, {}, {"top_k": 50}),
+        ({"temperature": -1, "top_p": 0}, {}, {}),
         ({"do_sample": True, "top_k": None, "top_p": 0.5}, {}, {"temperature": 1.0, "top_p": 0.5}),
         ({"eos_token_id": 3}, {"eos_token_id": 2}, {"eos_token_ids": (3,)}),
         ({"eos_token_id": 0}, {"eos_token_id": 2}, {"eos_token_ids": (0,)}),
@@ -169,19 +172,32 @@ def test_generation_defaults_fields_become_defaults(generation, config, expected
 
 
 @pytest.mark.parametrize(
-    ("generation", "field"),
+    ("generation", "message"),
     [
-        ({"do_sample": "false"}, "do_sample"),
-        ({"do_sample": True, "temperature": "0.5"}, "temperature"),
-        ({"do_sample": True, "top_k": True}, "top_k"),
-        ({"do_sample": True, "top_p": [1]}, "top_p"),
-        ({"eos_token_id": "2"}, "eos_token_id"),
-        ({"eos_token_id": [2, None]}, "eos_token_id"),
-        ({"eos_token_id": True}, "eos_token_id"),
-        ({"eos_token_id": -1}, "eos_token_id"),
+        ({"do_sample": "false"}, "do_sample must be true or false, got 'false'"),
+        ({"do_sample": 0}, "do_sample must be true or false, got 0"),
+        ({"do_sample": True, "temperature": "0.5"}, "temperature must be a number >= 0, got '0.5'"),
+        ({"do_sample": True, "temperature": -1}, "temperature must be >= 0, got -1"),
+        ({"do_sample": True, "temperature": math.nan}, "temperature must be >= 0, got nan"),
+        ({"do_sample": True, "top_k": True}, "top_k must be an int"),
+        ({"do_sample": True, "top_k": -5}, "top_k must be >= -1, got -5"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k must be an int >= -1, got 2.5"),
+        ({"do_sample": True, "top_k": math.inf}, "top_k must be an int >= -1, got inf"),
+        ({"do_sample": True, "top_k": math.nan}, "top_k must be an int >= -1, got nan"),
+        ({"do_sample": True, "top_p": [1]}, r"top_p must be a number in \(0, 1], got \[1\]"),
+        ({"do_sample": True, "top_p": 0}, r"top_p must be in \(0, 1], got 0"),
+        ({"eos_token_id": "2"}, "eos_token_id must be an integer >= 0"),
+        ({"eos_token_id": [2, None]}, "eos_token_id must be"),
+        ({"eos_token_id": True}, "eos_token_id must be"),
+        ({"eos_token_id": -1}, "eos_token_id must be"),
     ],
 )
-def test_generation_defaults_wrong_value_names_field(generation, field: str, tmp_path: Path) -> None:
+def test_generation_defaults_wrong_value_names_file_and_field(generation, message: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=f"{tmp_path}/generation_config.json: {message}"):
         generation_defaults(tmp_path, {})
+
+
+def test_generation_defaults_wrong_end_token_of_config_json_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: eos_token_id must be .* got 'x'"):
+        generation_defaults(tmp_path, {"eos_token_id": "x"})

@@ -112,11 +112,13 @@ class LLM(ResearchMethods):
           **engine: as LLM's.
 
         Raises:
-          As LLM.
+          As LLM; TypeError also for a config or params that are no mapping.
         """
+        for name, value in {"config": config, "params": params}.items():
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a mapping, got {type(value).__name__}")
         llm = cls.__new__(cls)
-        eos = config.get("eos_token_id")
-        eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        eos_token_ids = checkpoint_directory.end_token_ids("config: eos_token_id", config.get("eos_token_id"))
         settings = EngineConfig(**engine)
         store = MemoryStore(_flat(params))
         with opened(settings, model=None, tokenizer=tokenizer) as shared:

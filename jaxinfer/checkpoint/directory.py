@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.generation_defaults import GenerationDefaults
+from jaxinfer.config.validation import require_int
 from jaxinfer.sampling_params import SamplingParams
 
 DEMO = "demo"
@@ -162,9 +163,9 @@ def generation_defaults(directory: Path, config_fields: Mapping[str, Any]) -> Ge
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if fields.get("eos_token_id") is None:
-        ids = _token_ids(f"{directory / 'config.json'}: eos_token_id", config_fields.get("eos_token_id"))
+        ids = end_token_ids(f"{directory / 'config.json'}: eos_token_id", config_fields.get("eos_token_id"))
     else:
-        ids = _token_ids(f"{path}: eos_token_id", fields["eos_token_id"])
+        ids = end_token_ids(f"{path}: eos_token_id", fields["eos_token_id"])
     return GenerationDefaults(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, eos_token_ids=ids)
 
 
@@ -176,8 +177,18 @@ def _sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 0 for entry in ids):
-        raise ValueError(f"{name} must be an integer >= 0 or a list of such, got {value!r}")
-    return tuple(ids)
+def end_token_ids(name: str, value: object) -> tuple[int, ...]:
+    """The token ids of a field eos_token_id, which holds one, a list of them, or None for none.
+
+    Args:
+      name: where the field stands and what it is called, for messages.
+      value: the field's.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    ids = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        return tuple(require_int(name, entry, 0) for entry in ids)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an integer >= 0 or a list of such, got {value!r}") from error

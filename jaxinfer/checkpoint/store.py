@@ -15,6 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOAT_NAMES = ("float64", "float32", "float16", "bfloat16")
+"""The dtypes that can be read, by their names in safetensors files and in numpy."""
 _BLOCK_BYTES = 2**20
 
 
@@ -109,7 +111,9 @@ class MemoryStore:
     """
 
     def __init__(self, tensors: Mapping[str, Any]):
-        self._tensors = tensors
+        self._tensors = {
+            name: tensor if hasattr(tensor, "dtype") else np.asarray(tensor) for name, tensor in tensors.items()
+        }
 
     def names(self) -> Iterable[str]:
         """All tensor names."""
@@ -123,9 +127,14 @@ class MemoryStore:
         """Copies a slice of one tensor into `out`, cast to its dtype.
 
         Raises:
-          ValueError: the tensor holds values that out's dtype cannot.
+          ValueError: the tensor is not float64, float32, float16 or bfloat16, or holds values that out's dtype cannot.
         """
-        _copy(np.asarray(self._tensors[name][index]), out, f"{name} in {self.where(name)}")
+        values = np.asarray(self._tensors[name][index])
+        if values.dtype.name not in _FLOAT_NAMES:
+            raise ValueError(
+                f"tensor {name} in {self.where(name)} is {values.dtype}; supported: {', '.join(_FLOAT_NAMES)}"
+            )
+        _copy(values, out, f"{name} in {self.where(name)}")
 
     def fingerprint(self) -> str:
         """The tensors' identity in 32 hexadecimal digits: their names and shapes, and the last row of each."""

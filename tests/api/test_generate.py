@@ -313,6 +313,23 @@ def test_from_params_equals_the_checkpoint(llm, path):
                 other.generate("text", GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("config", "params", "error", "message"),
+    [
+        (None, {}, TypeError, "config must be a mapping, got NoneType"),
+        ({}, None, TypeError, "params must be a mapping, got NoneType"),
+        ({}, [1], TypeError, "params must be a mapping, got list"),
+        *(
+            ({"eos_token_id": eos}, {}, ValueError, "config: eos_token_id must be an integer >= 0 or a list of such")
+            for eos in ("x", True, -1, 2.0, [[1]])
+        ),
+    ],
+)
+def test_from_params_of_wrong_kinds_are_refused(config, params, error, message):
+    with pytest.raises(error, match=message):
+        LLM.from_params(config, params)
+
+
 def test_tokenizer_argument_replaces_the_checkpoints(path):
     with LLM(path, tokenizer="byte", **SMALL) as llm:
         assert isinstance(llm.tokenizer, ByteTokenizer)

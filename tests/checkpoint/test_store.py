@@ -75,6 +75,18 @@ def test_read_integer_tensor_raises(dtype: str, tmp_path: Path) -> None:
         tensors.read("table", WHOLE, np.zeros((6, 4), np.float32))
 
 
+@pytest.mark.parametrize("values", [table("int64"), table("bool"), jnp.asarray(table("int8")), [[1, 2], [3, 4]]])
+def test_read_integers_in_memory_raises(values) -> None:
+    with pytest.raises(ValueError, match=r"tensor table in params is (int|bool).*; supported: float64, float32, float"):
+        MemoryStore({"table": values}).read("table", (slice(0, 2), slice(0, 2)), np.zeros((2, 2), np.float32))
+
+
+def test_read_nested_lists_of_floats_are_arrays() -> None:
+    out = np.zeros((1, 2), np.float32)
+    MemoryStore({"table": [[1.0, 2.0], [3.0, 4.0]]}).read("table", (slice(1, 2), slice(0, 2)), out)
+    assert out.tolist() == [[3.0, 4.0]]
+
+
 def test_open_several_files_finds_every_tensor(tmp_path: Path) -> None:
     paths = [saved(tmp_path / f"{name}.safetensors", **{name: table()}) for name in "ab"]
     tensors = SafetensorsStore(paths)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxinfer.config.attention_span import AttentionSpan, widest
+from jaxinfer.config.attention_span import MAX_WINDOW, AttentionSpan, widest
 from jaxinfer.config.validation import require_choice, require_float, require_int
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
@@ -80,7 +80,7 @@ class ModelConfig:
       architecture: the checkpoint's class name, the key into the model registry.
       vocab_size: tokens of the vocabulary, without the padding that spreads it evenly over the mesh.
       hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: D, L, N, K, H, F.
-      max_position_embeddings: tokens the checkpoint declares it can handle.
+      max_position_embeddings: tokens the checkpoint declares it can handle, 2 .. 2**30.
       rope: rotary embedding; None adds a learned vector for each of the max_position_embeddings positions instead.
       norm_eps: added to the mean square (or the variance) inside a norm.
       tie_word_embeddings: whether the head's weights are those of the embedding.
@@ -150,7 +150,7 @@ class ModelConfig:
                 require_float(name, getattr(self, name), "> 0", 0, math.inf, open_low=True)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
             require_int(name, getattr(self, name), 1)
-        require_int("max_position_embeddings", self.max_position_embeddings, 2)
+        require_int("max_position_embeddings", self.max_position_embeddings, 2, MAX_WINDOW)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"

@@ -12,7 +12,7 @@ from typing import Any
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.config.validation import require_float
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
+from jaxinfer.models.hf_config import optional_flag, parse_decoder, parse_windows, require_count
 from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
@@ -40,7 +40,7 @@ def parse_gemma(fields: Mapping[str, Any], *, slide: list[bool], **features: Any
     scalar = require_float(
         "config.json: query_pre_attn_scalar", fields["query_pre_attn_scalar"], "> 0", 0, float("inf"), open_low=True
     )
-    bias = bool(fields.get("attention_bias", False))
+    bias = optional_flag(fields, "attention_bias")
     return parse_decoder(
         fields | {"hidden_act": activation},
         activation="gelu_pytorch_tanh",

@@ -13,7 +13,7 @@ from typing import Any
 from jaxinfer.config.model_config import ACTIVATIONS, ModelConfig
 from jaxinfer.config.validation import require_choice, require_float
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import require, require_count
+from jaxinfer.models.hf_config import optional_count, optional_flag, require, require_count
 from jaxinfer.models.registry import ModelFamily
 
 _PREFIX = "transformer."
@@ -70,13 +70,13 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        ffn_size=require_count(fields, "n_inner") if fields.get("n_inner") is not None else 4 * hidden_size,
+        ffn_size=optional_count(fields, "n_inner", 4 * hidden_size),
         max_position_embeddings=require_count(fields, "n_positions"),
         rope=None,
         norm_eps=require_float(
             "config.json: layer_norm_epsilon", fields.get("layer_norm_epsilon", 1e-5), ">= 0", 0, math.inf
         ),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)),
+        tie_word_embeddings=optional_flag(fields, "tie_word_embeddings", default=True),
         attention_bias=True,
         attention_out_bias=True,
         mlp_bias=True,

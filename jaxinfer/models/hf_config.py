@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.config.model_config import ROPE_KINDS, ModelConfig, RopeConfig
-from jaxinfer.config.validation import require_float, require_int
+from jaxinfer.config.validation import require_bool, require_float, require_int
 
 _OPTIONAL_NUMBERS = (
     "low_freq_factor",
@@ -44,6 +44,27 @@ def require_count(fields: Mapping[str, Any], name: str) -> int:
       TypeError, ValueError: it is missing, null or anything but such an integer; the message names it.
     """
     return require_int(f"config.json: {name}", require(fields, name), 1)
+
+
+def optional_count(fields: Mapping[str, Any], name: str, default: int) -> int:
+    """The value of a field that must be an integer >= 1 where it is there; default where it is missing or null.
+
+    Raises:
+      TypeError, ValueError: it is anything else; the message names it.
+    """
+    return default if fields.get(name) is None else require_count(fields, name)
+
+
+def optional_flag(fields: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """The value of a field that must be true or false where it is there; null is false, as in transformers.
+
+    Raises:
+      TypeError: it is anything else, such as the string "false"; the message names it.
+    """
+    value = fields.get(name, default)
+    if value is not None:
+        require_bool(f"config.json: {name}", value)
+    return bool(value)
 
 
 def require_activation(fields: Mapping[str, Any], name: str, supported: str) -> None:
@@ -79,13 +100,13 @@ def parse_decoder(
         hidden_size=hidden_size,
         num_layers=require_count(fields, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=fields.get("num_key_value_heads") or num_heads,
-        head_dim=fields.get("head_dim") or hidden_size // num_heads,
+        num_kv_heads=optional_count(fields, "num_key_value_heads", num_heads),
+        head_dim=optional_count(fields, "head_dim", hidden_size // num_heads),
         ffn_size=require_count(fields, "intermediate_size"),
         max_position_embeddings=require_count(fields, "max_position_embeddings"),
         rope=parse_rope(fields) if rope is None else rope,
         norm_eps=require_float("config.json: rms_norm_eps", fields.get("rms_norm_eps", 1e-6), ">= 0", 0, math.inf),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_word_embeddings=optional_flag(fields, "tie_word_embeddings"),
         activation=activation,
         **features,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import parse_decoder
+from jaxinfer.models.hf_config import optional_flag, parse_decoder
 from jaxinfer.models.registry import ModelFamily
 
 TENSOR_NAMES = {
@@ -53,12 +53,12 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     Raises:
       TypeError, ValueError: a field is missing, wrong or not supported; the message names it.
     """
-    attention_bias = bool(fields.get("attention_bias", False))
+    attention_bias = optional_flag(fields, "attention_bias")
     return parse_decoder(
         fields,
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
-        mlp_bias=bool(fields.get("mlp_bias", False)),
+        mlp_bias=optional_flag(fields, "mlp_bias"),
     )
 
 

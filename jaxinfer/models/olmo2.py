@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import parse_decoder
+from jaxinfer.models.hf_config import optional_flag, parse_decoder
 from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
@@ -29,7 +29,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 
     Source: Team OLMo 2025, "2 OLMo 2 Furious", section 3; transformers' Olmo2ForCausalLM.
     """
-    bias = bool(fields.get("attention_bias", False))
+    bias = optional_flag(fields, "attention_bias")
     return parse_decoder(
         {"rms_norm_eps": 1e-5, **fields},
         attention_bias=bias,

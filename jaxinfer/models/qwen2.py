@@ -12,7 +12,7 @@ from typing import Any
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.config.validation import require_int
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import parse_decoder, parse_windows, require
+from jaxinfer.models.hf_config import optional_flag, parse_decoder, parse_windows, require
 from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
@@ -25,7 +25,7 @@ def parse_upper_windows(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
     Raises:
       TypeError, ValueError: a window or a count of layers is wrong; the message names it.
     """
-    if not fields.get("use_sliding_window", False):
+    if not optional_flag(fields, "use_sliding_window"):
         return ()
     if "layer_types" in fields:
         return parse_windows(fields, first_layer=0)

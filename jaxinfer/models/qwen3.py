@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import parse_decoder
+from jaxinfer.models.hf_config import optional_flag, parse_decoder
 from jaxinfer.models.llama import TENSOR_NAMES
 from jaxinfer.models.qwen2 import parse_upper_windows
 from jaxinfer.models.registry import ModelFamily
@@ -30,7 +30,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 
     Source: Yang et al. 2025, "Qwen3 Technical Report", section 2; transformers' Qwen3ForCausalLM.
     """
-    bias = bool(fields.get("attention_bias", False))
+    bias = optional_flag(fields, "attention_bias")
     windows = parse_upper_windows(fields)
     return parse_decoder(
         {"head_dim": 128, **fields}, attention_bias=bias, attention_out_bias=bias, qk_norm="head", windows=windows

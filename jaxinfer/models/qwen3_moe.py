@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxinfer.config.model_config import ModelConfig
 from jaxinfer.models.decoder import TransformerDecoder
-from jaxinfer.models.hf_config import parse_decoder, parse_windows, require_count
+from jaxinfer.models.hf_config import optional_flag, parse_decoder, parse_windows, require_count
 from jaxinfer.models.qwen3 import QWEN3_TENSOR_NAMES
 from jaxinfer.models.registry import ModelFamily
 
@@ -38,18 +38,18 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json: mlp_only_layers must be a list of layer numbers, got {dense!r}")
     step = require_count({"decoder_sparse_step": 1, **fields}, "decoder_sparse_step")
     num_layers = require_count(fields, "num_hidden_layers")
-    bias = bool(fields.get("attention_bias", False))
+    bias = optional_flag(fields, "attention_bias")
     count = "num_local_experts" if fields.get("num_experts") is None else "num_experts"
     return parse_decoder(
         fields,
         attention_bias=bias,
         attention_out_bias=bias,
         qk_norm="head",
-        windows=parse_windows(fields, first_layer=0) if fields.get("use_sliding_window") else (),
+        windows=parse_windows(fields, first_layer=0) if optional_flag(fields, "use_sliding_window") else (),
         num_experts=require_count(fields, count),
         experts_per_token=require_count(fields, "num_experts_per_tok"),
         expert_ffn_size=require_count(fields, "moe_intermediate_size"),
-        normalise_experts=bool(fields.get("norm_topk_prob", False)),
+        normalise_experts=optional_flag(fields, "norm_topk_prob"),
         dense_layers=tuple(layer for layer in range(num_layers) if layer in dense or (layer + 1) % step),
     )
 

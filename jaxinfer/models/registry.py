@@ -135,7 +135,8 @@ def parse_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     if "auto_map" in fields:
         raise ValueError("config.json asks for remote code (auto_map), which is never executed; remove the field")
     architectures = fields.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
+    is_one = isinstance(architectures, list) and len(architectures) == 1
+    if not is_one or not isinstance(architectures[0], str):
         raise ValueError(f"config.json must name one architecture, got {architectures!r}")
     config = find_family(architectures[0]).parse_config(fields)
     if config.architecture != architectures[0]:

@@ -21,7 +21,7 @@ MODEL = SMALL | {"architecture": "A", "ffn_size": 8, "max_position_embeddings": 
         *(({name: "8"}, TypeError, f"{name} must be an int") for name in SMALL),
         ({"num_kv_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ({"head_dim": 3}, ValueError, "head_dim must be even for rotary embeddings, got 3"),
-        ({"max_position_embeddings": 1}, ValueError, "max_position_embeddings must be >= 2, got 1"),
+        ({"max_position_embeddings": 1}, ValueError, "max_position_embeddings must be in 2..1073741824, got 1"),
     ],
 )
 def test_model_config_wrong_numbers_raise(change, error, message: str) -> None:

@@ -121,7 +121,10 @@ def test_parse_config_wrong_field_names_it(name: str, value, error: type[Excepti
     [
         ({"hidden_act": "gelu"}, ValueError, "hidden_act must be 'silu', got 'gelu'"),
         ({"num_key_value_heads": 3}, ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"num_key_value_heads": 0}, ValueError, "config.json: num_key_value_heads must be >= 1, got 0"),
+        ({"head_dim": 0}, ValueError, "config.json: head_dim must be >= 1, got 0"),
         ({"head_dim": 3}, ValueError, "head_dim must be even"),
+        ({"max_position_embeddings": 10**15}, ValueError, r"max_position_embeddings must be in 2\.\.\d+, got 1000000"),
         ({"rms_norm_eps": "1e-5"}, TypeError, "rms_norm_eps must be a number"),
         ({"rms_norm_eps": -1.0}, ValueError, "rms_norm_eps must be >= 0"),
     ],
@@ -129,6 +132,28 @@ def test_parse_config_wrong_field_names_it(name: str, value, error: type[Excepti
 def test_parse_config_unfit_numbers_raise(change, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parse_config(FIELDS | change)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *((architecture, "tie_word_embeddings") for architecture in ("LlamaForCausalLM", "Gemma2ForCausalLM")),
+        *((architecture, "attention_bias") for architecture in ("LlamaForCausalLM", "Gemma2ForCausalLM")),
+        *((architecture, "attention_bias") for architecture in ("Olmo2ForCausalLM", "Qwen3ForCausalLM")),
+        *(("Qwen3MoeForCausalLM", name) for name in ("attention_bias", "norm_topk_prob", "use_sliding_window")),
+        ("LlamaForCausalLM", "mlp_bias"),
+        ("Qwen2ForCausalLM", "use_sliding_window"),
+        ("GPT2LMHeadModel", "tie_word_embeddings"),
+    ],
+)
+def test_parse_model_config_flag_that_is_no_bool_is_named(architecture: str, name: str) -> None:
+    fields = (
+        FIELDS | GPT2 | EXPERTS | {"moe_intermediate_size": 5, "sliding_window": 4} | {"architectures": [architecture]}
+    )
+    assert parse_model_config(fields | {name: None}) == parse_model_config(fields | {name: False})
+    for value in ("false", 0):
+        with pytest.raises(TypeError, match=f"config.json: {name} must be True or False, got {value!r}"):
+            parse_model_config(fields | {name: value})
 
 
 def test_require_missing_or_null_raises() -> None:

@@ -51,6 +51,7 @@ def test_find_family_unknown_name_lists_known(name: str) -> None:
         ({"architectures": ["GPT5"]}, "unknown architecture 'GPT5'; known: "),
         ({"architectures": None}, "must name one architecture, got None"),
         ({"architectures": []}, "must name one architecture"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "must name one architecture, got .*'LlamaForCausalLM'"),
         ({"architectures": ["LlamaForCausalLM", "B"]}, "must name one architecture"),
         ({"architectures": "LlamaForCausalLM"}, "must name one architecture"),
         ({"auto_map": {}}, "remote code .auto_map., which is never executed"),

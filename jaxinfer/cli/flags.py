@@ -63,6 +63,9 @@ def takes_settings(
         def wrapper(*, config: Path | None, **arguments: Any) -> Any:
             given = {name: _plain(name, value) for name, value in arguments.items() if value not in (None, [])}
             from_file = read_settings(config, known) if config is not None else {}
+            for parameter in own:
+                if parameter.name in from_file:
+                    from_file[parameter.name] = _own_value(config, parameter, from_file[parameter.name])
             return command(**{**defaults, **from_file, **given})
 
         file = _parameter("config", Path | None, "YAML file with any of these settings by name; flags win over it.")
@@ -113,12 +116,33 @@ def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
         fields = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+    if not isinstance(fields, Mapping):
         raise ValueError(f"{file} must hold a mapping of settings to values, got {type(fields).__name__}")
     for name in fields:
         if name not in known:
             raise unknown_keyword(name, known)
     return dict(fields)
+
+
+def _own_value(file: Path | None, parameter: inspect.Parameter, value: Any) -> Any:
+    """What a settings file gives to one of the command's own parameters, as the parameter's type.
+
+    Raises:
+      TypeError: it is of another type; the message names file and parameter.
+    """
+    hint = typing.get_args(parameter.annotation)[0]  # without the help
+    (kind,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    if kind == list[str]:
+        kind, value = list, [value] if isinstance(value, str) else value
+        is_right = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    elif isinstance(value, bool):
+        is_right = kind is bool
+    else:
+        is_right = isinstance(value, {Path: str, float: (int, float)}.get(kind, kind))
+    if not is_right:
+        expected = "a string or a list of strings" if kind is list else f"of type {kind.__name__}"
+        raise TypeError(f"{file}: {parameter.name} must be {expected}, got {value!r}")
+    return kind(value)
 
 
 def _options(settings: Sequence[type], defaults: Mapping[str, Any]) -> dict[str, inspect.Parameter]:

@@ -67,7 +67,8 @@ class ModelFacts:
       weight_bytes: size of all parameters, each counted once.
       kv_bytes_per_token: size of a token's keys and values over all layers and devices, including kv heads that a mesh
         holds several times and layers that pad its stages.
-      kv_tokens: tokens whose keys and values fit beside the weights; negative if the weights alone do not fit.
+      kv_tokens: tokens whose keys and values fit beside the weights, and into num_kv_pages if that is given; negative
+        if the weights alone do not fit.
       full_requests: number of requests of max_model_len tokens that fit at the same time.
       mesh: facts of the mesh that the model is spread over; None for one device.
       draft: facts of the draft model, None without one. kv_tokens leaves room for its weights and pages.
@@ -172,7 +173,8 @@ def model_facts(model: str | Path, config: EngineConfig, system: SystemFacts) ->
         all_held, all_page_bytes = held + draft.held_bytes, page_bytes + draft.kv_bytes_per_token * config.page_size
     span = model_config.widest_span(config.span)
     in_sight = PagesInSight(span, page_size=config.page_size, max_chunk=config.max_num_batched_tokens)
-    kv_tokens = (free - all_held) // all_page_bytes * config.page_size
+    fitting = (free - all_held) // all_page_bytes
+    kv_tokens = min(fitting, config.num_kv_pages or fitting) * config.page_size
     return ModelFacts(
         architecture=model_config.architecture,
         dtypes=layout.weight_dtypes,

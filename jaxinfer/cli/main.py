@@ -156,7 +156,7 @@ def follow(
     process_id: Annotated[int | None, typer.Option(min=1, help="number of this process")] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="share of every GPU's memory that JAX takes")
-    ] = EngineConfig.gpu_memory_utilization,
+    ] = EngineConfig().gpu_memory_utilization,
 ) -> int:
     """Lend this machine's devices to the LLMs that process 0 of a run makes, until it ends.
 
@@ -315,6 +315,8 @@ def chat(
     """Talk to a model: one message a line, or a pasted text; /reset forgets the conversation, /quit or the end of input
     leaves, Ctrl-C ends a reply. The oldest turns are forgotten when the context is full."""
     sampling, config = split_settings(fields)
+    if sampling.get("n", 1) != 1:
+        raise ValueError(f"a chat goes on with one reply, got n {sampling['n']}; leave n out")
     with lasting_imports():
         from jaxinfer.api.llm import find_chat_templates
         from jaxinfer.cli.conversation import HELP, Conversation
@@ -381,10 +383,14 @@ def _read_prompts(prompts: list[str], file: Path | None, *, lines: bool) -> list
     """Returns the prompts from the arguments or --file, which exclude each other, or from a pipe if there are none."""
     if prompts and file is not None:
         raise ValueError("pass prompts as arguments or with --file, not both")
+    if prompts and lines:
+        raise ValueError("--lines splits a file or a pipe; each argument is a prompt anyway, leave --lines out")
     if prompts:
         return prompts
     text = _read_text(file, missing="no prompt: pass one as an argument, with --file or through a pipe", name="--file")
-    return [line for line in text.splitlines() if line] if lines else [text.removesuffix("\n")]
+    if not lines:
+        return [text.removesuffix("\n")]
+    return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line]
 
 
 def _read_text(file: Path | None, *, missing: str, name: str) -> str:

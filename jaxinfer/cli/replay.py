@@ -123,7 +123,12 @@ def _setup(number: int, record: GenerationRecord, model: str | None, tokenizer: 
     named = model or provenance.model
     if named is None:
         raise ValueError(f"record {number + 1} has no model, its weights were in memory; name one with --model")
-    return _Setup(named, tokenizer or provenance.tokenizer, provenance.engine)
+    tokenizer = tokenizer or provenance.tokenizer
+    if tokenizer is not None and tokenizer.startswith("<"):
+        raise ValueError(
+            f"record {number + 1} was made with a tokenizer object, {tokenizer}; name a tokenizer with --tokenizer"
+        )
+    return _Setup(named, tokenizer, provenance.engine)
 
 
 def _replay_group(setup: _Setup, records: Sequence[GenerationRecord]) -> list[Replay]:

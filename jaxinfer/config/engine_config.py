@@ -7,7 +7,7 @@ Does not know: jax, models, requests.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxinfer.config.attention_span import MAX_WINDOW, AttentionSpan
 from jaxinfer.config.keywords import names_nearest_field
@@ -93,7 +93,7 @@ class EngineConfig:
     draft_model: str | None = None
     num_draft_tokens: int = 4
     seed: int = 0
-    xla_options: Mapping[str, bool | int | float | str] | None = None
+    xla_options: Mapping[str, bool | int | float | str] | None = field(default=None, hash=False)
     max_research_bytes: int = 2**30
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Flags and settings files: every field is there, what is not given is not passed, errors name the setting."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -19,10 +20,11 @@ def command(
     words: Annotated[list[str] | None, typer.Argument()] = None,
     *,
     model: Annotated[str | None, typer.Option()] = None,
+    file: Annotated[Path | None, typer.Option()] = None,
     stream: Annotated[bool, typer.Option()] = False,
     **fields,
 ) -> None:
-    received.update(fields, words=words, model=model, stream=stream)
+    received.update(fields, words=words, model=model, file=file, stream=stream)
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def test_takes_settings_flags_become_fields(run):
     assert received == {
         "words": ["a b"],
         "model": None,
+        "file": None,
         "stream": False,
         "top_k": 3,
         "stop": ["x", "y"],
@@ -72,7 +75,31 @@ def test_takes_settings_flags_win_over_the_file(run, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("model: here\ntop_k: 7\nstop: [a]\nmax_tokens: null\n")
     run("--config", file, "--top-k", 8)
-    assert received == {"words": None, "model": "here", "stream": False, "top_k": 8, "stop": ["a"], "max_tokens": None}
+    own = {"words": None, "model": "here", "file": None, "stream": False}
+    assert received == own | {"top_k": 8, "stop": ["a"], "max_tokens": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("words: a b", ["a b"]), ("words: [a, b]", ["a", "b"]), ("file: here", Path("here"))]
+)
+def test_takes_settings_own_parameters_of_a_file_have_their_types(run, tmp_path, text, value):
+    (tmp_path / "settings.yaml").write_text(text)
+    run("--config", tmp_path / "settings.yaml")
+    assert received[text.partition(":")[0]] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("words: [1, 2]", r"words must be a string or a list of strings, got \[1, 2\]"),
+        ("model: 5", "model must be of type str, got 5"),
+        ("file: true", "file must be of type Path, got True"),
+    ],
+)
+def test_takes_settings_own_parameter_of_another_type_is_named(run, tmp_path, text, message):
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(TypeError, match=rf"settings\.yaml: {message}"):
+        run("--config", tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -100,7 +127,7 @@ def test_takes_settings_help_does_not_state_what_the_checkpoint_decides(run):
         ("temprature: 1", TypeError, "unknown argument 'temprature'; did you mean 'temperature'"),
         ("[1, 2]", ValueError, "must hold a mapping of settings to values, got list"),
         ("a: [", ValueError, "is not valid YAML"),
-        ("1: 2", ValueError, "must hold a mapping"),
+        ("1: 2", TypeError, "unknown argument 1"),
     ],
 )
 def test_read_settings_wrong_file_raises(tmp_path, text, error, message):

@@ -66,7 +66,8 @@ def test_generate_prompt_from_a_pipe_and_from_a_file(run, texts, tmp_path):
     expected = texts["three\nfour"] + "\n"
     assert run("generate", *FLAGS, *GREEDY, "--no-echo", stdin="three\nfour\n")[1] == expected
     assert run("generate", *FLAGS, *GREEDY, "--no-echo", "--file", tmp_path / "prompt.txt")[1] == expected
-    assert run("generate", *FLAGS, *GREEDY, "--lines", stdin="one\n\ntwo\n")[1].startswith(f"one{texts['one']}\ntwo")
+    assert run("generate", *FLAGS, *GREEDY, "--lines", stdin="one\r\n\ntwo\n")[1].startswith(f"one{texts['one']}\ntwo")
+    assert run("generate", *FLAGS, *GREEDY, "--lines", "--json", stdin="one\u2028two\x0cthree")[1].count("\n") == 1
 
 
 def test_generate_json_is_one_object_a_line(run, texts):
@@ -107,6 +108,8 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         ),
         (["generate", "x", "--model", __file__], 1, "is a file; expected a checkpoint directory or a hub id"),
         (["generate", "x", "--file", "y"], 1, "pass prompts as arguments or with --file, not both"),
+        (["generate", "x", "--lines"], 1, "--lines splits a file or a pipe"),
+        (["chat", "--n", "2"], 1, "a chat goes on with one reply, got n 2"),
         (["generate", "--file", "none.txt"], 1, "jaxinfer: --file none.txt cannot be read: No such file or directory"),
         (["generate", "--file", sys.executable], 1, "is not UTF-8 text"),
         (["generate", "x", "--top-p", "3"], 1, "top_p must be in (0, 1], got 3.0"),
@@ -120,6 +123,7 @@ def test_generate_settings_file_and_flags(run, texts, tmp_path):
         (["replay", "none.jsonl"], 1, "No such file or directory: 'none.jsonl'"),
         (["replay", __file__], 1, "test_main.py, line 1: not JSON"),
         (["info", "--model", "none"], 1, "no such checkpoint directory: none"),
+        (["follow"], 1, "cannot find out address (JAXINFER_ADDRESS), num_processes"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -162,6 +166,8 @@ def test_info_names_versions_devices_and_what_fits(run):
     assert f"jaxinfer {jaxinfer.__version__}" in out
     assert "LlamaForCausalLM, 0.1 million parameters" in out
     record = json.loads(run("info", "--model", MODEL, "--json", "--max-model-len", 32)[1])
+    few = json.loads(run("info", "--model", MODEL, "--json", "--num-kv-pages", 5, "--page-size", 8)[1])
+    assert few["model"]["kv_tokens"] == 40
     model = record["model"]
     assert model["weight_bytes"] == 4 * model["num_parameters"]
     assert model["kv_bytes_per_token"] == 2 * 4 * 2 * 2 * 12  # K and V, float32, layers, kv heads, head_dim
@@ -305,6 +311,17 @@ def test_replay_says_where_a_token_differs_and_what_has_changed(run, records, tm
     expected = rf"record 2: completion 0 differs at token 3: recorded {now + 1} '.*', now {now} '.*'"
     assert re.fullmatch(expected, different)
     assert "jaxinfer: jax was 0.1, is now " in err
+
+
+def test_replay_groups_records_with_xla_options_and_asks_for_a_tokenizer_that_was_an_object(run, records, tmp_path):
+    file, fields = tmp_path / "records.jsonl", json.loads(records[0])
+    fields["provenance"]["engine"]["xla_options"] = {"xla_cpu_enable_fast_math": False}
+    file.write_text(f"{json.dumps(fields)}\n" * 2)
+    assert run("replay", file, "--model", MODEL)[0] == 0
+    fields["provenance"]["tokenizer"] = "<OwnTokenizer>"
+    file.write_text(json.dumps(fields))
+    message = "jaxinfer: record 1 was made with a tokenizer object, <OwnTokenizer>; name a tokenizer with --tokenizer\n"
+    assert run("replay", file, "--model", MODEL) == (1, "", message)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class RopeConfig:
       original_max_len: tokens the model was pre-trained on.
       low_freq_factor, high_freq_factor: for llama3, the band of frequencies between unscaled and scaled ones, in
         rotations per original_max_len.
-      beta_fast, beta_slow: the same band for yarn.
+      beta_fast, beta_slow: the same band for yarn, its upper and its lower end, both > 0.
       attention_factor: yarn's and longrope's multiplier on cos and sin; None derives it from the other numbers.
       mscale, mscale_all_dim: yarn's optional inputs to attention_factor.
       truncate: whether yarn rounds its band to whole dimensions.
@@ -66,6 +66,15 @@ class RopeConfig:
                 f"rope low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} and "
                 f"{self.high_freq_factor}"
             )
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                f"rope beta_slow must be > 0 and not above beta_fast, got {self.beta_slow} and {self.beta_fast}"
+            )
+        # Both rules divide by a logarithm of these.
+        if self.kind == "yarn" and self.theta <= 1:
+            raise ValueError(f"rope theta must be > 1 for yarn, got {self.theta}")
+        if self.kind == "longrope" and self.original_max_len < 2:
+            raise ValueError(f"rope original_max_len must be >= 2 for longrope, got {self.original_max_len}")
 
     def rotated_dims(self, head_dim: int) -> int:
         """How many of a head's dimensions are rotated; an even number."""
@@ -186,6 +195,8 @@ class ModelConfig:
         rotated = rope.rotated_dims(self.head_dim)
         if rotated % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim} ({rotated} rotated)")
+        if rope.kind == "dynamic" and rotated < 4:
+            raise ValueError(f"rope kind 'dynamic' needs 4 rotated dims of a head or more, got {rotated}")
         for factors in (rope.short_factors, rope.long_factors):
             if rope.kind == "longrope" and len(factors) != rotated // 2:
                 raise ValueError(f"longrope needs {rotated // 2} factors for {rotated} dims, got {len(factors)}")

@@ -30,10 +30,8 @@ def _rotary_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         local = nested.get("sliding_attention") or {"rope_theta": 10000.0}
         return others | {"rope_parameters": nested["full_attention"]}, others | {"rope_parameters": local}
     spelled = {name: value for name, value in fields.items() if name.startswith("rope_")}
-    return (
-        others | {"rope_theta": 1e6} | spelled,
-        others | {"rope_theta": fields.get("rope_local_base_freq") or 10000.0},
-    )
+    base = fields.get("rope_local_base_freq")
+    return others | {"rope_theta": 1e6} | spelled, others | {"rope_theta": 10000.0 if base is None else base}
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:

@@ -161,7 +161,7 @@ def parse_rope(
         raise ValueError(f"config.json: rope type {kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
     if kind not in ("default", "longrope") and "factor" not in settings:
         raise ValueError(f"config.json: rope type {kind!r} needs a factor, got {settings}")
-    share = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1)
+    share = _first(settings.get("partial_rotary_factor"), fields.get("partial_rotary_factor"), 1)
     if share != 1 and not may_be_partial:
         raise ValueError("config.json: partial_rotary_factor must be 1, others are not supported")
     numbers = {
@@ -170,23 +170,30 @@ def parse_rope(
         if name in settings
     }
     places = {"original_max_position_embeddings": fields.get("original_max_position_embeddings"), **settings}
-    if places["original_max_position_embeddings"]:
+    if places["original_max_position_embeddings"] is not None:
         original_max_len = require_count(places, "original_max_position_embeddings")
     else:
         original_max_len = require_count(fields, "max_position_embeddings")
     if kind == "longrope":
         numbers.setdefault("factor", require_count(fields, "max_position_embeddings") / original_max_len)
-    theta = settings.get("rope_theta", fields.get("rope_theta") or default_theta)
+    theta = _first(settings.get("rope_theta"), fields.get("rope_theta"), default_theta)
+    truncate = settings.get("truncate", True)
+    require_bool("config.json: rope truncate", truncate)
     return RopeConfig(
         theta=require_float("config.json: rope_theta", theta, "> 0", 0, math.inf, open_low=True),
         kind=kind,
         original_max_len=original_max_len,
-        truncate=settings.get("truncate", True),
+        truncate=truncate,
         short_factors=_factors(settings, "short_factor") if kind == "longrope" else (),
         long_factors=_factors(settings, "long_factor") if kind == "longrope" else (),
         rotated_share=require_float("config.json: partial_rotary_factor", share, "in (0, 1]", 0, 1, open_low=True),
         **numbers,
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _factors(settings: Mapping[str, Any], name: str) -> tuple[float, ...]:

@@ -72,6 +72,12 @@ def test_parse_rope_nothing_given_is_default() -> None:
         ({"rope_type": "yarn", "factor": 2, "beta_fast": True}, TypeError, "rope beta_fast must be a number"),
         ({"rope_theta": "big"}, TypeError, "rope_theta must be a number > 0"),
         ({"rope_theta": 0}, ValueError, "rope_theta must be > 0, got 0"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fast": 0, "beta_slow": 0}, ValueError, "rope beta_slow must be > 0"),
+        ({"rope_type": "yarn", "factor": 2, "beta_slow": 64}, ValueError, "rope beta_slow must .* got 64.0 and 32.0"),
+        ({"rope_type": "yarn", "factor": 2, "rope_theta": 1}, ValueError, "rope theta must be > 1 for yarn, got 1"),
+        ({"rope_type": "yarn", "factor": 2, "truncate": "false"}, TypeError, "rope truncate must be True or False"),
+        ({"original_max_position_embeddings": 0}, ValueError, "original_max_position_embeddings must be >= 1, got 0"),
+        ({"partial_rotary_factor": 0}, ValueError, "partial_rotary_factor must be 1"),
         ({"original_max_position_embeddings": 1.5}, TypeError, "original_max_position_embeddings must be an int"),
         ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor must be 1"),
         ("yarn", ValueError, "rotary settings must be an object, got 'yarn'"),
@@ -125,6 +131,10 @@ def test_parse_config_wrong_field_names_it(name: str, value, error: type[Excepti
         ({"head_dim": 0}, ValueError, "config.json: head_dim must be >= 1, got 0"),
         ({"head_dim": 3}, ValueError, "head_dim must be even"),
         ({"max_position_embeddings": 10**15}, ValueError, r"max_position_embeddings must be in 2\.\.\d+, got 1000000"),
+        ({"rope_theta": 0}, ValueError, "config.json: rope_theta must be > 0, got 0"),
+        ({"partial_rotary_factor": 0}, ValueError, "config.json: partial_rotary_factor must be 1"),
+        ({"original_max_position_embeddings": 0}, ValueError, "original_max_position_embeddings must be >= 1, got 0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ValueError, "'dynamic' needs 4 rotated dims .* got 2"),
         ({"rms_norm_eps": "1e-5"}, TypeError, "rms_norm_eps must be a number"),
         ({"rms_norm_eps": -1.0}, ValueError, "rms_norm_eps must be >= 0"),
     ],
@@ -275,6 +285,7 @@ def test_parse_gemma3_every_sixth_layer_sees_all() -> None:
         ({"attn_logit_softcapping": -1.0}, ValueError, "attention_softcap must be > 0, got -1"),
         ({"final_logit_softcapping": "30"}, TypeError, "logit_softcap must be a number > 0"),
         ({"use_bidirectional_attention": True}, ValueError, "use_bidirectional_attention must be false"),
+        ({"rope_local_base_freq": 0}, ValueError, "rope_theta must be > 0, got 0"),
         ({"sliding_window_pattern": 0}, ValueError, "sliding_window_pattern must be >= 1, got 0"),
     ],
 )
@@ -313,6 +324,12 @@ def test_parse_phi3_every_spelling_of_longrope(rotary) -> None:
 def test_parse_phi3_part_of_a_head_is_rotated(where) -> None:
     config = parse_model_config(PHI3 | {"head_dim": 8} | where)
     assert config.rope.rotated_dims(config.head_dim) == 4
+
+
+def test_parse_phi3_longrope_of_one_position_raises() -> None:
+    rotary = {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 1}
+    with pytest.raises(ValueError, match="rope original_max_len must be >= 2 for longrope, got 1"):
+        parse_model_config(PHI3 | rotary)
 
 
 def test_parse_phi3_wrong_number_of_factors_raises() -> None:

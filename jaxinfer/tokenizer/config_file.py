@@ -21,6 +21,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{file}: expected a JSON object, got broken JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}: expected a JSON object, got one that is nested too deeply to be read") from error
     if isinstance(value, dict):
         return value
     raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")

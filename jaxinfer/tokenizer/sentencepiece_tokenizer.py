@@ -123,7 +123,15 @@ def _read_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
 def _refuse_added_tokens(directory: Path, config: dict[str, Any], vocab_size: int) -> None:
     file = directory / "added_tokens.json"
     added = list(read_json_object(file).values()) if file.exists() else []
-    added += [int(i) for i in config.get("added_tokens_decoder") or {} if str(i).isdigit()]
+    for token_id in added:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise ValueError(f"{file}: expected a token id for each text, got {token_id!r}")
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}: added_tokens_decoder must be an object, got {decoder!r}"
+        )
+    added += [int(token_id) for token_id in decoder if token_id.isdecimal()]
     beyond = [i for i in added if i >= vocab_size]
     if beyond:
         raise ValueError(

@@ -128,6 +128,8 @@ def test_parse_model_config_remote_code_refused_unopened(tmp_path: Path) -> None
         (b'{"a": 1', "is not valid JSON"),
         (b"", "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
+        pytest.param(b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON: Exceeds the limit", id="digits"),
+        pytest.param(b'{"a": ' + b"[" * 200_000, "is nested too deeply to be read", id="depth"),
         (b"[1, 2]", "must hold a JSON object, got list"),
     ],
 )

@@ -105,6 +105,21 @@ def test_sentencepiece_added_tokens_are_refused(name: str, content, directory) -
         load_tokenizer(directory)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("added_tokens.json", '{"<more>": "9999"}', "expected a token id for each text, got '9999'"),
+        ("added_tokens.json", '{"<more>": null}', "expected a token id for each text, got None"),
+        pytest.param("added_tokens.json", '{"<more>": ' + "[" * 200_000, "got one that is nested too deep", id="depth"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', r"added_tokens_decoder must be an object, got \["),
+    ],
+)
+def test_sentencepiece_broken_list_of_added_tokens_is_named(name: str, content: str, message: str, directory) -> None:
+    (directory / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        load_tokenizer(directory)
+
+
 def test_llm_generates_text_with_a_sentencepiece_model(tmp_path) -> None:
     train(tmp_path)
     with LLM(GOLDEN / "gqa", tokenizer=tmp_path, max_model_len=32, page_size=8, num_kv_pages=8, max_num_seqs=1) as llm:

@@ -6,7 +6,8 @@ Does not know: what the arrays are for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such directory.
-      ValueError: it holds another tree, or arrays of other shapes.
+      ValueError: it holds another tree, or arrays of other shapes, or a file in it is damaged or missing.
     """
     from orbax.checkpoint import StandardCheckpointer
 
@@ -45,9 +46,12 @@ def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"no saved weights at {path}")
     shapes = dict(like)
     with StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata if (path / _MARK).exists() else None
+        with _naming_damage(path):
+            metadata = checkpointer.metadata(path).item_metadata if (path / _MARK).exists() else None
         if metadata is None:
-            raise ValueError(f"{path} was not written by save_weights; LLM(directory) loads what export has written")
+            raise ValueError(
+                f"{path} was not written by save_weights, or is damaged; LLM(directory) loads what export has written"
+            )
         saved = {_name(key): entry for key, entry in _leaves(metadata.tree)}
         wanted = {_name(key): entry for key, entry in _leaves(shapes)}
         for name, entry in wanted.items():
@@ -58,7 +62,20 @@ def load(directory: str | Path, *, like: Mapping[str, Any]) -> dict[str, Any]:
                     f"{name} must have shape {list(entry.shape)}, got {what} in {path}; weights are saved as they lie "
                     "on a mesh, so load them into an LLM of the same model and parallel sizes (export for others)"
                 )
-        return checkpointer.restore(path, shapes)
+        with _naming_damage(path):
+            return checkpointer.restore(path, shapes)
+
+
+@contextlib.contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # For arrays that it cannot read, Orbax raises an Exception of no kind, with TensorStore's whole state as text.
+        if type(error) is not Exception and not isinstance(error, ValueError):
+            raise
+        reason = str(error).partition(". See full")[0]
+        raise ValueError(f"{path} is damaged or incomplete, save the weights again ({reason})") from error
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

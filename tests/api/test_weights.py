@@ -284,6 +284,24 @@ def test_saved_weights_are_loaded_into_the_same_layout_alone(tmp_path):
         llm.load_weights(tmp_path / "saved")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, from its other reads
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_saved_weights_are_refused_and_the_others_kept(damage, tmp_path, few_programs):
+    with open_llm() as llm:
+        before = llm.generate(PROMPT, GREEDY).token_ids
+        llm.save_weights(tmp_path / "saved")
+        largest = max((tmp_path / "saved").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+        if damage == "truncated":
+            largest.write_bytes(largest.read_bytes()[:1000])
+        else:
+            largest.unlink()
+        with pytest.raises(ValueError, match=f"{tmp_path / 'saved'} is damaged or incomplete, save .*array") as caught:
+            llm.load_weights(tmp_path / "saved")
+        assert len(str(caught.value)) < 400
+        assert llm.weights_version == 0
+        assert llm.generate(PROMPT, GREEDY).token_ids == before
+
+
 def test_exported_checkpoint_has_what_it_was_loaded_from(tmp_path):
     with open_llm() as llm:
         expected = llm.generate("The house", GREEDY)

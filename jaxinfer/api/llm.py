@@ -67,7 +67,8 @@ class LLM(ResearchMethods):
 
     Raises:
       FileNotFoundError: no such checkpoint.
-      TypeError: an unknown keyword; the message names the nearest one.
+      TypeError: an unknown keyword, in which case the message names the nearest one, or a model that is neither a
+        string nor a path.
       ValueError: a setting outside its range, or a checkpoint that is broken, incomplete or of an unknown family.
 
     Example:
@@ -679,7 +680,7 @@ def _find_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
                 f"{type(tokenizer).__name__} without {', '.join(missing)}"
             )
         return tokenizer
-    found = load_tokenizer(checkpoint_directory.resolve(tokenizer))
+    found = load_tokenizer(checkpoint_directory.resolve(tokenizer, name="tokenizer"))
     if found is None:
         raise FileNotFoundError(f"{tokenizer} has neither tokenizer.json nor tokenizer.model")
     return found

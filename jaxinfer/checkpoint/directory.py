@@ -30,19 +30,33 @@ _FINGERPRINT_BYTES = 2**16
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, name: str = "model") -> Path:
     """The local directory of a checkpoint; a hub id is downloaded (or found in the cache) first.
 
     Args:
       model: "demo" for the bundled model, a directory, or "owner/name" on the Hugging Face hub. HF_HUB_OFFLINE and
         HF_HOME are honoured. To use a directory of your own that is named demo, pass "./demo".
+      name: of the argument that it comes from, for messages.
 
     Raises:
+      TypeError: model is neither a string nor a path.
+      ValueError: it is the empty string.
       FileNotFoundError: there is no such directory or hub id, or the hub cannot be reached; a message of one line.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"{name} must be a checkpoint directory or a hub id, got {model!r} of type {type(model).__name__}"
+        )
+    if model == "":
+        raise ValueError(
+            f"{name} must be a checkpoint directory or a hub id, got {model!r}; pass '.' for this directory"
+        )
     if model == DEMO:
         return Path(str(files("jaxinfer"))) / "demo" / "model"
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # no home directory is known
+        raise FileNotFoundError(f"no such checkpoint directory: {model} ({error})") from error
     if path.is_dir():
         return path
     if path.exists():

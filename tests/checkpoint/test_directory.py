@@ -52,6 +52,7 @@ def test_resolve_cached_hub_id_returns_snapshot(offline_hub: Path) -> None:
         ("/no/such/place", "no such checkpoint directory: /no/such/place"),
         ("tiny", "no such checkpoint directory: tiny .a hub id looks like owner/name"),
         ("./tiny", "no such checkpoint directory or hub id: ./tiny"),
+        ("~nobodyhere/x", "no such checkpoint directory: ~nobodyhere/x .*home directory"),
         ("owner/absent", "no directory owner/absent; .* not in the local cache .* HF_HUB_OFFLINE"),
         (GOLDEN / "make.py", "make.py is a file; expected a checkpoint directory or a hub id"),
     ],
@@ -60,6 +61,16 @@ def test_resolve_unknown_raises_one_line(model, message: str, offline_hub: Path)
     with pytest.raises(FileNotFoundError, match=message) as caught:
         resolve(model)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "got"),
+    [(None, TypeError, "None of type NoneType"), (5, TypeError, "5 of type int"), ("", ValueError, "''; pass '.' for")],
+)
+def test_resolve_what_names_no_directory_raises(model, error: type[Exception], got: str) -> None:
+    for name in ("model", "tokenizer"):
+        with pytest.raises(error, match=f"{name} must be a checkpoint directory or a hub id, got {got}"):
+            resolve(model, name=name)
 
 
 def test_weight_files_single_and_index_in_order() -> None:

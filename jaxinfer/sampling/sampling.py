@@ -40,6 +40,9 @@ NUM_CANDIDATES = 65
 so that top_k up to 64 is decided among the candidates (ties apart)."""
 _NO_ID = jnp.iinfo(jnp.int32).max
 _LARGEST = float(jnp.finfo(jnp.float32).max)
+_ROUNDING = 1e-6
+"""More than what equal logits differ by, as a share, once XLA has scaled them in arrays of different shapes: on CPUs up
+to two units in the last place, which are 2.4e-7."""
 
 
 @jax.tree_util.register_dataclass
@@ -233,7 +236,7 @@ def _among_candidates(
     beyond = max_over_vocabulary(last)  # nothing outside the candidates is larger
     values, ids = gathered(values, ids, backend=backend)
     best = jnp.clip(max_over_vocabulary(best), -_LARGEST, _LARGEST)
-    beyond = _scaled(beyond[:, None], best, numbers.temperature)[:, 0]
+    beyond = _scaled(beyond[:, None], best, numbers.temperature)[:, 0] * (1 - _ROUNDING)
     values = _scaled(values, best, numbers.temperature)
     has_top_k, has_top_p = numbers.top_k > 0, numbers.top_p < 1
 

@@ -331,6 +331,14 @@ def test_sample_candidates_flat_big_vocabulary_redone_by_full():
     np.testing.assert_array_equal(sample("candidates", logits, numbers), sample("full", logits, numbers))
 
 
+def test_among_candidates_nucleus_beyond_them_does_not_suffice_at_any_temperature():
+    """XLA may scale a logit among the candidates and the same logit as their border to neighbouring numbers."""
+    logits = np.random.default_rng(13).normal(size=(64, MEDIUM))
+    for temperature in np.linspace(0.5, 2.0, 31):
+        numbers = numbers_of(64, temperature=temperature, top_p=0.9)
+        assert not among_candidates(logits * temperature, numbers)[1].any(), temperature
+
+
 def test_among_candidates_top_k_at_their_number_suffices_up_to_it():
     logits = np.random.default_rng(12).normal(size=(64, MEDIUM))
     top_k = np.arange(64) + 2

@@ -25,26 +25,35 @@ from jaxinfer.wrappers.compilation_cache import enable_persistent_cache
 from jaxinfer.wrappers.decoder_wrapper import DecoderWrapper
 from jaxinfer.wrappers.holders import Holders
 from jaxinfer.wrappers.memory import Footprint, activation_bytes
-from jaxinfer.wrappers.step_shapes import StepShapes
+from jaxinfer.wrappers.step_shapes import StepShapes, pages_for
 from jaxinfer.wrappers.xla_options import chosen_options
 
 logger = logging.getLogger(__name__)
+
+_MAX_TABLE_BYTES = 2**32
+"""Limit of the table that names every slot's KV pages, int32[slots, W]. Only a mistaken context exceeds it."""
 
 
 def context_length(config: EngineConfig, model: ModelConfig) -> int:
     """The limit on tokens of prompt and output together: max_model_len if it is set, else the model's own limit.
 
     Raises:
-      ValueError: max_model_len exceeds what the model's positions cover.
+      ValueError: max_model_len exceeds what the model's positions cover, or the table of every slot's KV pages would
+        take more than 4 GiB.
     """
     covered = model.max_position_embeddings
     if model.rope is not None and model.rope.kind != "default":
         covered = max(covered, int(model.rope.original_max_len * model.rope.factor))
-    if config.max_model_len is None:
-        return model.max_position_embeddings
-    if config.max_model_len > covered:
-        raise ValueError(f"max_model_len must be <= {covered}, the model's context, got {config.max_model_len}")
-    return config.max_model_len
+    length = model.max_position_embeddings if config.max_model_len is None else config.max_model_len
+    if config.max_model_len is not None and length > covered:
+        raise ValueError(f"max_model_len must be <= {covered}, the model's context, got {length}")
+    table_bytes = 4 * config.max_num_seqs * pages_for(length, config.page_size)
+    if table_bytes > _MAX_TABLE_BYTES:
+        raise ValueError(
+            f"the table of KV pages would take {table_bytes / 2**30:.0f} GiB for max_num_seqs {config.max_num_seqs} "
+            f"and a context of {length} tokens; lower max_model_len or max_num_seqs"
+        )
+    return length
 
 
 def assemble(

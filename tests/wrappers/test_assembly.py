@@ -26,3 +26,12 @@ def test_context_length_ends_with_the_positions(case: str, own: int, covered: in
     assert context_length(EngineConfig(max_model_len=covered), config) == covered
     with pytest.raises(ValueError, match=f"max_model_len must be <= {covered}, the model's context, got {covered + 1}"):
         context_length(EngineConfig(max_model_len=covered + 1), config)
+
+
+def test_context_length_whose_page_table_is_absurd_raises() -> None:
+    config = parse_model_config(read_json(GOLDEN / "gqa" / "config.json") | {"max_position_embeddings": 2**30})
+    with pytest.raises(
+        ValueError, match=r"would take 32 GiB for max_num_seqs 64 .* 1073741824 tokens; lower max_model_"
+    ):
+        context_length(EngineConfig(page_size=8), config)
+    assert context_length(EngineConfig(page_size=8, max_model_len=2**20), config) == 2**20

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from held_steps import few_steps
 from mesh_tools import MODELS, on_mesh, run
@@ -107,6 +110,31 @@ def test_replica_that_stops_fails_its_own_requests_only():
         with pytest.raises(EngineClosedError, match="a broken device"):
             llm.generate([1], endless)
         assert not llm.is_running
+
+
+def test_replicas_that_sleep_refuse_and_a_stopped_one_keeps_nobody_from_the_weights():
+    greedy = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0)
+    with on_mesh("llama", (1, 1), data_parallel_size=2) as llm:
+        llm.sleep()
+        with pytest.raises(EngineClosedError, match="the LLM sleeps"):
+            llm.generate([1], greedy)
+        llm.wake_up()
+        before = llm.generate([1], greedy)
+
+        def fail(batch):
+            raise ArithmeticError("a broken device")
+
+        llm._replicas[0].wrapper.launch = fail
+        while llm._replicas[0].is_open:
+            with contextlib.suppress(EngineClosedError):
+                llm.generate([1], greedy)
+        assert llm.is_running
+        llm.sleep()
+        llm.wake_up()
+        assert llm.update_weights(jax.tree.map(jnp.zeros_like, llm.params)) == 1
+        after = llm.generate([1], greedy)
+        assert (before.weights_version, after.weights_version) == (0, 1)
+        assert set(after.token_ids) == {0}
 
 
 def test_requests_with_a_common_beginning_share_a_replicas_pages():

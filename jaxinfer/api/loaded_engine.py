@@ -55,6 +55,8 @@ class LoadedEngine:
         shared: SharedReplica | None = None,
     ):
         self.model_config = model_config
+        self.is_open = True
+        """Whether the model is still on the devices, or asleep."""
         start_jax(gpu_memory_utilization=config.gpu_memory_utilization)
         with contextlib.nullcontext() if shared is None else shared.holders.loading(f"loading replica {replica}"):
             self.max_model_len = context_length(config, model_config)
@@ -109,6 +111,7 @@ class LoadedEngine:
 
     def close(self) -> None:
         """Frees device memory; the engine cannot be used afterwards."""
+        self.is_open = False
         for wrapper in self._wrappers:
             wrapper.close()
 

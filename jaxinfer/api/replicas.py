@@ -79,8 +79,8 @@ class ReplicatedRunner(Runner):
             try:
                 (ticket,) = replica.driver.submit([submission], stream=stream, on_update=on_update)
             except EngineClosedError:
-                if not self.is_running:
-                    raise
+                if replica.is_running or not self.is_running:
+                    raise  # all of them sleep, are drained or have stopped
                 continue  # it has stopped since it was chosen
             self._owners[ticket] = replica
             return ticket
@@ -107,13 +107,12 @@ class ReplicatedRunner(Runner):
         return EngineStats(**{name: sum(getattr(stats, name) for stats in found) for name in names})
 
     def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
-        """See Runner; all replicas wait at the same time."""
-
-        def on(replica: LocalRunner) -> None:
-            replica.between_requests(work, abort=abort, refuse=refuse)
-
-        with ThreadPoolExecutor(len(self._replicas)) as pool:
-            list(pool.map(on, self._replicas))
+        """See Runner; all replicas that run wait at the same time, and all do the work even if one of them fails."""
+        running = [replica for replica in self._replicas if replica.is_running] or self._replicas
+        with ThreadPoolExecutor(len(running)) as pool:
+            done = [pool.submit(replica.between_requests, work, abort=abort, refuse=refuse) for replica in running]
+        for each in done:
+            each.result()
 
     def follow(self) -> None:
         """Refuses: there is no process to follow."""

@@ -45,7 +45,7 @@ class ServedWeights:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The first replica's parameters as nested dicts; see LLM.params."""
+        """A replica's parameters as nested dicts; see LLM.params."""
         return as_tree(self._decoder.params)
 
     def update(self, tree: Mapping[str, Any], *, only: Callable[[str], bool] | None, pause: Pause) -> int:
@@ -56,7 +56,7 @@ class ServedWeights:
         with self._changing:
             new = replacements(tree, self._decoder.param_shapes, only=only)  # before anybody has to wait
             version = self.version + 1
-            first = self._engines[0].decoder
+            first = self._decoder
 
             def replace(loaded: LoadedEngine, controller: TextGenerationController) -> None:
                 decoder, shapes = loaded.decoder, loaded.decoder.param_shapes
@@ -100,12 +100,15 @@ class ServedWeights:
     def export(self, directory: str | Path, config_fields: Mapping[str, Any], *, source: Path | None) -> None:
         """Writes a checkpoint; see LLM.export."""
         with self._changing:
-            _ = self._decoder
-            export_checkpoint(directory, self._engines[0], config_fields, source=source)
+            export_checkpoint(directory, self._first, config_fields, source=source)
 
     @property
     def _decoder(self) -> DecoderWrapper:
-        """The first replica's wrapper, of which the others are copies."""
+        return self._first.decoder
+
+    @property
+    def _first(self) -> LoadedEngine:
+        """The first replica that has not stopped; the others are copies of it."""
         if not self._runner.is_running:
             raise EngineClosedError("the LLM is closed")
-        return self._engines[0].decoder
+        return next((engine for engine in self._engines if engine.is_open), self._engines[0])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,36 @@ class _KeptLLM:
     """The one LLM that generate() keeps between calls."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._key: tuple[Any, ...] | None = None
         self._llm: LLM | None = None
+        self._num_users = 0
 
-    def get(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> LLM:
-        """Returns the kept LLM if it has these settings and still runs; otherwise closes it and loads a new one."""
+    @contextmanager
+    def using(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> Iterator[LLM]:
+        """The kept LLM if it has these settings and still runs; otherwise a new one, once nobody uses the old one."""
         key = (str(model), tokenizer, config)
-        with self._lock:
-            if self._key != key or self._llm is None or not self._llm.is_running:
-                if self._llm is not None:
-                    self._llm.close()
-                self._key, self._llm = None, None
-                self._llm = LLM(model, tokenizer=tokenizer, **dataclasses.asdict(config))
-                self._key = key
-            return self._llm
+        with self._changed:
+            while self._key != key or self._llm is None or not self._llm.is_running:
+                if self._num_users:
+                    self._changed.wait()
+                else:
+                    self._load(key, model, tokenizer, config)
+            llm = self._llm
+            self._num_users += 1
+        try:
+            yield llm
+        finally:
+            with self._changed:
+                self._num_users -= 1
+                self._changed.notify_all()
+
+    def _load(self, key: tuple[Any, ...], model: str | Path, tokenizer: Any, config: EngineConfig) -> None:
+        if self._llm is not None:
+            self._llm.close()
+        self._key, self._llm = None, None
+        self._llm = LLM(model, tokenizer=tokenizer, **dataclasses.asdict(config))
+        self._key = key
 
 
 _kept = _KeptLLM()
@@ -55,6 +71,8 @@ def generate(
     **fields: Any,
 ) -> Any:
     """Generates in one call; the LLM stays loaded for the next call with the same model and engine settings.
+
+    A call with others waits until no thread uses that LLM, closes it and loads its own.
 
     Args:
       prompts: a string, a list of token ids, or a list of either.
@@ -79,7 +97,7 @@ def generate(
     sampling, config = split_settings(fields, also_known=("model", "tokenizer", "use_tqdm"))
     if sampling_params is not None and sampling:
         raise TypeError(f"pass sampling_params or {', '.join(sorted(sampling))}, not both")
-    llm = _kept.get(model, tokenizer, config)
-    if sampling_params is None:
-        sampling_params = dataclasses.replace(llm.default_params, **sampling)
-    return llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+    with _kept.using(model, tokenizer, config) as llm:
+        if sampling_params is None:
+            sampling_params = dataclasses.replace(llm.default_params, **sampling)
+        return llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)

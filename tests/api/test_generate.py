@@ -265,6 +265,35 @@ def test_top_level_generate_keeps_one_llm(path, monkeypatch):
     made[2].close()
 
 
+def test_top_level_generate_with_other_settings_waits_for_those_who_use_the_old_ones(path, monkeypatch):
+    options = {"model": path, "use_tqdm": False, "ignore_eos": True} | SMALL
+    generate, used, ended, begun, may_go_on = LLM.generate, [], [], threading.Event(), threading.Event()
+
+    def held(self, *arguments, **fields):
+        used.append(self)
+        if self.config.max_num_seqs == SMALL["max_num_seqs"]:
+            begun.set()
+            assert may_go_on.wait(60)
+        return generate(self, *arguments, **fields)
+
+    monkeypatch.setattr(LLM, "generate", held)
+    changes = ({}, {"max_num_seqs": 2})
+    threads = [
+        threading.Thread(target=lambda own=own: ended.append(len(jaxinfer.generate("a", **options | own).token_ids)))
+        for own in changes
+    ]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert not ended
+    may_go_on.set()
+    for thread in threads:
+        thread.join()
+    assert ended == [16, 16]
+    used[1].close()
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [

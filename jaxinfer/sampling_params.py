@@ -28,6 +28,8 @@ IN_PYTHON_ONLY = frozenset({"capture", "capture_tokens", "interventions", "logit
 """Fields of SamplingParams that hold functions, or make arrays; command line and server have none of them."""
 MAX_FLOAT32 = 3.4e38
 """Limit of numbers without another one: the device computes with them in float32, where larger ones are infinite."""
+TINY_FLOAT32 = 1.2e-38
+"""Least positive number there; what is smaller becomes 0."""
 MAX_LENGTH_PENALTY = 50.0
 """With a larger value, length ** length_penalty could overflow a float for a long text."""
 
@@ -196,6 +198,8 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             require_bool(name, getattr(self, name))
         keep("repetition_penalty", require_float, "> 0", 0, math.inf, open_low=True)
+        if self.repetition_penalty < TINY_FLOAT32:
+            raise ValueError(f"repetition_penalty must be >= {TINY_FLOAT32:g}, got {self.repetition_penalty:g}")
         for name in ("temperature", "repetition_penalty"):
             if getattr(self, name) > MAX_FLOAT32:
                 raise ValueError(f"{name} must be <= {MAX_FLOAT32:g}, got {getattr(self, name):g}")

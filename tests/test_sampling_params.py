@@ -52,6 +52,7 @@ WRONG = [
         for name, (_, allowed) in FLOATS.items()
         for value in (math.nan, math.inf, -math.inf, np.float32("nan"), np.float32("inf"), 10**400)
     ),
+    ("repetition_penalty", 1e-39, ValueError, ">= 1.2e-38"),
     *((name, 1e39, ValueError, "<= 3.4e+38") for name in ("temperature", "repetition_penalty")),
     *((name, value, TypeError, allowed) for name, (_, allowed) in FLOATS.items() for value in NO_NUMBERS),
     *((name, value, TypeError, "must be True or False") for name in FLAGS for value in (0, 1, None, "yes")),

@@ -137,6 +137,14 @@ def test_perplexity_one_window_is_that_of_transformers(llm):
     assert found.value == pytest.approx(math.exp(-expected / found.num_tokens), rel=TOLERANCE)
 
 
+def test_perplexity_without_a_window_takes_what_the_pages_hold():
+    tokens = [5 + number % 90 for number in range(40)]
+    with on_mesh("llama", (1, 1), num_kv_pages=2) as llm:
+        assert llm.perplexity(tokens) == llm.perplexity(tokens, window=15)
+    with on_mesh("llama", (1, 1), max_model_len=2) as llm, pytest.raises(ValueError, match="at least 3 tokens, got 2"):
+        llm.perplexity(tokens)
+
+
 @pytest.mark.parametrize(("num_bytes", "window", "stride"), [(150, 24, 10), (151, None, None), (64, 63, 1), (9, 2, 1)])
 def test_perplexity_sliding_windows_equal_their_scores_added_up(llm, num_bytes, window, stride):
     """Every token counts in the first window that holds it; more windows than run at once."""

@@ -297,7 +297,7 @@ class LLM(ResearchMethods):
 
         Args:
           text: a string, or token ids.
-          window: tokens that are scored together, 2 .. max_model_len - 1; None takes max_model_len - 1.
+          window: tokens that are scored together, 2 .. max_model_len - 1; None takes as many, or what the KV pages hold.
           stride: tokens between the starts of two windows, 1 .. window - 1. A smaller stride gives each token more
             context and takes longer. None is half a window.
 
@@ -305,6 +305,7 @@ class LLM(ResearchMethods):
           TypeError, ValueError: the text has less than two tokens, or a number is outside its range.
           EngineClosedError: the LLM is closed.
         """
+        window = self._longest_request - 1 if window is None else window
         window, stride = check_windows(window, stride, max_model_len=self.max_model_len)
         token_ids = self._controller.encode(text)
         if len(token_ids) < 2:
@@ -450,7 +451,7 @@ class LLM(ResearchMethods):
         if prompts and not is_single:
             raise TypeError("stream takes one prompt (a string or token ids), got a list of prompts")
         return self._controller.prepare(
-            prompt,
+            prompts[0] if prompts else (),
             self._params_or_default(sampling_params),
             add_special_tokens=add_special_tokens,
             ends_at=self._longest_request if ends_with_pages else None,

@@ -55,6 +55,8 @@ class Window:
 def check_windows(window: int | None, stride: int | None, *, max_model_len: int) -> tuple[int, int]:
     """Returns window and stride, checked, with defaults in place of None; arguments and errors as LLM.perplexity's."""
     longest = max_model_len - 1
+    if longest < 2:
+        raise ValueError(f"a perplexity takes a context of at least 3 tokens, got {max_model_len}; raise max_model_len")
     window = longest if window is None else require_int("window", window, 2, longest)
     stride = max(window // 2, 1) if stride is None else require_int("stride", stride, 1, window - 1)
     return window, stride

@@ -177,10 +177,15 @@ class Preparation:
                 raise ValueError(
                     f"{name} has token {beyond[0]}, expected ids in 0..{self._vocab_size - 1} (the model's vocabulary)"
                 )
-        allowed = params.allowed_token_ids
-        if params.min_tokens and allowed is not None and request.stop_token_ids.issuperset(allowed):
+        if not params.min_tokens:
+            return
+        if params.allowed_token_ids is None:
+            allowed, name = range(self._vocab_size), "the vocabulary"
+        else:
+            allowed, name = params.allowed_token_ids, "allowed_token_ids"
+        if request.stop_token_ids.issuperset(allowed):
             raise ValueError(
-                f"min_tokens {params.min_tokens} holds back all of allowed_token_ids, which are stop tokens; allow more"
+                f"min_tokens {params.min_tokens} holds back all of {name}, which are stop tokens; allow more"
             )
 
     def _capture(self, params: SamplingParams, prompt_len: int) -> Capture | None:

@@ -122,8 +122,9 @@ def test_stream_raises_at_the_call(llm):
         llm.stream(["a", "b"])
 
 
-def test_stream_numpy_ids_are_ids(llm):
-    assert list(llm.stream(np.array([5, 6, 7]), GREEDY))[-1].token_ids == llm.generate([5, 6, 7], GREEDY).token_ids
+@pytest.mark.parametrize("make", [np.array, jnp.array, iter])
+def test_stream_takes_ids_in_any_container(llm, make):
+    assert list(llm.stream(make([5, 6, 7]), GREEDY))[-1].token_ids == llm.generate([5, 6, 7], GREEDY).token_ids
 
 
 @pytest.mark.parametrize("started", [False, True])

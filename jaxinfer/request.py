@@ -7,11 +7,12 @@ Does not know: jax, text, the scheduler.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from jaxinfer.captured_values import CapturedValues
-from jaxinfer.config.validation import require_int
+from jaxinfer.config.validation import require_float, require_int
 from jaxinfer.constraints.constraint import TokenConstraint
 from jaxinfer.interventions import Hook
 from jaxinfer.sites import Site, TokenSpan
@@ -110,6 +111,14 @@ class Request:
         if not self.prompt_token_ids:
             raise ValueError("a request needs at least one prompt token, got none")
         require_int("max_tokens", self.max_tokens, 1)
+        require_float("temperature", self.temperature, ">= 0", 0, math.inf)
+        require_float("top_p", self.top_p, "in (0, 1]", 0, 1, open_low=True)
+        require_float("min_p", self.min_p, "in [0, 1]", 0, 1)
+        require_int("top_k", self.top_k, 0)
+        require_int("seed", self.seed, 0, 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 0)
 
     @property
     def known_token_ids(self) -> tuple[int, ...]:

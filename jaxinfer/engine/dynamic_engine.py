@@ -188,9 +188,12 @@ class DynamicEngine:
           prefix_source: id of an earlier request with the same prompt, whose pages the new one shares.
 
         Raises:
-          ValueError: its id is in use, it could never run (prompt too long, more pages than the pool has), or
-            its constraint allows no first token.
+          ValueError: its id is in use, it could never run (prompt too long, more pages than the pool has), its
+            constraint allows no first token, or a number is no token id.
         """
+        ids = request.known_token_ids if prefix_source is None else ()  # what it shares was checked
+        if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+            raise ValueError(f"token ids must be in 0..2**31 - 1, got {min(ids)}..{max(ids)}")
         self._check_room(request)
         self._check_taps(request)
         self._sequences[request.request_id] = self._scheduler.add(

@@ -95,6 +95,14 @@ def test_engine_request_that_can_never_run_is_refused_and_the_rest_goes_on(promp
     assert run_all(engine, [request(1, [1, 2], 3)])["1"] == continuation([1, 2], 3)
 
 
+@pytest.mark.parametrize("wrong", [-5, 2**40])
+def test_engine_number_that_is_no_token_id_is_refused_and_the_rest_goes_on(wrong):
+    engine, _ = make_engine()
+    with pytest.raises(ValueError, match=r"token ids must be in 0\.\.2\*\*31 - 1, got "):
+        engine.add_request(request(0, [1, wrong]))
+    assert run_all(engine, [request(1, [1, 2], 3)])["1"] == continuation([1, 2], 3)
+
+
 def test_engine_duplicate_id_is_refused():
     engine, _ = make_engine()
     engine.add_request(request(0, [1]))

@@ -404,7 +404,10 @@ def _read_text(file: Path | None, *, missing: str, name: str) -> str:
     if file is None and sys.stdin.isatty():
         raise ValueError(missing)
     try:
-        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        # In the C locale and in UTF-8 mode Python reads bytes that are not UTF-8 as surrogates; decoding refuses them.
+        return sys.stdin.read().encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file or 'standard input'} is not UTF-8 text: {error}") from error
     except OSError as error:

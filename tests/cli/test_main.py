@@ -264,6 +264,12 @@ def test_generate_record_and_replay_of_sampled_prompts_without_a_seed(run, tmp_p
     [
         (["none.txt"], None, "jaxinfer: FILE none.txt cannot be read: No such file or directory\n"),
         ([], "", "jaxinfer: there is nothing to score: standard input is empty\n"),
+        (
+            [],
+            "a\udcff",
+            "jaxinfer: standard input is not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 1: invalid "
+            "start byte\n",
+        ),
         (["--window", "64"], "text", "jaxinfer: window must be in 2..63, got 64\n"),
         (["--window", "8", "--stride", "8"], "text", "jaxinfer: stride must be in 1..7, got 8\n"),
     ],

@@ -64,7 +64,7 @@ def takes_settings(
             given = {name: _plain(name, value) for name, value in arguments.items() if value not in (None, [])}
             from_file = read_settings(config, known) if config is not None else {}
             for parameter in own:
-                if parameter.name in from_file:
+                if from_file.get(parameter.name) is not None:
                     from_file[parameter.name] = _own_value(config, parameter, from_file[parameter.name])
             return command(**{**defaults, **from_file, **given})
 
@@ -107,20 +107,20 @@ def read_settings(file: Path, known: Sequence[str]) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      TypeError: a name is unknown; the message names the nearest known one.
+      TypeError: a name is unknown; the message names the file and the nearest known name.
       ValueError: the file is not YAML, or not a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no such settings file: {file}")
     try:
         fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, Mapping):
         raise ValueError(f"{file} must hold a mapping of settings to values, got {type(fields).__name__}")
     for name in fields:
         if name not in known:
-            raise unknown_keyword(name, known)
+            raise TypeError(f"{file}: {unknown_keyword(name, known)}")
     return dict(fields)
 
 

@@ -73,7 +73,7 @@ def test_takes_settings_structured_is_json(run):
 
 def test_takes_settings_flags_win_over_the_file(run, tmp_path):
     file = tmp_path / "settings.yaml"
-    file.write_text("model: here\ntop_k: 7\nstop: [a]\nmax_tokens: null\n")
+    file.write_text("model: here\nfile: null\ntop_k: 7\nstop: [a]\nmax_tokens: null\n")
     run("--config", file, "--top-k", 8)
     own = {"words": None, "model": "here", "file": None, "stream": False}
     assert received == own | {"top_k": 8, "stop": ["a"], "max_tokens": None}
@@ -124,9 +124,11 @@ def test_takes_settings_help_does_not_state_what_the_checkpoint_decides(run):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("temprature: 1", TypeError, "unknown argument 'temprature'; did you mean 'temperature'"),
+        ("temprature: 1", TypeError, "settings.yaml: unknown argument 'temprature'; did you mean 'temperature'"),
         ("[1, 2]", ValueError, "must hold a mapping of settings to values, got list"),
-        ("a: [", ValueError, "is not valid YAML"),
+        ("a: [", ValueError, "settings.yaml is not valid YAML"),
+        ("a: 2024-13-45", ValueError, "settings.yaml is not valid YAML: month must be in 1..12"),
+        ("[" * 2000, ValueError, "settings.yaml is not valid YAML: maximum recursion depth"),
         ("1: 2", TypeError, "unknown argument 1"),
     ],
 )

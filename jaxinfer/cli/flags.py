@@ -196,10 +196,14 @@ def _logit_bias(entries: Sequence[str]) -> dict[int, float]:
 
 
 def _xla_options(entries: Sequence[str]) -> dict[str, Any]:
+    expected = f"xla_options must be NAME=VALUE, got {' '.join(entries)}"
     pairs = [entry.partition("=") for entry in entries]
     if not all(name and equals for name, equals, _ in pairs):
-        raise ValueError(f"xla_options must be NAME=VALUE, got {' '.join(entries)}")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+        raise ValueError(expected)
+    try:
+        return {name: yaml.safe_load(value) for name, _, value in pairs}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{expected}: {' '.join(str(error).split())}") from error
 
 
 def _structured(text: str) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def test_takes_settings_mapping_is_repeated_pairs(run):
     assert received["xla_options"] == {"xla_a": 2, "xla_b": False, "xla_c": "A,B"}
     with pytest.raises(ValueError, match="xla_options must be NAME=VALUE, got xla_a"):
         run("--xla-options", "xla_a")
+    with pytest.raises(ValueError, match=r"xla_options must be NAME=VALUE, got xla_a=\[1: while parsing"):
+        run("--xla-options", "xla_a=[1")
 
 
 def test_takes_settings_structured_is_json(run):

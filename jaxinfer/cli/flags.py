@@ -129,8 +129,9 @@ def _own_value(file: Path | None, parameter: inspect.Parameter, value: Any) -> A
 
     Raises:
       TypeError: it is of another type; the message names file and parameter.
+      ValueError: it is below the least that the flag takes.
     """
-    hint = typing.get_args(parameter.annotation)[0]  # without the help
+    hint, option = typing.get_args(parameter.annotation)
     (kind,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if kind == list[str]:
         kind, value = list, [value] if isinstance(value, str) else value
@@ -142,6 +143,8 @@ def _own_value(file: Path | None, parameter: inspect.Parameter, value: Any) -> A
     if not is_right:
         expected = "a string or a list of strings" if kind is list else f"of type {kind.__name__}"
         raise TypeError(f"{file}: {parameter.name} must be {expected}, got {value!r}")
+    if option.min is not None and value < option.min:
+        raise ValueError(f"{file}: {parameter.name} must be >= {option.min}, got {value!r}")
     return kind(value)
 
 

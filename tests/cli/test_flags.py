@@ -21,10 +21,11 @@ def command(
     *,
     model: Annotated[str | None, typer.Option()] = None,
     file: Annotated[Path | None, typer.Option()] = None,
+    count: Annotated[int | None, typer.Option(min=1)] = None,
     stream: Annotated[bool, typer.Option()] = False,
     **fields,
 ) -> None:
-    received.update(fields, words=words, model=model, file=file, stream=stream)
+    received.update(fields, words=words, model=model, file=file, count=count, stream=stream)
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def test_takes_settings_flags_become_fields(run):
         "words": ["a b"],
         "model": None,
         "file": None,
+        "count": None,
         "stream": False,
         "top_k": 3,
         "stop": ["x", "y"],
@@ -77,7 +79,7 @@ def test_takes_settings_flags_win_over_the_file(run, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("model: here\nfile: null\ntop_k: 7\nstop: [a]\nmax_tokens: null\n")
     run("--config", file, "--top-k", 8)
-    own = {"words": None, "model": "here", "file": None, "stream": False}
+    own = {"words": None, "model": "here", "file": None, "count": None, "stream": False}
     assert received == own | {"top_k": 8, "stop": ["a"], "max_tokens": None}
 
 
@@ -96,11 +98,12 @@ def test_takes_settings_own_parameters_of_a_file_have_their_types(run, tmp_path,
         ("words: [1, 2]", r"words must be a string or a list of strings, got \[1, 2\]"),
         ("model: 5", "model must be of type str, got 5"),
         ("file: true", "file must be of type Path, got True"),
+        ("count: 0", "count must be >= 1, got 0"),
     ],
 )
-def test_takes_settings_own_parameter_of_another_type_is_named(run, tmp_path, text, message):
+def test_takes_settings_wrong_own_parameter_of_a_file_is_named(run, tmp_path, text, message):
     (tmp_path / "settings.yaml").write_text(text)
-    with pytest.raises(TypeError, match=rf"settings\.yaml: {message}"):
+    with pytest.raises((TypeError, ValueError), match=rf"settings\.yaml: {message}"):
         run("--config", tmp_path / "settings.yaml")
 
 

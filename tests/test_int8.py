@@ -26,6 +26,7 @@ from jaxinfer.models.decoder import TransformerDecoder
 BASE = {"max_model_len": 64, "max_num_seqs": 4, "page_size": 8, "num_kv_pages": 64, "max_num_batched_tokens": 16}
 SCORED = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, prompt_logprobs=0, ignore_eos=True)
 PROMPTS = [list(range(20, 43)), [5], list(range(100, 60, -3))]
+MATRIX = pytest.mark.matrix
 
 
 def open_llm(path: Path, **fields) -> LLM:
@@ -45,7 +46,9 @@ def rounded(weight: np.ndarray) -> np.ndarray:
     return np.rint(weight / np.where(scale == 0, 1, scale)) * scale
 
 
-@pytest.mark.parametrize("case", ["tied", "biases", "gpt2", "phi3", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", ["tied", "gemma3", "qwen3_moe", *(pytest.param(case, marks=MATRIX) for case in ("biases", "gpt2", "phi3"))]
+)
 def test_int8_scores_as_the_float_model_it_stands_for(case, tmp_path, few_programs):
     path = load_golden(case).path
     with open_llm(path, quantization="int8") as llm:
@@ -75,7 +78,7 @@ def test_int8_exports_the_rounded_tensors_of_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [("llama", (2, 2)), ("mixtral", (1, 4)), pytest.param("gpt2", (4, 2), marks=pytest.mark.matrix)],
+    [("llama", (2, 2)), *(pytest.param(*place, marks=MATRIX) for place in (("mixtral", (1, 4)), ("gpt2", (4, 2))))],
 )
 def test_int8_on_a_mesh_has_the_integers_and_tokens_of_one_device(model, layout, few_programs):
     with on_mesh(model, (1, 1), quantization="int8") as one, on_mesh(model, layout, quantization="int8") as llm:

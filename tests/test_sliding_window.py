@@ -85,7 +85,7 @@ def test_window_and_sinks_equal_a_rule_in_a_pool_that_cannot_hold_the_texts(mode
         assert ids(going_on) == [tokens[20:] for tokens in by_rule(model)]
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference", pytest.param("pallas", marks=MATRIX)])
+@pytest.mark.parametrize("backend", ["xla", *(pytest.param(name, marks=MATRIX) for name in ("reference", "pallas"))])
 def test_given_back_pages_that_a_failing_request_fills_with_nan_harm_nobody(backend, by_rule, few_programs):
     fails = SamplingParams(max_tokens=9, interventions=[add.at("layers.0.mlp.input", vector=np.full(64, 3e38))])
     settings = TIGHT | WINDOW | {"attention_backend": backend, "enable_prefix_caching": False}

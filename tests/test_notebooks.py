@@ -119,7 +119,7 @@ def test_research_notebooks_show_what_they_promise():
     assert moods[1.5][1] < moods[0.0][1]  # grief
     assert "the one alone: True" in text(steering, "kinds = {")
     assert "from below 0.3 to above 0.8: True" in text(finetune, "rewards, state = ")
-    assert text(finetune, "under three minutes") == "True, under three minutes: True\n"
+    assert text(finetune, "sunshine:") == "sunshine: True\n"
     assert "the same text: True" in text(finetune, "llm.export(")
     assert "all outputs are equal: True" in text(ablations, "result.is_ok")
     for notebook, source in (

@@ -26,7 +26,7 @@ def ablate(
     json_file: Annotated[
         str, typer.Option("--json", callback=writable_file, help="write all figures; - for stdout")
     ] = "",
-    plot: Annotated[Path | None, typer.Option(help="write a PNG (needs matplotlib)")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=writable_file, help="write a PNG (needs matplotlib)")] = None,
 ) -> None:
     """Run one workload under several engine settings: speed, memory and outputs side by side.
 

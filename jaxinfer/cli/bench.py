@@ -36,7 +36,7 @@ JsonFile = Annotated[
     str,
     typer.Option("--json", callback=writable_file, help="write the result with versions and settings; - for stdout"),
 ]
-Plot = Annotated[Path | None, typer.Option(help="write a PNG (needs matplotlib)")]
+Plot = Annotated[Path | None, typer.Option(callback=writable_file, help="write a PNG (needs matplotlib)")]
 BatchSizes = Annotated[str, typer.Option("--batch-size", help="requests at once; several separated by commas")]
 PromptLen = Annotated[int, typer.Option(min=1, help="tokens of each prompt")]
 OutputLen = Annotated[int, typer.Option(min=1, help="new tokens of each request")]

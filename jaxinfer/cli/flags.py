@@ -77,18 +77,18 @@ def takes_settings(
     return decorate
 
 
-def writable_file(file: str) -> str:
+def writable_file(file: str | Path | None) -> str | Path | None:
     """A typer callback for a file that a command writes at its end: refuses one that cannot be written at its start.
 
     Args:
-      file: its path; "" for none and "-" for standard output are always right.
+      file: its path; None or "" for none and "-" for standard output are always right.
 
     Raises:
       OSError: it is a folder, lies in no folder, or may not be written.
     """
-    path = Path(file)
-    if file in ("", "-"):
+    if file is None or file in ("", "-"):
         return file
+    path = Path(file)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {file}: it is a folder, expected a file")
     if not path.absolute().parent.is_dir():

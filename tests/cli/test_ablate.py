@@ -75,7 +75,7 @@ def test_differing_outputs_are_an_error_only_where_they_must_be_equal(monkeypatc
     assert run(file).exit_code == 0
 
 
-def test_unwritable_json_file_is_refused_before_measuring(monkeypatch, tmp_path):
+def test_unwritable_json_file_or_plot_is_refused_before_measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(ablation_bench, "measure", None)
     file = tmp_path / "a.yaml"
     file.write_text(SMALL.replace("GOLDEN", str(GOLDEN)))
@@ -83,6 +83,8 @@ def test_unwritable_json_file_is_refused_before_measuring(monkeypatch, tmp_path)
         raise run(file, "--json", tmp_path / "none" / "a.json").exception
     with pytest.raises(IsADirectoryError, match="it is a folder, expected a file"):
         raise run(file, "--json", tmp_path).exception
+    with pytest.raises(FileNotFoundError, match=r"none/a.png: there is no folder .*none"):
+        raise run(file, "--plot", tmp_path / "none" / "a.png").exception
 
 
 @pytest.mark.parametrize(

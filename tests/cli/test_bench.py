@@ -318,6 +318,7 @@ def test_golden_checkpoint_may_be_as_far_off_in_bfloat16_as_transformers_is(tmp_
         (("compare", "--model", GQA, "--peer", "other"), "peer must be one of transformers, llama.cpp, got 'other'"),
         (("compare", "--model", GQA, "--apart", "--mixed", 2), "mixed takes turns with the peer; leave apart out"),
         (("latency", "--model", GQA, "--json", "none/a.json"), "cannot write none/a.json: there is no folder none"),
+        (("latency", "--model", GQA, "--plot", "none/a.png"), "cannot write none/a.png: there is no folder none"),
         (("golden", str(GOLDEN), "--json", "none/a.json"), "cannot write none/a.json: there is no folder none"),
         (("golden", str(GOLDEN), "--cases", "gqa,none"), "has no case none; cases must name its folders"),
         (("golden", "nowhere"), "nowhere has no \\*/expected.npz"),

@@ -7,10 +7,8 @@ Does not know: models, engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from jaxinfer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -30,7 +28,7 @@ def as_prompts(prompts: object) -> tuple[list[Any], bool]:
     if isinstance(prompts, str):
         return [prompts], True
     entries = _as_sequence(prompts)
-    if entries and not isinstance(entries[0], str) and not hasattr(entries[0], "__iter__"):
+    if entries and (not hasattr(entries[0], "__iter__") or getattr(entries[0], "ndim", 1) == 0):
         return [entries], True
     return entries, False
 
@@ -75,8 +73,8 @@ def score_params(prompt_logprobs: int) -> SamplingParams:
 
 
 def _as_sequence(values: Any) -> list[Any]:
-    if hasattr(values, "__array__"):
-        values = np.asarray(values).tolist()
-    if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(values, "__iter__"):
+    if hasattr(values, "tolist"):  # an array's rows and numbers
+        values = values.tolist()
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not hasattr(values, "__iter__"):
         raise TypeError(f"expected a string, token ids, or a list of either, got {type(values).__name__}")
     return list(values)

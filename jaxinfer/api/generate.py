@@ -10,6 +10,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +23,46 @@ from jaxinfer.text.preparation import Prompt
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 
+@dataclass(eq=False)
+class _Loaded:
+    """A loaded LLM, what it was loaded with, and how many calls use it."""
+
+    llm: LLM
+    key: tuple[Any, ...]
+    num_users: int = 0
+
+
 class _KeptLLM:
     """The one LLM that generate() keeps between calls."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._key: tuple[Any, ...] | None = None
-        self._llm: LLM | None = None
-        self._num_users = 0
+        self._lock = threading.Lock()
+        self._kept: _Loaded | None = None
 
     @contextmanager
     def using(self, model: str | Path, tokenizer: Any, config: EngineConfig) -> Iterator[LLM]:
-        """The kept LLM if it has these settings and still runs; otherwise a new one, once nobody uses the old one."""
-        key = (str(model), tokenizer, config)
-        with self._changed:
-            while self._key != key or self._llm is None or not self._llm.is_running:
-                if self._num_users:
-                    self._changed.wait()
-                else:
-                    self._load(key, model, tokenizer, config)
-            llm = self._llm
-            self._num_users += 1
-        try:
-            yield llm
-        finally:
-            with self._changed:
-                self._num_users -= 1
-                self._changed.notify_all()
+        """The kept LLM if it has these settings and still runs; otherwise a new one in its place.
 
-    def _load(self, key: tuple[Any, ...], model: str | Path, tokenizer: Any, config: EngineConfig) -> None:
-        if self._llm is not None:
-            self._llm.close()
-        self._key, self._llm = None, None
-        self._llm = LLM(model, tokenizer=tokenizer, **dataclasses.asdict(config))
-        self._key = key
+        The old one is closed first, or by the last call that uses it.
+        """
+        key = (str(model), tokenizer, config)
+        with self._lock:
+            loaded = self._kept
+            if loaded is None or loaded.key != key or not loaded.llm.is_running:
+                self._kept = None
+                self._close_unused(loaded)
+                loaded = self._kept = _Loaded(LLM(model, tokenizer=tokenizer, **dataclasses.asdict(config)), key)
+            loaded.num_users += 1
+        try:
+            yield loaded.llm
+        finally:
+            with self._lock:
+                loaded.num_users -= 1
+                self._close_unused(loaded)
+
+    def _close_unused(self, loaded: _Loaded | None) -> None:
+        if loaded is not None and loaded is not self._kept and not loaded.num_users:
+            loaded.llm.close()
 
 
 _kept = _KeptLLM()
@@ -72,7 +79,7 @@ def generate(
 ) -> Any:
     """Generates in one call; the LLM stays loaded for the next call with the same model and engine settings.
 
-    A call with others waits until no thread uses that LLM, closes it and loads its own.
+    A call with others closes that LLM and loads its own; while another thread uses the old one, both are in memory.
 
     Args:
       prompts: a string, a list of token ids, or a list of either.

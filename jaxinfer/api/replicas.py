@@ -107,12 +107,14 @@ class ReplicatedRunner(Runner):
         return EngineStats(**{name: sum(getattr(stats, name) for stats in found) for name in names})
 
     def between_requests(self, work: Work, *, abort: bool = False, refuse: EngineClosedError | None = None) -> None:
-        """See Runner; all replicas that run wait at the same time, and all do the work even if one of them fails."""
+        """See Runner; all replicas that run wait at the same time. One that stops meanwhile harms no other."""
         running = [replica for replica in self._replicas if replica.is_running] or self._replicas
         with ThreadPoolExecutor(len(running)) as pool:
             done = [pool.submit(replica.between_requests, work, abort=abort, refuse=refuse) for replica in running]
-        for each in done:
-            each.result()
+        failed = {replica: error for replica, each in zip(running, done, strict=True) if (error := each.exception())}
+        for replica, error in failed.items():
+            if replica.is_running or len(failed) == len(running):
+                raise error
 
     def follow(self) -> None:
         """Refuses: there is no process to follow."""

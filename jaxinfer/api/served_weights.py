@@ -54,9 +54,9 @@ class ServedWeights:
         if only is not None and not callable(only):
             raise TypeError(f"only must be a function of a parameter's name, got {only!r}")
         with self._changing:
-            new = replacements(tree, self._decoder.param_shapes, only=only)  # before anybody has to wait
-            version = self.version + 1
             first = self._decoder
+            new = replacements(tree, first.param_shapes, only=only)  # before anybody has to wait
+            version = self.version + 1
 
             def replace(loaded: LoadedEngine, controller: TextGenerationController) -> None:
                 decoder, shapes = loaded.decoder, loaded.decoder.param_shapes

@@ -220,8 +220,8 @@ def measure(ablation: Ablation, *, repeats: int, directory: Path = Path()) -> Ab
       directory: to which random_weights is relative.
 
     Raises:
-      TypeError, ValueError: the settings of a run are wrong, whichever run it is; the message names them, and nothing
-        was measured.
+      TypeError, ValueError: EngineConfig refuses the settings of a run, whichever it is; the message names them, and
+        nothing was measured.
     """
     random_weights = None if ablation.random_weights is None else directory / ablation.random_weights
     target = Target(model=ablation.model, random_weights=random_weights, seed=ablation.workload.seed)

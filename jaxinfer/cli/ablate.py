@@ -65,7 +65,7 @@ def read_ablation(file: Path) -> Ablation:
     try:
         fields: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         return Ablation.of(fields)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -272,7 +272,7 @@ def _require_unicode(text: str) -> str:
 
 
 def _as_token_ids(prompt: Any) -> tuple[int, ...]:
-    if isinstance(prompt, (bytes, Mapping, Set)) or not hasattr(prompt, "__iter__"):
+    if isinstance(prompt, (bytes, Mapping, set, frozenset)) or not hasattr(prompt, "__iter__"):
         raise TypeError(f"a prompt must be a string or a sequence of token ids, got {type(prompt).__name__}")
     token_ids = []
     for entry in prompt:

@@ -131,8 +131,8 @@ def require_room(mesh: Mesh, *, num_pages: int, page_bytes: int) -> None:
         free = min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
     if needed > free:
         raise ValueError(
-            f"num_kv_pages must leave room for the model: {num_pages - 1} pages take {size_text(needed)}, "
-            f"{size_text(free)} are free; lower num_kv_pages, or leave it out for as many as fit"
+            f"num_kv_pages must fit into the memory: {num_pages - 1} pages take {size_text(needed)}, {size_text(free)} "
+            f"are free; lower num_kv_pages, or leave it out for as many as fit"
         )
 
 

@@ -44,7 +44,7 @@ def test_free_bytes_gpu_is_what_jax_took_less_fragments_and_what_is_in_use():
 
 
 def test_pool_without_room_names_the_knob(gqa):
-    with pytest.raises(ValueError, match=r"num_kv_pages must leave room .*: 1000000000 pages take .* are free; lower"):
+    with pytest.raises(ValueError, match=r"num_kv_pages must fit .*: 1000000000 pages take .* are free; lower"):
         make_wrapper(gqa.path, num_kv_pages=10**9)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_golden
 from mesh_tools import on_mesh
+from processes import run_python
 from safetensors.numpy import load_file
 
 from jaxinfer import LLM, EngineClosedError, SamplingParams, logits_processor
@@ -284,22 +285,35 @@ def test_saved_weights_are_loaded_into_the_same_layout_alone(tmp_path):
         llm.load_weights(tmp_path / "saved")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, from its other reads
+DAMAGED = """
+import sys
+from pathlib import Path
+from jaxinfer import LLM, SamplingParams
+
+case, folder, damage = sys.argv[1:]
+greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+with LLM(case, max_num_seqs=2, page_size=8, num_kv_pages=16) as llm:
+    before = llm.generate([5, 6, 7], greedy).token_ids
+    llm.save_weights(folder)
+    largest = max(Path(folder).rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    if damage == "truncated":
+        largest.write_bytes(largest.read_bytes()[:1000])
+    else:
+        largest.unlink()
+    try:
+        llm.load_weights(folder)
+    except ValueError as error:
+        assert str(error).startswith(f"{folder} is damaged or incomplete, save ") and len(str(error)) < 400, error
+        print("refused")
+    assert llm.weights_version == 0
+    assert llm.generate([5, 6, 7], greedy).token_ids == before
+"""
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_saved_weights_are_refused_and_the_others_kept(damage, tmp_path, few_programs):
-    with open_llm() as llm:
-        before = llm.generate(PROMPT, GREEDY).token_ids
-        llm.save_weights(tmp_path / "saved")
-        largest = max((tmp_path / "saved").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
-        if damage == "truncated":
-            largest.write_bytes(largest.read_bytes()[:1000])
-        else:
-            largest.unlink()
-        with pytest.raises(ValueError, match=f"{tmp_path / 'saved'} is damaged or incomplete, save .*array") as caught:
-            llm.load_weights(tmp_path / "saved")
-        assert len(str(caught.value)) < 400
-        assert llm.weights_version == 0
-        assert llm.generate(PROMPT, GREEDY).token_ids == before
+def test_damaged_saved_weights_are_refused_and_the_others_kept(damage, tmp_path):
+    """In a process of its own, since Orbax leaves reads behind that end with exceptions at any time."""
+    assert run_python(DAMAGED, load_golden("gqa").path, tmp_path / "saved", damage) == "refused\n"
 
 
 def test_exported_checkpoint_has_what_it_was_loaded_from(tmp_path):

@@ -297,7 +297,7 @@ class LLM(ResearchMethods):
 
         Args:
           text: a string, or token ids.
-          window: tokens that are scored together, 2 .. max_model_len - 1; None takes what the KV pages hold of that.
+          window: tokens that are scored together, 2 .. max_model_len - 1; None takes as many as the KV pages hold.
           stride: tokens between the starts of two windows, 1 .. window - 1. A smaller stride gives each token more
             context and takes longer. None is half a window.
 

@@ -93,8 +93,8 @@ class ProgramChoice:
     ) -> None:
         """Begins to compile what follows a step whose forward program is about to be compiled.
 
-        That is the step's sampler, which waits for no tuning of products, and where the cache may work ahead the
-        programs of the steps that are coming, as if their samplers were like its own.
+        That is the step's sampler. Where the cache may work ahead, it is also the programs of the steps that are
+        coming, whose samplers are taken to be like its own.
 
         Args:
           shape: the step's shape.
